@@ -1,0 +1,152 @@
+"""JSON in and out of `jsonb`.
+
+What a caller hands in is refused when Postgres could not store it exactly; what a handler hands out is sanitised instead,
+because a finish must never be lost for a character. Both leave here as text that `jsonb` accepts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from queue_service.errors import PayloadRefused
+
+REPLACEMENT = "\ufffd"
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+# jsonb nests no deeper than the server's stack allows; Python's own limit is lower, and this one is below both.
+MAX_DEPTH = 200
+MAX_ERROR_TEXT = 8_000
+
+_encode = msgspec.json.Encoder().encode
+loads = msgspec.json.Decoder().decode
+
+
+def dumps(value: Any, *, what: str, limit: int) -> str:
+    """`value` as JSON text, or PayloadRefused saying which part cannot be stored. `limit` is in bytes."""
+    try:
+        encoded = _encode(value)
+    except (TypeError, ValueError, OverflowError) as refused:
+        raise PayloadRefused(f"The {what} is not JSON: {refused}. Pass dicts, lists, strings, numbers, None.") from None
+    except RecursionError:
+        raise PayloadRefused(f"The {what} is nested too deeply. Keep it under {MAX_DEPTH} levels.") from None
+    if len(encoded) > limit:
+        raise PayloadRefused(
+            f"The {what} is {len(encoded):,} bytes, over the limit of {limit:,}. "
+            "Store the large part elsewhere and pass a reference, or raise QUEUE_SERVICE_PAYLOAD_LIMIT."
+        )
+    # msgspec writes NaN and the infinities as null, and NUL as an escape that jsonb refuses. Both leave a trace in the
+    # text, so that a walk through the value is only paid for when there may be something to find.
+    if b"null" in encoded or b"\\u0000" in encoded:
+        _refuse_unstorable(value, what)
+    _refuse_depth(encoded, what)
+    return encoded.decode()
+
+
+def dumps_object(value: Any, *, what: str, limit: int) -> str:
+    """As `dumps`, for a value that must be a JSON object."""
+    if not isinstance(value, dict):
+        raise PayloadRefused(f"The {what} must be a dict (a JSON object), not {type(value).__name__}.")
+    return dumps(value, what=what, limit=limit)
+
+
+def dumps_result(value: Any, *, limit: int) -> str:
+    """A handler's result as JSON text: NUL, lone surrogates and NaN replaced. PayloadRefused only for what is not JSON."""
+    if value is None:
+        return "null"
+    try:
+        return dumps(value, what="result", limit=limit)
+    except PayloadRefused:
+        try:
+            cleaned = sanitised(value)
+        except RecursionError:
+            raise PayloadRefused(f"The result is nested deeper than {MAX_DEPTH} levels.") from None
+        return dumps(cleaned, what="result", limit=limit)
+
+
+def describe_error(error: BaseException, *, reason: str = "raised") -> str:
+    """An exception as the JSON object stored with a run: reason, type, message, traceback; bounded and storable."""
+    stack = "".join(traceback.format_exception(error, limit=-20))
+    return dumps_error(reason, describe(error), type=type(error).__qualname__, traceback=stack[-MAX_ERROR_TEXT:])
+
+
+def dumps_error(reason: str, message: str, **more: str) -> str:
+    body = {"reason": reason, "message": message[:MAX_ERROR_TEXT], **more}
+    return _encode(sanitised(body)).decode()
+
+
+def describe(error: BaseException) -> str:
+    """`str(error)`, whatever its `__str__` does."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # noqa: BLE001 - a broken __str__ must not cost the run its ending
+        return type(error).__name__
+
+
+def sanitised(value: Any, depth: int = 0) -> Any:
+    """The value with every character and number that jsonb refuses replaced: U+FFFD for text, None for numbers."""
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    if isinstance(value, str):
+        return _clean_text(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {_clean_key(k): sanitised(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [sanitised(item, depth + 1) for item in value]
+    return value
+
+
+def _clean_key(key: Any) -> Any:
+    return _clean_text(key) if isinstance(key, str) else key
+
+
+def _clean_text(text: str) -> str:
+    return _UNSTORABLE.sub(REPLACEMENT, text)
+
+
+def _refuse_unstorable(value: Any, what: str) -> None:
+    for path, leaf in _leaves(value, what):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise PayloadRefused(f"{path} is {leaf}, which JSON cannot hold. Pass None or a finite number.")
+        if isinstance(leaf, str) and "\x00" in leaf:
+            raise PayloadRefused(f"{path} holds a NUL character, which Postgres cannot store. Remove it.")
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"a key of {path}", key
+            yield from _leaves(item, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _refuse_depth(encoded: bytes, what: str) -> None:
+    # Counting brackets is exact enough as a gate: only a text with that many can be that deep.
+    if encoded.count(b"{") + encoded.count(b"[") <= MAX_DEPTH:
+        return
+    if _depth(msgspec.json.decode(encoded)) > MAX_DEPTH:
+        raise PayloadRefused(f"The {what} is nested deeper than {MAX_DEPTH} levels. Flatten it.")
+
+
+def _depth(value: Any) -> int:
+    level, deepest = [value], 0
+    while level:
+        deepest += 1
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        level = below
+    return deepest

@@ -1,0 +1,137 @@
+"""A connection that belongs to the caller: psycopg's or SQLAlchemy's, sync or async.
+
+Our statements become part of the caller's transaction: nothing here commits, rolls back or changes a setting. SQLAlchemy
+objects are driven through their own `exec_driver_sql`, so that their transaction is begun and knows of us.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol, TypeVar
+
+import psycopg
+
+from queue_service.db.execute import fetch, fetch_sync, translated
+from queue_service.db.query import Query
+from queue_service.errors import ConfigError
+
+T = TypeVar("T")
+
+_KINDS = "a psycopg Connection or AsyncConnection, or a SQLAlchemy Connection, Session, AsyncConnection or AsyncSession"
+
+
+class SyncBorrowed(Protocol):
+    def fetch(self, query: Query[T]) -> T: ...
+    def copy(self, statement: str, data: bytes) -> None: ...
+
+
+class AsyncBorrowed(Protocol):
+    async def fetch(self, query: Query[T]) -> T: ...
+    async def copy(self, statement: str, data: bytes) -> None: ...
+
+
+def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
+    """The caller's connection behind one of two shapes. ConfigError for anything else."""
+    if isinstance(conn, psycopg.Connection):
+        return _Psycopg(conn)
+    if isinstance(conn, psycopg.AsyncConnection):
+        return _AsyncPsycopg(conn)
+    # An object of SQLAlchemy's can only exist where it has been imported.
+    if "sqlalchemy" in sys.modules:
+        wrapped = _sqlalchemy(conn)
+        if wrapped is not None:
+            return wrapped
+    raise ConfigError(f"conn={type(conn).__name__} cannot be used. Pass {_KINDS}.")
+
+
+def borrow_sync(conn: Any) -> SyncBorrowed:
+    borrowed = borrow(conn)
+    if isinstance(borrowed, (_AsyncPsycopg, _AsyncAlchemy)):
+        raise ConfigError(f"{type(conn).__name__} is asynchronous: use the App itself, not its `sync` twin, with it.")
+    return borrowed  # type: ignore[return-value]
+
+
+class _Psycopg:
+    def __init__(self, conn: psycopg.Connection[Any]) -> None:
+        self._conn = conn
+
+    def fetch(self, query: Query[T]) -> T:
+        return fetch_sync(self._conn, query)
+
+    def copy(self, statement: str, data: bytes) -> None:
+        with translated(), self._conn.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+            copy.write(data)
+
+
+class _AsyncPsycopg:
+    def __init__(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        self._conn = conn
+
+    async def fetch(self, query: Query[T]) -> T:
+        return await fetch(self._conn, query)
+
+    async def copy(self, statement: str, data: bytes) -> None:
+        with translated():
+            async with self._conn.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+                await copy.write(data)
+
+
+class _Alchemy:
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    def fetch(self, query: Query[T]) -> T:
+        return query.decode(_rows(self._conn.exec_driver_sql(query.text, dict(query.params))))
+
+    def copy(self, statement: str, data: bytes) -> None:
+        self._conn.exec_driver_sql("select 1")  # begins the transaction as SQLAlchemy sees it
+        _Psycopg(self._conn.connection.driver_connection).copy(statement, data)
+
+
+class _AsyncAlchemy:
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    async def fetch(self, query: Query[T]) -> T:
+        conn = await self._connection()
+        return query.decode(_rows(await conn.exec_driver_sql(query.text, dict(query.params))))
+
+    async def copy(self, statement: str, data: bytes) -> None:
+        conn = await self._connection()
+        await conn.exec_driver_sql("select 1")
+        raw = await conn.get_raw_connection()
+        await _AsyncPsycopg(raw.driver_connection).copy(statement, data)
+
+    async def _connection(self) -> Any:
+        return await self._conn.connection() if hasattr(self._conn, "sync_session") else self._conn
+
+
+def _sqlalchemy(conn: Any) -> SyncBorrowed | AsyncBorrowed | None:
+    from sqlalchemy import Connection  # noqa: PLC0415
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session  # noqa: PLC0415
+    from sqlalchemy.orm import Session, scoped_session  # noqa: PLC0415
+
+    if isinstance(conn, (scoped_session, async_scoped_session)):
+        conn = conn()
+    if isinstance(conn, (AsyncConnection, AsyncSession)):
+        bind = conn.dialect if isinstance(conn, AsyncConnection) else conn.get_bind().dialect
+        _check_driver(bind)
+        return _AsyncAlchemy(conn)
+    if isinstance(conn, Session):
+        conn = conn.connection()
+    if isinstance(conn, Connection):
+        _check_driver(conn.dialect)
+        return _Alchemy(conn)
+    return None
+
+
+def _check_driver(dialect: Any) -> None:
+    if dialect.driver not in {"psycopg", "psycopg_async"}:
+        raise ConfigError(
+            f"The SQLAlchemy engine uses {dialect.name}+{dialect.driver}; our statements need psycopg 3. "
+            "Create it with a postgresql+psycopg:// URL."
+        )
+
+
+def _rows(result: Any) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in result.all()] if result.returns_rows else []

@@ -1,0 +1,72 @@
+"""The two executors of a `Query`, and the one place where driver errors become ours.
+
+Every call has a deadline on this side as well as the server's `statement_timeout`: a peer that stopped answering
+(black hole, stopped process) would otherwise hold its caller until TCP gives up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import errors as pg
+
+from queue_service.db.query import Query
+from queue_service.errors import DatabaseUnavailable, SchemaMismatch
+
+T = TypeVar("T")
+
+DEADLINE = 30.0
+
+# A statement that lost a serialization or deadlock fight changed nothing and may simply be sent again.
+RETRYABLE = (pg.SerializationFailure, pg.DeadlockDetected)
+_SCHEMA_MISSING = (pg.UndefinedTable, pg.InvalidSchemaName, pg.UndefinedColumn, pg.UndefinedFunction)
+
+
+async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline: float = DEADLINE) -> T:
+    """Run the query and decode its rows. On DatabaseUnavailable from a passed deadline the connection is closed."""
+    with translated():
+        try:
+            async with asyncio.timeout(deadline):
+                cursor = conn.cursor(binary=True)
+                await cursor.execute(query.text, query.params)
+                rows = await cursor.fetchall() if cursor.description else []
+        except TimeoutError:
+            # Whether the statement ran is not known; the connection's state is not either. It must not be used again.
+            await conn.close()
+            raise DatabaseUnavailable(f"The database did not answer within {deadline:g} s.") from None
+    return query.decode(rows)
+
+
+def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:
+    """As `fetch`, blocking; for a connection that belongs to the caller, whose own timeouts apply."""
+    with translated():
+        cursor = conn.cursor(binary=True)
+        cursor.execute(query.text, query.params)
+        rows = cursor.fetchall() if cursor.description else []
+    return query.decode(rows)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Driver errors that a caller can act on, as ours; the others pass unchanged, since they are mistakes of ours."""
+    try:
+        yield
+    except RETRYABLE:
+        raise
+    except pg.QueryCanceled as slow:
+        raise DatabaseUnavailable(f"The database gave up on a statement: {_first_line(slow)}.") from slow
+    except _SCHEMA_MISSING as missing:
+        from queue_service.db.schema import HEAD  # noqa: PLC0415
+
+        raise SchemaMismatch(None, HEAD) from missing
+    except (psycopg.OperationalError, psycopg.InterfaceError, pg.ReadOnlySqlTransaction) as lost:
+        raise DatabaseUnavailable(f"The database cannot be reached: {_first_line(lost)}.") from lost
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

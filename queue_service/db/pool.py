@@ -1,0 +1,153 @@
+"""Connections of ours: how one is opened, a pool of them, and a single one that is reopened when it breaks.
+
+All are in autocommit mode, since our operations are single statements; the session settings below are what every
+statement of ours relies on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import psycopg
+import psycopg_pool
+from psycopg.conninfo import make_conninfo
+
+from queue_service.db.execute import DEADLINE, RETRYABLE, fetch, translated
+from queue_service.db.query import Query
+from queue_service.errors import DatabaseUnavailable
+
+T = TypeVar("T")
+Connection = psycopg.AsyncConnection[Any]
+
+# A half-open connection is noticed within about 25 s idle, 15 s with data in flight.
+_TCP = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+
+# Settings of the server, the database or the role must not change what a statement means, so each session says them.
+# enable_seqscan: every statement of ours is shaped for an index, and the statistics of a queue's tables are always out
+# of date, so the planner would now and then talk itself into reading the whole table.
+# synchronous_commit: durability is promised; a stricter setting than `on` is left alone.
+_SESSION = """
+select set_config('statement_timeout', '30s', false),
+       set_config('lock_timeout', '10s', false),
+       set_config('idle_in_transaction_session_timeout', '60s', false),
+       set_config('default_transaction_isolation', 'read committed', false),
+       set_config('synchronous_commit',
+                  case current_setting('synchronous_commit') when 'off' then 'on'
+                       else current_setting('synchronous_commit') end, false),
+       set_config('enable_seqscan', 'off', false),
+       set_config('jit', 'off', false),
+       set_config('timezone', 'UTC', false)
+"""
+
+# How often a statement that lost a serialization or deadlock fight is sent again before the caller hears of it.
+_TRIES = 3
+
+
+async def connect(conninfo: str, *, application: str = "queue_service") -> Connection:
+    """A fresh connection with our session settings. Raises DatabaseUnavailable."""
+    with translated():
+        conn = await psycopg.AsyncConnection.connect(options(conninfo, application), autocommit=True)
+        try:
+            await _configure(conn)
+        except BaseException:
+            await conn.close()
+            raise
+        return conn
+
+
+def options(conninfo: str, application: str = "queue_service") -> str:
+    return make_conninfo(conninfo, **_TCP, application_name=application)
+
+
+async def _configure(conn: Connection) -> None:
+    await conn.execute(_SESSION)
+
+
+class Pool:
+    """A bounded pool. `fetch` runs one query on any connection; `connection` lends one out."""
+
+    def __init__(self, conninfo: str, *, size: int, application: str = "queue_service") -> None:
+        self._pool = psycopg_pool.AsyncConnectionPool(
+            options(conninfo, application),
+            min_size=1,
+            max_size=size,
+            open=False,
+            configure=_configure,
+            kwargs={"autocommit": True},
+            timeout=DEADLINE,
+            reconnect_timeout=DEADLINE,
+            name=application,
+        )
+
+    async def open(self) -> None:
+        """Connect, so that a wrong address is an error now and not at the first use."""
+        await self._pool.open()
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        try:
+            conn = await self._pool.getconn()
+        except psycopg_pool.PoolTimeout:
+            raise DatabaseUnavailable(
+                f"No connection became free within {DEADLINE:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE "
+                "too small for what this process does at once."
+            ) from None
+        try:
+            yield conn
+        finally:
+            await self._pool.putconn(conn)
+
+    async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
+        async with self.connection() as conn:
+            return await _persistently(conn, query, deadline)
+
+
+class Wire:
+    """One connection of its own for one coroutine: never shared, so it never waits in a queue behind anyone's work.
+
+    A broken one is replaced at the next `fetch`; the failed call itself raises DatabaseUnavailable, because only the
+    caller knows whether repeating it is right.
+    """
+
+    def __init__(self, conninfo: str, *, application: str) -> None:
+        self._conninfo = conninfo
+        self._application = application
+        self._conn: Connection | None = None
+
+    async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
+        if self._conn is None or self._conn.closed:
+            self._conn = await connect(self._conninfo, application=self._application)
+        try:
+            return await _persistently(self._conn, query, deadline)
+        except DatabaseUnavailable:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            await conn.close()
+
+
+async def _persistently(conn: Connection, query: Query[T], deadline: float) -> T:
+    for attempt in range(_TRIES):
+        try:
+            return await fetch(conn, query, deadline=deadline)
+        except RETRYABLE as lost:
+            if attempt == _TRIES - 1:
+                raise DatabaseUnavailable(f"The database kept refusing a statement: {lost}") from lost
+            await asyncio.sleep(0.01 * (attempt + 1))
+    raise AssertionError("unreachable")

@@ -1,0 +1,74 @@
+"""Which revision the database is at, which one this code was built for, and how to get there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from psycopg import errors as pg
+
+from queue_service.db.pool import Connection, options
+from queue_service.errors import DatabaseUnavailable, SchemaMismatch
+
+HEAD = "0001"
+
+_PACKAGED = Path(__file__).parent / "_alembic"
+_REPOSITORY = Path(__file__).parent.parent.parent / "alembic"
+
+
+async def current(conn: Connection) -> str | None:
+    """The revision the database is at; None where there is no schema yet."""
+    try:
+        cursor = await conn.execute("select version_num from queue_service.alembic_version")
+    except (pg.UndefinedTable, pg.InvalidSchemaName):
+        return None
+    row = await cursor.fetchone()
+    return None if row is None else str(row[0])
+
+
+async def require(conn: Connection) -> None:
+    """Raise SchemaMismatch unless the database is at exactly our revision."""
+    have = await current(conn)
+    if have != HEAD:
+        raise SchemaMismatch(have, HEAD, newer=have is not None and have > HEAD)
+
+
+def upgrade(conninfo: str, revision: str = "head") -> None:
+    """Migrate to `revision`. Any number of processes may call this at once: one works, the others find it done."""
+    _run(conninfo, "upgrade", revision)
+
+
+def downgrade(conninfo: str, revision: str) -> None:
+    _run(conninfo, "downgrade", revision)
+
+
+def check(conninfo: str) -> None:
+    """Raise alembic's CommandError where the database and `db/tables.py` disagree."""
+    _run(conninfo, "check")
+
+
+def sql() -> None:
+    """Print the statements of every migration, for those who apply them by other means."""
+    from alembic import command  # noqa: PLC0415 - alembic takes 200 ms to import, and no worker needs it
+
+    command.upgrade(_config(None), "head", sql=True)
+
+
+def _run(conninfo: str, verb: str, *arguments: str) -> None:
+    import sqlalchemy  # noqa: PLC0415
+    from alembic import command  # noqa: PLC0415
+
+    try:
+        getattr(command, verb)(_config(conninfo), *arguments)
+    except sqlalchemy.exc.OperationalError as lost:
+        raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost
+
+
+def _config(conninfo: str | None) -> Any:
+    from alembic.config import Config  # noqa: PLC0415
+
+    config = Config()
+    scripts = _PACKAGED if _PACKAGED.is_dir() else _REPOSITORY
+    config.set_main_option("script_location", str(scripts).replace("%", "%%"))
+    config.attributes["conninfo"] = None if conninfo is None else options(conninfo, "queue_service migrate")
+    return config

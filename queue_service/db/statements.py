@@ -1,0 +1,42 @@
+"""Reads a `.sql` file into named statements.
+
+`-- name: verb` starts a statement; the comment lines after it are its contract. `-- define: name` gives the lines up to
+the next blank one a name; `{name}` anywhere later stands for them. Nothing else is ever substituted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import resources
+from typing import Any, LiteralString, TypeVar, cast
+
+from queue_service.db.query import Query, Rows
+
+T = TypeVar("T")
+
+_DEFINE = re.compile(r"^-- define: (\w+)\n(.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
+_NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+
+
+class Statements:
+    def __init__(self, package: str, filename: str = "statements.sql") -> None:
+        self.texts = parse(resources.files(package).joinpath(filename).read_text(encoding="utf-8"))
+
+    def query(self, name: str, decode: Callable[[Rows], T], /, **params: Any) -> Query[T]:
+        return Query(self.texts[name], decode, params)
+
+
+def parse(source: str) -> dict[str, LiteralString]:
+    defined = {match[1]: match[2].strip() for match in _DEFINE.finditer(source)}
+    parts = _NAME.split(_DEFINE.sub("", source))
+    texts: dict[str, LiteralString] = {}
+    for name, body in zip(parts[1::2], parts[2::2], strict=True):
+        if name in texts:
+            raise ValueError(f"statement {name!r} is defined twice")
+        code = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--"))
+        for key, value in defined.items():
+            code = code.replace("{" + key + "}", value)
+        # The text came from a file of ours, which is what LiteralString vouches for.
+        texts[name] = cast("LiteralString", code.strip().rstrip(";"))
+    return texts

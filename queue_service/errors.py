@@ -1,0 +1,85 @@
+"""Every error a caller can meet, as one tree.
+
+    QueueServiceError
+    ├── ConfigError              a setting, an option or a URL cannot be used
+    ├── PayloadRefused           a payload, a result or metadata cannot be stored as it is
+    ├── DatabaseUnavailable      the server cannot be reached, or a deadline passed; trying again may help
+    ├── SchemaMismatch           the database has another revision than this code was built for
+    ├── EmbeddedUnavailable      the bundled Postgres is not installed, or did not start
+    ├── TaskUnknown              no task of that name is registered here
+    └── DuplicateRun             a live run holds the singleton key, and the caller asked to be told
+
+Losing an election is not in the tree: it is a return value. Each class carries the exit code the command line uses for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QueueServiceError(Exception):
+    """Something a person has to read: what happened, why, what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(QueueServiceError, ValueError):
+    exit_code = 2
+
+
+class PayloadRefused(QueueServiceError, ValueError):
+    exit_code = 2
+
+
+class DatabaseUnavailable(QueueServiceError):
+    exit_code = 3
+
+
+class EmbeddedUnavailable(QueueServiceError):
+    exit_code = 3
+
+
+class SchemaMismatch(QueueServiceError):
+    exit_code = 4
+
+    def __init__(self, have: str | None, want: str, *, newer: bool = False) -> None:
+        self.have = have
+        self.want = want
+        found = f"at revision {have}" if have else "not there yet"
+        fix = (
+            "install the version of queue_service that made it"
+            if newer
+            else "run `queue-service db migrate` against the same database"
+        )
+        super().__init__(
+            f"The schema queue_service is {found}, and this version needs revision {want}. To go on: {fix}."
+        )
+
+
+class TaskUnknown(QueueServiceError, LookupError):
+    exit_code = 2
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        self.known = sorted(known)
+        names = ", ".join(self.known) if self.known else "none: import the module that defines them"
+        super().__init__(f"No task is named {name!r}.{nearest(name, self.known)} Registered tasks: {names}.")
+
+
+class DuplicateRun(QueueServiceError):
+    """A live run already holds this singleton key. `run_id` is that run."""
+
+    def __init__(self, run_id: int, singleton_key: str, *, why: str = "and on_conflict is 'raise'") -> None:
+        self.run_id = run_id
+        self.singleton_key = singleton_key
+        super().__init__(
+            f"Run {run_id} is live under singleton key {singleton_key!r}, {why}. Nothing was enqueued; "
+            "wait for that run, cancel it, or use on_conflict='return'."
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause naming the closest known word, with a leading space, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""The roster of live worker processes. Statements and values; no connection."""

@@ -1,0 +1,50 @@
+"""The operations on the roster, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from queue_service.codec import loads
+from queue_service.db.query import Query, Rows, column, nothing, scalar
+from queue_service.db.statements import Statements
+
+SQL = Statements("queue_service.roster")
+
+
+class Worker(NamedTuple):
+    """`queues` maps a queue to its concurrency; `holds` counts the runs under its leases."""
+
+    id: int
+    name: str
+    version: str
+    queues: Mapping[str, int]
+    started_at: datetime
+    seen_at: datetime
+    holds: int
+    is_alive: bool
+
+
+def join(name: str, version: str, queues: str) -> Query[int]:
+    """The id of this worker, new at each start. `queues` is JSON text."""
+    return SQL.query("join", scalar, name=name, version=version, queues=queues)
+
+
+def beat(worker_id: int) -> Query[None]:
+    return SQL.query("beat", nothing, worker_id=worker_id)
+
+
+def leave(worker_id: int) -> Query[None]:
+    return SQL.query("leave", nothing, worker_id=worker_id)
+
+
+def listed(silence: timedelta) -> Query[list[Worker]]:
+    def decode(rows: Rows) -> list[Worker]:
+        return [Worker(*row[:3], loads(row[3]), *row[4:]) for row in rows]
+
+    return SQL.query("listed", decode, silence=silence)
+
+
+def prune(silence: timedelta) -> Query[list[int]]:
+    return SQL.query("prune", column, silence=silence)

@@ -1,0 +1,36 @@
+-- Every statement about worker processes. A worker's id is new at each start and never reused, so that a restarted
+-- process is nobody's heir. Nothing depends on these rows: what a worker holds is written in `leases`.
+
+-- name: join
+-- Enter the roster. Row: the worker's id.
+-- writes: workers
+insert into queue_service.workers (name, version, queues) values (%(name)s, %(version)s, %(queues)s::jsonb) returning id
+
+-- name: beat
+-- Say that the worker is alive.
+-- writes: workers
+update queue_service.workers set seen_at = clock_timestamp() where id = %(worker_id)s
+
+-- name: leave
+-- Leave the roster.
+-- writes: workers
+delete from queue_service.workers where id = %(worker_id)s
+
+-- name: listed
+-- The workers, how many runs each holds, and whether each was seen within `silence`.
+select workers.id, workers.name, workers.version, workers.queues::text, workers.started_at, workers.seen_at,
+       coalesce(held.runs, 0), workers.seen_at > clock_timestamp() - %(silence)s::interval
+  from queue_service.workers
+  left join (
+    select leases.worker_id, count(*) as runs
+      from queue_service.leases
+     cross join lateral unnest(leases.run_ids) as listed (id)
+      join queue_service.runs on runs.id = listed.id and runs.lease_id = leases.id
+     group by leases.worker_id
+  ) as held on held.worker_id = workers.id
+ order by workers.id
+
+-- name: prune
+-- Forget workers that have said nothing for `silence`.
+-- writes: workers
+delete from queue_service.workers where seen_at < clock_timestamp() - %(silence)s::interval returning id

@@ -1,0 +1,1 @@
+"""Runs: one unit of work each, from enqueue to ending. Statements and values; no connection."""

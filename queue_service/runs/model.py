@@ -1,0 +1,125 @@
+"""What a run is, who may write about it, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import msgspec
+
+from queue_service.codec import loads
+
+
+class RunState(StrEnum):
+    """The first two are live and in `runs`; the others are endings and in `finished_runs`."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def finished(self) -> bool:
+        return self not in {RunState.QUEUED, RunState.RUNNING}
+
+
+class Claim(NamedTuple):
+    """The right to work on a run. Every write about a run presents one, and changes nothing once the run has been
+    swept, handed on or finished: the attempt has moved, or the run is no longer running."""
+
+    run_id: int
+    attempt: int
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One unit of work, as it was when it was read. `payload`, `metadata`, `result` and `error` are JSON values.
+
+    `error` is an object with `reason` (`raised`, `timeout`, `worker_lost`, `cancelled`, `expired`, `result_refused`),
+    `message`, and where an exception was raised `type` and `traceback`. Of a live run it is the last failure's.
+    `attempt` counts claims, `failures` counts errors of the handler, `losses` counts workers that vanished.
+    """
+
+    id: int
+    queue: str
+    task: str
+    state: RunState
+    payload: Mapping[str, Any]
+    attempt: int
+    failures: int
+    losses: int
+    priority: int
+    created_at: datetime
+    run_at: datetime
+    expires_at: datetime | None = None
+    claimed_at: datetime | None = None
+    finished_at: datetime | None = None
+    worker_id: int | None = None
+    max_attempts: int | None = None
+    retry_delay: timedelta | None = None
+    timeout: timedelta | None = None
+    singleton_key: str | None = None
+    ordering_key: str | None = None
+    organization_id: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    result: Any = None
+    error: Mapping[str, Any] | None = None
+    cancel_requested: bool = False
+
+    @property
+    def claim(self) -> Claim:
+        return Claim(self.id, self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """What an enqueue stores. JSON is already text; `delay` counts from the database's clock."""
+
+    task: str
+    queue: str
+    payload: str
+    priority: int = 0
+    delay: timedelta | None = None
+    run_at: datetime | None = None
+    expires_in: timedelta | None = None
+    singleton_key: str | None = None
+    ordering_key: str | None = None
+    max_attempts: int | None = None
+    retry_delay: timedelta | None = None
+    timeout: timedelta | None = None
+    metadata: str | None = None
+    organization_id: str | None = None
+
+
+class Ending(NamedTuple):
+    """How a claimed run ends. `result` and `error` are JSON text."""
+
+    claim: Claim
+    state: RunState
+    result: str = "null"
+    error: str = "null"
+
+
+class Return(NamedTuple):
+    """A claimed run goes back to its queue: in `delay` seconds, or to its old place when that is None. `failed` counts
+    a failure of the handler. A run whose cancellation was requested ends `cancelled` instead."""
+
+    claim: Claim
+    delay: float | None = None
+    failed: bool = False
+    error: str = "null"
+
+
+class Floor(NamedTuple):
+    """Where in one priority of one queue a claim starts to look: everything before was already handed out."""
+
+    run_at: datetime
+    id: int
+
+
+def json_or_none(text: str | None) -> Any:
+    return None if text is None else loads(text)

@@ -1,0 +1,274 @@
+"""The operations on runs, as values: one function per statement of `statements.sql`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from queue_service.codec import loads
+from queue_service.db.query import Query, Rows, array_literal, column, found, scalar
+from queue_service.db.statements import Statements
+from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, Run, RunState, json_or_none
+
+SQL = Statements("queue_service.runs")
+
+# Above this, a count is shown as "this many or more": counting a backlog is work nobody asked for.
+COUNT_LIMIT = 50_001
+
+
+class Lane(NamedTuple):
+    """One priority of one queue as a scan saw it; `floor` is None where nothing is due."""
+
+    queue: str
+    priority: int
+    floor: Floor | None
+    scanned_at: datetime
+
+
+class Swept(NamedTuple):
+    run_id: int
+    state: RunState
+    queue: str
+    priority: int
+
+
+class Depth(NamedTuple):
+    """Counts up to COUNT_LIMIT, and since when the first due run of the highest priority has been due."""
+
+    due: int
+    later: int
+    running: int
+    first_due: datetime | None
+
+
+def enqueue(new: NewRun) -> Query[int | None]:
+    """The id; None if a live run holds the singleton key."""
+    return SQL.query("enqueue", scalar, **_fields(new))
+
+
+def replace(new: NewRun) -> Query[int | None]:
+    """The id; None if the run that holds the singleton key is already running."""
+    return SQL.query("replace", scalar, **_fields(new))
+
+
+def singleton_holder(queue: str, singleton_key: str) -> Query[int | None]:
+    return SQL.query("singleton_holder", scalar, queue=queue, singleton_key=singleton_key)
+
+
+def reserve(
+    count: int, delay: timedelta | None, run_at: datetime | None, expires_in: timedelta | None
+) -> Query[tuple[datetime, datetime | None, list[int]]]:
+    """When the runs are due, when they expire, and their ids."""
+
+    def decode(rows: Rows) -> tuple[datetime, datetime | None, list[int]]:
+        due, expires, ids = rows[0]
+        return due, expires, ids
+
+    return SQL.query("reserve", decode, count=count, delay=delay, run_at=run_at, expires_in=expires_in)
+
+
+def scan(queues: Sequence[str], tasks: Sequence[str]) -> Query[list[Lane]]:
+    return SQL.query("scan", _lanes, queues=list(queues), tasks=list(tasks))
+
+
+def claim(
+    queue: str,
+    floors: Mapping[int, Floor],
+    *,
+    tasks: Sequence[str],
+    limit: int,
+    worker_id: int,
+    lease: timedelta,
+) -> Query[list[tuple[Run, int]]]:
+    """The claimed runs, first to be executed first, each with the id of the lease that holds it."""
+    priorities = sorted(floors, reverse=True)
+    return SQL.query(
+        "claim",
+        _claimed,
+        queue=queue,
+        priorities=priorities,
+        floors=[floors[priority].run_at for priority in priorities],
+        floor_ids=[floors[priority].id for priority in priorities],
+        tasks=list(tasks),
+        limit=limit,
+        worker_id=worker_id,
+        lease=lease,
+    )
+
+
+def claim_suspect(
+    queues: Collection[str], tasks: Sequence[str], *, worker_id: int, lease: timedelta
+) -> Query[list[tuple[Run, int]]]:
+    """At most one run, with its lease."""
+    return SQL.query(
+        "claim_suspect", _claimed, queues=list(queues), tasks=list(tasks), worker_id=worker_id, lease=lease
+    )
+
+
+def suspect_is_due(queues: Collection[str], tasks: Sequence[str]) -> Query[bool]:
+    return SQL.query("suspect_is_due", scalar, queues=list(queues), tasks=list(tasks))
+
+
+def extend(leases: Collection[int], lease: timedelta) -> Query[set[int]]:
+    """The leases that are still held. A missing one was swept, and each claim under it is lost."""
+    return SQL.query("extend", _id_set, leases=array_literal(sorted(leases)), lease=lease)
+
+
+def cancel_requests(leases: Collection[int]) -> Query[list[int]]:
+    return SQL.query("cancel_requests", column, leases=array_literal(sorted(leases)))
+
+
+def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
+    """The claims that were still held and have ended. A missing one was lost: nothing about its run changed."""
+    ordered = sorted(endings)
+    return SQL.query(
+        "finish",
+        _claims,
+        ids=array_literal([ending.claim.run_id for ending in ordered]),
+        attempts=array_literal([ending.claim.attempt for ending in ordered]),
+        states=array_literal([ending.state.value for ending in ordered]),
+        results=_json_array(ordered, lambda ending: ending.result),
+        errors=_json_array(ordered, lambda ending: ending.error),
+        worker_id=worker_id,
+        leases=array_literal(sorted(freed)),
+    )
+
+
+def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
+    """The claims that were still held and whose runs are queued again (or `cancelled`, where that had been asked)."""
+    ordered = sorted(returns, key=lambda back: back.claim)
+    return SQL.query(
+        "give_back",
+        _claims,
+        ids=array_literal([back.claim.run_id for back in ordered]),
+        attempts=array_literal([back.claim.attempt for back in ordered]),
+        delays=array_literal(["NULL" if back.delay is None else back.delay for back in ordered]),
+        failed=array_literal([back.failed for back in ordered]),
+        errors=_json_array(ordered, lambda back: back.error),
+        worker_id=worker_id,
+        leases=array_literal(sorted(freed)),
+    )
+
+
+def sweep(*, limit: int, max_losses: int) -> Query[list[Swept]]:
+    """What was taken from lapsed leases. `limit` counts leases, each of which holds what one claim took."""
+    return SQL.query("sweep", _swept, limit=limit, max_losses=max_losses)
+
+
+def expire(*, limit: int) -> Query[list[int]]:
+    return SQL.query("expire", column, limit=limit)
+
+
+def cancel(run_id: int) -> Query[str | None]:
+    """`cancelled`, `requested` (it is running, and its worker will be told), or None: no such live run."""
+    return SQL.query("cancel", scalar, run_id=run_id)
+
+
+def retry(run_id: int) -> Query[tuple[str, int] | None]:
+    """Queue and priority of the run that went back; None: history has no such run that did not succeed."""
+
+    def decode(rows: Rows) -> tuple[str, int] | None:
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    return SQL.query("retry", decode, run_id=run_id)
+
+
+def delete(run_id: int) -> Query[bool]:
+    """True if it is gone; False if it is running or unknown."""
+    return SQL.query("delete", found, run_id=run_id)
+
+
+def get(run_id: int) -> Query[Run | None]:
+    def decode(rows: Rows) -> Run | None:
+        runs = _runs(rows)
+        return runs[0] if runs else None
+
+    return SQL.query("get", decode, run_id=run_id)
+
+
+def endings(run_ids: Collection[int]) -> Query[dict[int, RunState | None]]:
+    """Those that have ended, with how; those that do not exist, with None. Live ones are missing."""
+
+    def decode(rows: Rows) -> dict[int, RunState | None]:
+        return {run_id: RunState(state) if state else None for run_id, state in rows}
+
+    return SQL.query("endings", decode, run_ids=array_literal(sorted(run_ids)))
+
+
+def page(
+    *,
+    before: int | None = None,
+    state: RunState | None = None,
+    queue: str | None = None,
+    task: str | None = None,
+    limit: int = 50,
+) -> Query[list[Run]]:
+    return SQL.query(
+        "page", _runs, before=before or 2**63 - 1, state=state and state.value, queue=queue, task=task, limit=limit
+    )
+
+
+def depth(queue: str) -> Query[Depth]:
+    return SQL.query("tally", lambda rows: Depth(*rows[0]), queue=queue, most=COUNT_LIMIT)
+
+
+def _fields(new: NewRun) -> dict[str, object]:
+    return {name: getattr(new, name) for name in NewRun.__slots__}
+
+
+def _json_array(items: Sequence[Ending] | Sequence[Return], read: Callable[..., str]) -> str | None:
+    texts = [read(item) for item in items]
+    # All null is the common case of a drain, and then the server has nothing to parse.
+    return None if all(text == "null" for text in texts) else "[" + ",".join(texts) + "]"
+
+
+def _claims(rows: Rows) -> set[Claim]:
+    return {Claim(run_id, attempt) for run_id, attempt in rows}
+
+
+def _id_set(rows: Rows) -> set[int]:
+    return {row[0] for row in rows}
+
+
+def _swept(rows: Rows) -> list[Swept]:
+    return [Swept(run_id, RunState(state), queue, priority) for run_id, state, queue, priority in rows]
+
+
+def _lanes(rows: Rows) -> list[Lane]:
+    return [
+        Lane(queue, priority, None if run_at is None else Floor(run_at, run_id), now)
+        for queue, priority, run_at, run_id, now in rows
+    ]
+
+
+def _claimed(rows: Rows) -> list[tuple[Run, int]]:
+    running = RunState.RUNNING
+    runs = [
+        (
+            Run(
+                id=row[0], queue=row[1], task=row[2], state=running, payload=loads(row[3]), attempt=row[4],
+                failures=row[5], losses=row[6], priority=row[7], created_at=row[8], run_at=row[9], expires_at=row[10],
+                max_attempts=row[11], retry_delay=row[12], timeout=row[13], singleton_key=row[14],
+                ordering_key=row[15], organization_id=row[16], metadata=json_or_none(row[17]),
+            ),
+            row[18],
+        )
+        for row in rows
+    ]  # fmt: skip
+    runs.sort(key=lambda claimed: (-claimed[0].priority, claimed[0].run_at, claimed[0].id))
+    return runs
+
+
+def _runs(rows: Rows) -> list[Run]:
+    return [
+        Run(
+            id=row[0], queue=row[1], task=row[2], state=RunState(row[3]), payload=loads(row[4]), attempt=row[5],
+            failures=row[6], losses=row[7], priority=row[8], created_at=row[9], run_at=row[10], expires_at=row[11],
+            claimed_at=row[12], finished_at=row[13], worker_id=row[14], max_attempts=row[15], retry_delay=row[16],
+            timeout=row[17], singleton_key=row[18], ordering_key=row[19], organization_id=row[20],
+            metadata=json_or_none(row[21]), result=json_or_none(row[22]), error=json_or_none(row[23]),
+            cancel_requested=row[24],
+        )
+        for row in rows
+    ]  # fmt: skip

@@ -1,0 +1,394 @@
+-- Every statement about runs. Live runs are in `runs`, endings in `finished_runs`; a claimed run is held by a row of
+-- `leases`, which lists the runs claimed together. Locks are taken leases first, then runs by ascending id.
+
+-- define: history_columns
+id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, losses, max_attempts, priority, state,
+    queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, result, error
+
+-- define: read_columns
+id, queue, task, state, payload::text, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
+    finished_at, worker_id, max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
+    metadata::text, result::text, error::text, cancel_requested
+
+-- define: live_as_read
+select id, queue, task, state, payload, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
+           null::timestamptz as finished_at,
+           (select leases.worker_id from queue_service.leases where leases.id = runs.lease_id) as worker_id,
+           max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
+           metadata, null::jsonb as result, error, cancel_requested
+      from queue_service.runs
+
+-- define: finished_as_read
+select id, queue, task, state, payload, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
+           finished_at, worker_id, max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
+           metadata, result, error, false
+      from queue_service.finished_runs
+
+-- define: enqueue_values
+(queue, task, payload, priority, run_at, expires_at, singleton_key, ordering_key, max_attempts, retry_delay, timeout,
+        metadata, organization_id)
+select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.run_at + %(expires_in)s::interval,
+       %(singleton_key)s, %(ordering_key)s, %(max_attempts)s, %(retry_delay)s::interval, %(timeout)s::interval,
+       %(metadata)s::jsonb, %(organization_id)s
+  from (select coalesce(%(run_at)s::timestamptz,
+                        clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
+
+-- define: take_picked
+lease as (
+    insert into queue_service.leases (worker_id, expires_at, run_ids)
+    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id) from picked having count(*) > 0
+    returning id
+)
+update queue_service.runs
+   set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
+  from lease
+ where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
+returning runs.id, runs.queue, runs.task, runs.payload::text, runs.attempt, runs.failures, runs.losses, runs.priority,
+          runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts, runs.retry_delay, runs.timeout,
+          runs.singleton_key, runs.ordering_key, runs.organization_id, runs.metadata::text, runs.lease_id
+
+-- name: enqueue
+-- Store a run. One row: its id. None: a live run holds the singleton key, and nothing changed.
+-- writes: runs
+insert into queue_service.runs {enqueue_values}
+    on conflict (queue, singleton_key) where singleton_key is not null do nothing
+returning id
+
+-- name: replace
+-- Store a run, or put it in the place of the queued one that holds its singleton key, whose id it keeps.
+-- None: the holder is running, and nothing changed.
+-- writes: runs
+insert into queue_service.runs {enqueue_values}
+    on conflict (queue, singleton_key) where singleton_key is not null do update
+   set task = excluded.task, payload = excluded.payload, priority = excluded.priority, run_at = excluded.run_at,
+       expires_at = excluded.expires_at, ordering_key = excluded.ordering_key, max_attempts = excluded.max_attempts,
+       retry_delay = excluded.retry_delay, timeout = excluded.timeout, metadata = excluded.metadata,
+       organization_id = excluded.organization_id, failures = 0, error = null
+ where runs.state = 'queued'
+returning id
+
+-- name: singleton_holder
+-- The live run that holds a singleton key, if there is one.
+select id from queue_service.runs where queue = %(queue)s and singleton_key = %(singleton_key)s
+
+-- name: reserve
+-- Ids for runs about to be copied in, ascending, with the time they are due and the time they expire.
+select due.run_at, due.run_at + %(expires_in)s::interval,
+       array(select nextval('queue_service.runs_id_seq') from generate_series(1, %(count)s))
+  from (select coalesce(%(run_at)s::timestamptz,
+                        clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
+
+-- name: scan
+-- For each priority of each queue: the first run that a claim could take, which is where claims may start to look, or
+-- null where nothing is due. Distinct priorities are found by hopping along the index, one descent each. The last
+-- column is the time of the scan.
+with recursive lane (queue, priority) as (
+    select asked.queue, top.priority
+      from unnest(%(queues)s::text[]) as asked (queue)
+     cross join lateral (
+        select runs.priority from queue_service.runs
+         where runs.queue = asked.queue
+         order by runs.queue, runs.priority desc, runs.run_at, runs.id limit 1
+     ) as top
+    union all
+    select lane.queue, below.priority
+      from lane
+     cross join lateral (
+        select runs.priority from queue_service.runs
+         where runs.queue = lane.queue and runs.priority < lane.priority
+         order by runs.queue, runs.priority desc, runs.run_at, runs.id limit 1
+     ) as below
+)
+select lane.queue, lane.priority, first.run_at, first.id, moment.now
+  from (select clock_timestamp() as now) as moment
+ cross join lane
+  left join lateral (
+    select runs.run_at, runs.id from queue_service.runs
+     where runs.queue = lane.queue and runs.priority = lane.priority
+       and runs.run_at <= (select clock_timestamp())
+       and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
+       and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+     order by runs.run_at, runs.id limit 1
+  ) as first on true
+
+-- name: claim
+-- Take up to `limit` due runs of one queue, higher priority first, each priority from its floor on. Passed over: runs of
+-- tasks not named, expired ones, suspects (see claim_suspect), and what another session is claiming. A paused queue
+-- gives none. The clock is read in a subquery, since a volatile function cannot bound an index scan.
+-- writes: runs, leases
+with picked as materialized (
+    select candidate.id
+      from unnest(%(priorities)s::smallint[], %(floors)s::timestamptz[], %(floor_ids)s::bigint[])
+        as floor (priority, run_at, id)
+     cross join lateral (
+        select runs.id from queue_service.runs
+         where runs.queue = %(queue)s and runs.priority = floor.priority
+           and (runs.run_at, runs.id) >= (floor.run_at, floor.id)
+           and runs.run_at <= (select clock_timestamp())
+           and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
+           and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+         order by runs.run_at, runs.id
+         limit %(limit)s
+           for update skip locked
+     ) as candidate
+     where not exists (select from queue_service.queues where name = %(queue)s and paused_at is not null)
+     limit %(limit)s
+), {take_picked}
+
+-- name: claim_suspect
+-- Take one due run that lost a worker before. It comes alone, so that a run that kills its worker kills nothing else.
+-- writes: runs, leases
+with picked as materialized (
+    select runs.id from queue_service.runs
+     where runs.losses > 0 and runs.run_at <= (select clock_timestamp())
+       and runs.state = 'queued' and runs.queue = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
+       and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+       and not exists (select from queue_service.queues where name = runs.queue and paused_at is not null)
+     order by runs.run_at
+     limit 1
+       for update of runs skip locked
+), {take_picked}
+
+-- name: suspect_is_due
+-- Whether claim_suspect would find one.
+select exists (
+    select from queue_service.runs
+     where runs.losses > 0 and runs.run_at <= (select clock_timestamp())
+       and runs.state = 'queued' and runs.queue = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
+       and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+       and not exists (select from queue_service.queues where name = runs.queue and paused_at is not null)
+)
+
+-- name: extend
+-- Push the deadline of leases. One row for each that is still held; the others were swept, and their runs with them.
+-- writes: leases
+update queue_service.leases
+   set expires_at = clock_timestamp() + %(lease)s::interval
+ where id = any(%(leases)s::bigint[])
+returning id
+
+-- name: cancel_requests
+-- The runs under these leases that someone asked to cancel.
+select runs.id
+  from queue_service.leases
+ cross join lateral unnest(leases.run_ids) as listed (id)
+  join queue_service.runs on runs.id = listed.id and runs.lease_id = leases.id and runs.cancel_requested
+ where leases.id = any(%(leases)s::bigint[])
+
+-- name: finish
+-- End claimed runs: out of `runs`, into history, and let go of leases that hold nothing more. One row for each claim
+-- that was still held; a claim that is missing was lost, and nothing about its run changed.
+-- The leases are freed first (the count makes it so): a sweep locks in that order, and the two would deadlock.
+-- writes: runs, finished_runs, leases
+with ending as materialized (
+    select * from rows from (
+        unnest(%(ids)s::bigint[], %(attempts)s::integer[], %(states)s::text[]),
+        jsonb_array_elements(%(results)s::jsonb), jsonb_array_elements(%(errors)s::jsonb)
+    ) as ending (id, attempt, state, result, error)
+), freed as (
+    delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
+), gone as (
+    delete from queue_service.runs using ending
+     where runs.id = ending.id and runs.attempt = ending.attempt and runs.state = 'running'
+       and (select count(*) from freed) >= 0
+    returning runs.id, run_at, created_at, expires_at, claimed_at, %(worker_id)s::bigint, runs.attempt, failures, losses,
+              max_attempts, priority, ending.state, queue, task, payload, singleton_key, ordering_key, organization_id,
+              retry_delay, timeout, metadata, nullif(ending.result, 'null'),
+              coalesce(nullif(ending.error, 'null'), runs.error)
+)
+insert into queue_service.finished_runs ({history_columns})
+select * from gone
+returning id, attempt
+
+-- name: give_back
+-- Return claimed runs to their queue: after a delay, or to their old place where the delay is null. One asked to be
+-- cancelled meanwhile ends so instead. One row for each claim that was still held.
+-- writes: runs, finished_runs, leases
+with back as materialized (
+    select * from rows from (
+        unnest(%(ids)s::bigint[], %(attempts)s::integer[], %(delays)s::float8[], %(failed)s::boolean[]),
+        jsonb_array_elements(%(errors)s::jsonb)
+    ) as back (id, attempt, delay, failed, error)
+), freed as (
+    delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
+), held as materialized (
+    select runs.id, runs.attempt, runs.cancel_requested, back.delay, back.failed, nullif(back.error, 'null') as error
+      from back
+      join queue_service.runs
+        on runs.id = back.id and runs.attempt = back.attempt and runs.state = 'running'
+     where (select count(*) from freed) >= 0
+     order by runs.id
+       for update of runs
+), cancelled as (
+    delete from queue_service.runs using held
+     where runs.id = held.id and held.cancel_requested
+    returning runs.id, run_at, created_at, expires_at, claimed_at, %(worker_id)s::bigint, runs.attempt,
+              failures + held.failed::integer, losses, max_attempts, priority, 'cancelled', queue, task, payload,
+              singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, null::jsonb,
+              coalesce(held.error, runs.error)
+), history as (
+    insert into queue_service.finished_runs ({history_columns}) select * from cancelled
+    returning id, attempt
+), queued as (
+    update queue_service.runs
+       set state = 'queued', lease_id = null, claimed_at = null, failures = failures + held.failed::integer,
+           run_at = case when held.delay is null then run_at else clock_timestamp() + make_interval(secs => held.delay) end,
+           error = coalesce(held.error, runs.error)
+      from held
+     where runs.id = held.id and not held.cancel_requested
+    returning runs.id, runs.attempt
+)
+select id, attempt from queued union all select id, attempt from history
+
+-- name: sweep
+-- Take the leases that have lapsed, at most `limit` of them, and with them the runs they held. Each goes back to its
+-- place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at `max_losses`.
+-- Rows: run id, its state now, its queue and priority. The guard stands in the DELETE: an extend that commits first wins.
+-- writes: leases, runs, finished_runs
+with lapsed as materialized (
+    delete from queue_service.leases
+     where id = any(array(select id from queue_service.leases
+                           where expires_at < (select clock_timestamp())
+                           order by expires_at limit %(limit)s for update skip locked))
+       and expires_at < clock_timestamp()
+    returning id, worker_id, run_ids
+), lost as materialized (
+    select runs.id, lapsed.worker_id, runs.cancel_requested or runs.losses + 1 >= %(max_losses)s as is_over,
+           case when runs.cancel_requested then 'cancelled' else 'failed' end as ending
+      from lapsed
+     cross join lateral unnest(lapsed.run_ids) as listed (id)
+      join queue_service.runs on runs.id = listed.id and runs.lease_id = lapsed.id and runs.state = 'running'
+     order by runs.id
+       for update of runs
+), ended as (
+    delete from queue_service.runs using lost
+     where runs.id = lost.id and lost.is_over
+    returning runs.id, run_at, created_at, expires_at, claimed_at, lost.worker_id, attempt, failures, losses + 1,
+              max_attempts, priority, lost.ending, queue, task, payload, singleton_key, ordering_key, organization_id,
+              retry_delay, timeout, metadata, null::jsonb,
+              jsonb_build_object('reason', 'worker_lost', 'message',
+                  format('The worker was lost %%s times while this run was with it.', losses + 1))
+), history as (
+    insert into queue_service.finished_runs ({history_columns}) select * from ended
+    returning id, state, queue, priority
+), queued as (
+    update queue_service.runs
+       set state = 'queued', lease_id = null, claimed_at = null, losses = losses + 1,
+           error = jsonb_build_object('reason', 'worker_lost', 'message', 'The worker was lost.')
+      from lost
+     where runs.id = lost.id and not lost.is_over
+    returning runs.id, runs.state, runs.queue, runs.priority
+)
+select id, state, queue, priority from queued union all select id, state, queue, priority from history
+
+-- name: expire
+-- End queued runs whose time to start has passed, at most `limit` of them. Rows: run ids.
+-- writes: runs, finished_runs
+with gone as (
+    delete from queue_service.runs
+     where id = any(array(select id from queue_service.runs
+                           where expires_at < (select clock_timestamp()) and state = 'queued'
+                           order by expires_at limit %(limit)s for update skip locked))
+       and state = 'queued' and expires_at < clock_timestamp()
+    returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
+              priority, 'expired', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
+              timeout, metadata, null::jsonb,
+              coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.'))
+)
+insert into queue_service.finished_runs ({history_columns})
+select * from gone
+returning id
+
+-- name: cancel
+-- A queued run ends `cancelled`; a running one is marked, and its worker told. Row: 'cancelled' or 'requested'; none if
+-- no live run has this id. The row is locked before its state is looked at, so that a claim cannot slip between.
+-- writes: runs, finished_runs
+with target as materialized (
+    select id, state from queue_service.runs where id = %(run_id)s for update
+), gone as (
+    delete from queue_service.runs using target
+     where runs.id = target.id and target.state = 'queued'
+    returning runs.id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
+              priority, 'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
+              timeout, metadata, null::jsonb,
+              coalesce(error, jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.'))
+), history as (
+    insert into queue_service.finished_runs ({history_columns}) select * from gone returning id
+), asked as (
+    update queue_service.runs set cancel_requested = true
+      from target where runs.id = target.id and target.state = 'running'
+    returning runs.id
+)
+select 'cancelled' from history union all select 'requested' from asked
+
+-- name: retry
+-- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on
+-- counting, so that no old claim fits it. Row: queue and priority; none if there is no such run in history.
+-- A live run with the same singleton key makes this a unique violation, and then nothing moved.
+-- writes: runs, finished_runs
+with taken as (
+    delete from queue_service.finished_runs
+     where id = %(run_id)s and state in ('failed', 'cancelled', 'expired')
+    returning id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
+              organization_id, retry_delay, timeout, metadata, error
+)
+insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
+                                ordering_key, organization_id, retry_delay, timeout, metadata, error)
+select * from taken
+returning queue, priority
+
+-- name: delete
+-- Forget a run that is queued or finished. Row: its id; none if it is running or unknown.
+-- writes: runs, finished_runs
+with live as (
+    delete from queue_service.runs where id = %(run_id)s and state = 'queued' returning id
+), finished as (
+    delete from queue_service.finished_runs where id = %(run_id)s returning id
+)
+select id from live union all select id from finished
+
+-- name: get
+-- A run, wherever it is.
+select {read_columns} from (
+    {live_as_read} where id = %(run_id)s
+    union all
+    {finished_as_read} where id = %(run_id)s
+) as run
+limit 1
+
+-- name: endings
+-- Those of these runs that have ended, and those that do not exist (null).
+select asked.id, ending.state
+  from unnest(%(run_ids)s::bigint[]) as asked (id)
+  left join lateral (
+    select finished_runs.state from queue_service.finished_runs where finished_runs.id = asked.id limit 1
+  ) as ending on true
+ where not exists (select from queue_service.runs where runs.id = asked.id)
+
+-- name: page
+-- Runs by descending id, below `before`: one page of a listing.
+select {read_columns} from (
+    {live_as_read}
+    union all
+    {finished_as_read}
+) as run
+ where id < %(before)s
+   and (%(state)s::text is null or state = %(state)s)
+   and (%(queue)s::text is null or queue = %(queue)s)
+   and (%(task)s::text is null or task = %(task)s)
+ order by id desc
+ limit %(limit)s
+
+-- name: tally
+-- What there is of a queue, each count stopping at `most`: queued and due, queued for later, running; the oldest due.
+select (select count(*) from (select from queue_service.runs where queue = %(queue)s and state = 'queued'
+                                 and run_at <= clock_timestamp() limit %(most)s) as due),
+       (select count(*) from (select from queue_service.runs where queue = %(queue)s and state = 'queued'
+                                 and run_at > clock_timestamp() limit %(most)s) as later),
+       (select count(*) from queue_service.leases
+         cross join lateral unnest(leases.run_ids) as listed (id)
+          join queue_service.runs on runs.id = listed.id and runs.lease_id = leases.id
+         where runs.queue = %(queue)s),
+       (select min(run_at) from (select run_at from queue_service.runs where queue = %(queue)s and state = 'queued'
+                                    and run_at <= clock_timestamp()
+                                  order by queue, priority desc, run_at, id limit 1) as first)

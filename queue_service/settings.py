@@ -1,0 +1,88 @@
+"""Every setting, its default and its environment variable. Built once by `load` and passed down; nothing else reads
+the environment. Durations are `timedelta` inside and text such as `30s` outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from queue_service.errors import ConfigError, nearest
+
+PREFIX = "QUEUE_SERVICE_"
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+
+
+def parse_duration(text: str) -> timedelta:
+    """`500ms`, `30s`, `5m`, `2h`, `14d`, or plain seconds."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a duration. Write 500ms, 30s, 5m, 2h or 14d.")
+    return timedelta(seconds=float(match[1]) * _UNITS[match[2]])
+
+
+def default_data_dir() -> Path:
+    """Where the embedded cluster lives unless told otherwise."""
+    if os.name == "posix" and os.geteuid() == 0:
+        return Path("/var/lib/queue_service")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "queue_service"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "queue_service"
+
+
+def _setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
+    kind = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**kind, metadata={"parse": parse, "doc": doc})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    data_dir: Path = _setting(default_data_dir, Path, "directory of the embedded cluster")
+    pool_size: int = _setting(4, int, "most connections of an App, besides those of a worker")
+    payload_limit: int = _setting(256 * 1024, int, "largest payload, metadata or result, in bytes")
+    lease: timedelta = _setting(timedelta(seconds=30), parse_duration, "how long a claim outlives its worker")
+    poll_interval: timedelta = _setting(timedelta(seconds=1), parse_duration, "longest wait without a notice")
+    sweep_interval: timedelta = _setting(timedelta(seconds=5), parse_duration, "how often lapsed leases are taken")
+    drain_timeout: timedelta = _setting(timedelta(seconds=30), parse_duration, "grace for handlers when stopping")
+    max_losses: int = _setting(3, int, "lost workers after which a run ends failed")
+    retention: timedelta = _setting(timedelta(days=14), parse_duration, "how long finished runs are kept")
+    log_level: str = _setting("info", str, "debug, info, warning or error")
+    log_format: str = _setting("auto", str, "auto, console or json")
+
+    def __post_init__(self) -> None:
+        for name in ("pool_size", "payload_limit", "max_losses"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("lease", "poll_interval", "sweep_interval"):
+            if getattr(self, name) < timedelta(milliseconds=10):
+                raise ConfigError(f"{name} must be at least 10ms, not {getattr(self, name)}.")
+        if self.drain_timeout < timedelta(0) or self.retention < timedelta(days=1):
+            raise ConfigError("drain_timeout must not be negative, and retention must be at least 1d.")
+
+
+def env_name(field: str) -> str:
+    return PREFIX + field.upper()
+
+
+def load(environ: Mapping[str, str], **overrides: Any) -> Settings:
+    """Defaults, then the environment, then `overrides` that are not None. An unreadable value names its variable."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Settings):
+        text = environ.get(env_name(field.name))
+        if text:
+            try:
+                values[field.name] = field.metadata["parse"](text)
+            except ValueError as refused:
+                raise ConfigError(f"{env_name(field.name)}={text!r} cannot be used: {refused}") from None
+    given = {name: value for name, value in overrides.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(Settings)}
+    for name in given.keys() - known:
+        raise ConfigError(f"There is no setting {name!r}.{nearest(name, known)}")
+    return Settings(**values | given)
