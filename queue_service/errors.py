@@ -7,6 +7,7 @@
     ├── SchemaMismatch           the database has another revision than this code was built for
     ├── EmbeddedUnavailable      the bundled Postgres is not installed, or did not start
     ├── TaskUnknown              no task of that name is registered here
+    ├── RunUnknown               no run has this id: it never existed, or its history was pruned
     └── DuplicateRun             a live run holds the singleton key, and the caller asked to be told
 
 Losing an election is not in the tree: it is a return value. Each class carries the exit code the command line uses for it.
@@ -65,6 +66,12 @@ class TaskUnknown(QueueServiceError, LookupError):
         self.known = sorted(known)
         names = ", ".join(self.known) if self.known else "none: import the module that defines them"
         super().__init__(f"No task is named {name!r}.{nearest(name, self.known)} Registered tasks: {names}.")
+
+
+class RunUnknown(QueueServiceError, LookupError):
+    def __init__(self, run_id: int) -> None:
+        self.run_id = run_id
+        super().__init__(f"There is no run {run_id}: it never existed, was deleted, or its history was pruned.")
 
 
 class DuplicateRun(QueueServiceError):

@@ -7,7 +7,7 @@ objects are driven through their own `exec_driver_sql`, so that their transactio
 from __future__ import annotations
 
 import sys
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import psycopg
 
@@ -21,11 +21,15 @@ _KINDS = "a psycopg Connection or AsyncConnection, or a SQLAlchemy Connection, S
 
 
 class SyncBorrowed(Protocol):
+    is_async: Literal[False]
+
     def fetch(self, query: Query[T]) -> T: ...
     def copy(self, statement: str, data: bytes) -> None: ...
 
 
 class AsyncBorrowed(Protocol):
+    is_async: Literal[True]
+
     async def fetch(self, query: Query[T]) -> T: ...
     async def copy(self, statement: str, data: bytes) -> None: ...
 
@@ -46,12 +50,14 @@ def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
 
 def borrow_sync(conn: Any) -> SyncBorrowed:
     borrowed = borrow(conn)
-    if isinstance(borrowed, (_AsyncPsycopg, _AsyncAlchemy)):
+    if borrowed.is_async:
         raise ConfigError(f"{type(conn).__name__} is asynchronous: use the App itself, not its `sync` twin, with it.")
-    return borrowed  # type: ignore[return-value]
+    return borrowed
 
 
 class _Psycopg:
+    is_async: Literal[False] = False
+
     def __init__(self, conn: psycopg.Connection[Any]) -> None:
         self._conn = conn
 
@@ -64,6 +70,8 @@ class _Psycopg:
 
 
 class _AsyncPsycopg:
+    is_async: Literal[True] = True
+
     def __init__(self, conn: psycopg.AsyncConnection[Any]) -> None:
         self._conn = conn
 
@@ -77,6 +85,8 @@ class _AsyncPsycopg:
 
 
 class _Alchemy:
+    is_async: Literal[False] = False
+
     def __init__(self, conn: Any) -> None:
         self._conn = conn
 
@@ -89,6 +99,8 @@ class _Alchemy:
 
 
 class _AsyncAlchemy:
+    is_async: Literal[True] = True
+
     def __init__(self, conn: Any) -> None:
         self._conn = conn
 

@@ -7,7 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from queue_service.db.query import Query, nothing
+from queue_service.db.statements import Statements
+
+SQL = Statements("queue_service.db")
 
 RUNS = "queue_service_runs"
 FINISHED = "queue_service_finished"
@@ -18,8 +24,20 @@ EVERYTHING = "*"
 MAX_PAYLOAD = 7_900
 
 
-def enqueued(queue: str, priority: int) -> str:
-    return f"{priority} {queue}"
+class Notice(NamedTuple):
+    channel: str
+    payload: str
+
+
+def notify(notices: Collection[Notice], *, alone: bool) -> Query[None]:
+    """Send notices: `alone` in a transaction of their own, or else with the caller's, when it commits."""
+    channels, payloads = zip(*notices, strict=True)
+    name = "notify_alone" if alone else "notify"
+    return SQL.query(name, nothing, channels=list(channels), payloads=list(payloads))
+
+
+def enqueued(queue: str, priority: int) -> Notice:
+    return Notice(RUNS, f"{priority} {queue}")
 
 
 def read_enqueued(payload: str) -> tuple[str, int] | None:
@@ -31,9 +49,9 @@ def read_enqueued(payload: str) -> tuple[str, int] | None:
         return None
 
 
-def run_ids(ids: Iterable[int]) -> str:
+def about_runs(channel: str, ids: Iterable[int]) -> Notice:
     payload = ",".join(map(str, ids))
-    return payload if len(payload) <= MAX_PAYLOAD else EVERYTHING
+    return Notice(channel, payload if len(payload) <= MAX_PAYLOAD else EVERYTHING)
 
 
 def read_run_ids(payload: str) -> set[int] | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
+from queue_service.db.channels import Notice
 from queue_service.db.execute import translated
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import DatabaseUnavailable
@@ -25,12 +26,6 @@ log = get_logger(__name__)
 PING_INTERVAL = 10.0
 PING_DEADLINE = 5.0
 MAX_PAUSE = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    channel: str
-    payload: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ select due.run_at, due.run_at + %(expires_in)s::interval,
 
 -- name: scan
 -- For each priority of each queue: the first run that a claim could take, which is where claims may start to look, or
--- null where nothing is due. Distinct priorities are found by hopping along the index, one descent each. The last
+-- null where nothing is due. Paused queues are left out. Distinct priorities are found by hopping along the index, one descent each. The last
 -- column is the time of the scan.
 with recursive lane (queue, priority) as (
     select asked.queue, top.priority
@@ -90,6 +90,7 @@ with recursive lane (queue, priority) as (
          where runs.queue = asked.queue
          order by runs.queue, runs.priority desc, runs.run_at, runs.id limit 1
      ) as top
+     where not exists (select from queue_service.queues where name = asked.queue and paused_at is not null)
     union all
     select lane.queue, below.priority
       from lane
@@ -191,9 +192,10 @@ with ending as materialized (
     delete from queue_service.runs using ending
      where runs.id = ending.id and runs.attempt = ending.attempt and runs.state = 'running'
        and (select count(*) from freed) >= 0
-    returning runs.id, run_at, created_at, expires_at, claimed_at, %(worker_id)s::bigint, runs.attempt, failures, losses,
-              max_attempts, priority, ending.state, queue, task, payload, singleton_key, ordering_key, organization_id,
-              retry_delay, timeout, metadata, nullif(ending.result, 'null'),
+    returning runs.id, run_at, created_at, expires_at, claimed_at, %(worker_id)s::bigint, runs.attempt,
+              failures + (ending.state = 'failed')::integer, losses, max_attempts, priority, ending.state,
+              queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata,
+              nullif(ending.result, 'null'),
               coalesce(nullif(ending.error, 'null'), runs.error)
 )
 insert into queue_service.finished_runs ({history_columns})

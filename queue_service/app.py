@@ -1,0 +1,267 @@
+"""The object users hold: it registers tasks, and enqueues and follows runs, on its own connections or on the caller's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+
+from psycopg import errors as pg
+
+from queue_service import enqueue as enqueueing
+from queue_service import settings as settings_module
+from queue_service.db import channels, url
+from queue_service.db.borrowed import borrow
+from queue_service.db.pool import Pool
+from queue_service.db.query import Query
+from queue_service.enqueue import OnConflict, Steps, drive, drive_sync
+from queue_service.errors import ConfigError, DuplicateRun, RunUnknown
+from queue_service.opened import Opened
+from queue_service.queues import queries as queue_queries
+from queue_service.runs import queries
+from queue_service.runs.model import NewRun, Run
+from queue_service.settings import Settings
+from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
+
+if TYPE_CHECKING:
+    from queue_service.sync import SyncApp
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class App:
+    """Tasks and a database.
+
+    `database` is a Postgres URL or conninfo, or `file:PATH` (or a path) for an embedded cluster there; without it the
+    environment decides, and the embedded cluster in the data directory comes last. Nothing is connected before
+    `async with app` (or `with app.sync`).
+    """
+
+    def __init__(self, database: str | None = None, *, settings: Settings | None = None) -> None:
+        self.settings = settings or settings_module.load(os.environ)
+        self.database = url.choose(database, os.environ, self.settings.data_dir)
+        self.tasks = Tasks()
+        self._open: Opened | None = None
+        self._users = 0
+
+    @classmethod
+    def twin(cls, app: App) -> App:
+        """An App for the same database with the same tasks, and connections of its own."""
+        twin = cls.__new__(cls)
+        twin.settings, twin.database, twin.tasks = app.settings, app.database, app.tasks
+        twin._open, twin._users = None, 0
+        return twin
+
+    # Tasks
+
+    @overload
+    def task(self, function: Callable[P, Any], /) -> Task[P, Any]: ...
+    @overload
+    def task(
+        self,
+        *,
+        queue: str = ...,
+        name: str | None = ...,
+        timeout: timedelta | float | None = ...,
+        retry: Retry = ...,
+    ) -> Decorator: ...
+    def task(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        queue: str = "default",
+        name: str | None = None,
+        timeout: timedelta | float | None = None,
+        retry: Retry | None = None,
+    ) -> Any:
+        """Register a function as a task, under its own name unless `name` says another. The name is what is stored: keep
+        it when the function moves. `timeout` bounds one attempt; `retry` says how often a raising handler is tried."""
+
+        def register(function: Callable[..., Any]) -> Task[..., Any]:
+            task: Task[..., Any] = Task(
+                function,
+                name=name or function.__name__,
+                queue=queue,
+                timeout=None if timeout is None else duration(timeout, "timeout", positive=True),
+                retry=retry or Retry(),
+                enqueue=self.enqueue,
+            )
+            self.tasks.add(task)
+            return task
+
+        return register if function is None else register(function)
+
+    # Opening and closing
+
+    async def __aenter__(self) -> App:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Connect. An embedded cluster is started, and migrated if it is new. Raises DatabaseUnavailable, SchemaMismatch,
+        EmbeddedUnavailable. Each `open` needs its `close`; only the first and the last do anything."""
+        if self._open is None:
+            self._open = await Opened.at(self.database, self.settings)
+        self._users += 1
+
+    async def close(self) -> None:
+        self._users -= 1
+        if self._users <= 0 and self._open is not None:
+            opened, self._open, self._users = self._open, None, 0
+            await opened.close()
+
+    @property
+    def sync(self) -> SyncApp:
+        """The same methods, blocking, for code without an event loop: `with app.sync as q: q.enqueue(…)`."""
+        from queue_service.sync import SyncApp  # noqa: PLC0415 - sync stands above app
+
+        return SyncApp(self)
+
+    @property
+    def conninfo(self) -> str:
+        """How to reach the database this App is connected to."""
+        return self._opened.conninfo
+
+    async def fetch(self, query: Query[T]) -> T:
+        """Run one query on a connection of the pool."""
+        return await self._opened.pool.fetch(query)
+
+    @property
+    def pool(self) -> Pool:
+        return self._opened.pool
+
+    # Runs
+
+    async def enqueue(
+        self,
+        task: str,
+        payload: Mapping[str, Any],
+        /,
+        *,
+        queue: str | None = None,
+        priority: int = 0,
+        delay: timedelta | float | None = None,
+        run_at: datetime | None = None,
+        expires_in: timedelta | float | None = None,
+        singleton_key: str | None = None,
+        on_conflict: OnConflict = "return",
+        ordering_key: str | None = None,
+        max_attempts: int | None = None,
+        retry_delay: timedelta | float | None = None,
+        timeout: timedelta | float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        organization_id: str | None = None,
+        conn: Any = None,
+    ) -> int:
+        """Store a run and return its id.
+
+        `delay` (or `run_at`, with a time zone) says when it is due, `expires_in` how long after that it may still start.
+        Higher `priority` goes first, -32768 to 32767. Durations are `timedelta` or seconds. A `singleton_key` is unique
+        among the queue's live runs; `on_conflict` says what a second enqueue does: `return` the live run's id, `replace`
+        what is still queued, or `raise` DuplicateRun (as `replace` does when the run is already running).
+        With `conn`, a psycopg or SQLAlchemy connection or session, the run is part of the caller's transaction; nothing
+        that happens here aborts it. Raises PayloadRefused and ConfigError before anything is sent.
+        """
+        enqueueing.check_policy(on_conflict)
+        new = enqueueing.new_run(
+            self.tasks, self.settings.payload_limit, task, payload,
+            queue=queue, priority=priority, delay=delay, run_at=run_at, expires_in=expires_in,
+            singleton_key=singleton_key, ordering_key=ordering_key, max_attempts=max_attempts,
+            retry_delay=retry_delay, timeout=timeout, metadata=metadata, organization_id=organization_id,
+        )  # fmt: skip
+        return await self._store(enqueueing.enqueue(new, on_conflict), new, conn)
+
+    async def enqueue_many(
+        self, task: str, payloads: Iterable[Mapping[str, Any]], /, *, conn: Any = None, **options: Any
+    ) -> list[int]:
+        """Store one run for each payload, all or none, and return their ids in order. Takes the options of `enqueue` that
+        can be shared (not `singleton_key`). About twenty times quicker than one by one."""
+        first, texts = enqueueing.new_runs(self.tasks, self.settings.payload_limit, task, payloads, options)
+        return await self._store(enqueueing.enqueue_many(first, texts), first, conn)
+
+    async def wait(self, run_id: int, *, timeout: timedelta | float | None = None) -> Run:  # noqa: ASYNC109
+        """The run once it has ended. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has."""
+        seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    if await self._opened.endings.wait(run_id) is None:
+                        raise RunUnknown(run_id)
+                    run = await self.fetch(queries.get(run_id))
+                    # None or live: it was deleted, or taken out of history and queued again, between the two looks.
+                    if run is not None and run.state.finished:
+                        return run
+        except TimeoutError:
+            raise TimeoutError(f"Run {run_id} did not end within {seconds:g} s. It goes on; wait again.") from None
+
+    async def get(self, run_id: int) -> Run | None:
+        """The run, live or finished; None if there is none of this id."""
+        return await self.fetch(queries.get(run_id))
+
+    async def cancel(self, run_id: int) -> bool:
+        """Cancel a run: a queued one ends at once, a running one has its handler cancelled. False: it is not live."""
+        answer = await self.fetch(queries.cancel(run_id))
+        if answer is not None:
+            channel = channels.CANCEL if answer == "requested" else channels.FINISHED
+            self._opened.notifier.send([channels.about_runs(channel, [run_id])])
+        return answer is not None
+
+    async def retry(self, run_id: int) -> bool:
+        """Queue a failed, cancelled or expired run again, its counters fresh. False: there is none of this id.
+        Raises DuplicateRun if a live run holds its singleton key; then nothing moved."""
+        try:
+            lane = await self.fetch(queries.retry(run_id))
+        except pg.UniqueViolation:
+            run = await self.fetch(queries.get(run_id))
+            if run is None or run.singleton_key is None:
+                return False
+            holder = await self.fetch(queries.singleton_holder(run.queue, run.singleton_key))
+            raise DuplicateRun(holder or run_id, run.singleton_key, why="so this one was not queued again") from None
+        if lane is not None:
+            self._opened.notifier.send([channels.enqueued(*lane)])
+        return lane is not None
+
+    async def delete(self, run_id: int) -> bool:
+        """Forget a queued or finished run. False: it is running, or there is none of this id."""
+        return await self.fetch(queries.delete(run_id))
+
+    # Queues
+
+    async def pause(self, queue: str) -> bool:
+        """Let no worker claim from this queue until `resume`. What is running goes on. False: it was paused already."""
+        return await self.fetch(queue_queries.pause(queue))
+
+    async def resume(self, queue: str) -> bool:
+        """False: it was not paused."""
+        resumed = await self.fetch(queue_queries.resume(queue))
+        if resumed:
+            self._opened.notifier.send([channels.enqueued(queue, 0)])
+        return resumed
+
+    def notify(self, notices: Iterable[channels.Notice]) -> None:
+        """Send notices soon, coalesced with those of the rest of this process."""
+        self._opened.notifier.send(list(notices))
+
+    async def _store(self, steps: Steps[T], new: NewRun, conn: Any) -> T:
+        if conn is None:
+            stored = await drive(steps, self._opened)
+            self._opened.notifier.send(enqueueing.notices(new))
+            return stored
+        borrowed = borrow(conn)
+        within = enqueueing.with_notice(steps, new)
+        return await drive(within, borrowed) if borrowed.is_async else drive_sync(within, borrowed)
+
+    @property
+    def _opened(self) -> Opened:
+        if self._open is None:
+            raise ConfigError("This App is not connected. Use it inside `async with app:` (or `with app.sync as q:`).")
+        self._open.check_process()
+        return self._open

@@ -1,0 +1,250 @@
+"""What an enqueue accepts, and the steps it takes.
+
+The steps are generators that yield what they want from the database and are sent the answer, so that one description
+serves our pool, the caller's own transaction, async and sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal, TypeVar
+
+from queue_service import codec
+from queue_service.db import channels
+from queue_service.db.borrowed import AsyncBorrowed, SyncBorrowed
+from queue_service.db.query import Query
+from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, PayloadRefused, nearest
+from queue_service.runs import queries
+from queue_service.runs.model import NewRun
+from queue_service.tasks import Tasks, duration
+
+OnConflict = Literal["return", "replace", "raise"]
+SHARED = frozenset(
+    {
+        "queue", "priority", "delay", "run_at", "expires_in", "ordering_key", "max_attempts", "retry_delay", "timeout",
+        "metadata", "organization_id",
+    }
+)  # fmt: skip
+POLICIES = ("return", "replace", "raise")
+
+T = TypeVar("T")
+
+MAX_QUEUE = 128
+MAX_TASK = 256
+# An index entry holds at most about 2,700 bytes.
+MAX_KEY = 1_024
+# A holder that ends between our insert and our look at it makes us try again; this many in a row is no coincidence.
+TRIES = 20
+
+_COLUMNS = (
+    "id, queue, task, run_at, expires_at, priority, ordering_key, max_attempts, retry_delay, timeout, metadata, "
+    "organization_id, payload"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Rows in COPY's text format, for `statement`."""
+
+    statement: str
+    data: bytes
+
+
+Step = Query[Any] | Copy
+Steps = Generator[Step, Any, T]
+
+
+async def drive(steps: Steps[T], run: AsyncBorrowed) -> T:
+    try:
+        step = next(steps)
+        while True:
+            answer = await (run.copy(step.statement, step.data) if isinstance(step, Copy) else run.fetch(step))
+            step = steps.send(answer)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+
+
+def drive_sync(steps: Steps[T], run: SyncBorrowed) -> T:
+    try:
+        step = next(steps)
+        while True:
+            answer = run.copy(step.statement, step.data) if isinstance(step, Copy) else run.fetch(step)
+            step = steps.send(answer)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+
+
+def new_run(
+    tasks: Tasks,
+    payload_limit: int,
+    task: str,
+    payload: Mapping[str, Any],
+    *,
+    queue: str | None = None,
+    priority: int = 0,
+    delay: timedelta | float | None = None,
+    run_at: datetime | None = None,
+    expires_in: timedelta | float | None = None,
+    singleton_key: str | None = None,
+    ordering_key: str | None = None,
+    max_attempts: int | None = None,
+    retry_delay: timedelta | float | None = None,
+    timeout: timedelta | float | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    organization_id: str | None = None,
+) -> NewRun:
+    """Check everything a caller can get wrong. A task that is not registered here may be known to a worker elsewhere."""
+    _check_text(task, "task", MAX_TASK)
+    known = tasks.get(task)
+    queue = queue if queue is not None else (known.queue if known is not None else "default")
+    _check_text(queue, "queue", MAX_QUEUE)
+    for value, what in ((singleton_key, "singleton_key"), (ordering_key, "ordering_key"), (organization_id, "organization_id")):
+        if value is not None:
+            _check_text(value, what, MAX_KEY)
+    _check_integer(priority, "priority", -(2**15), 2**15 - 1)
+    if max_attempts is not None:
+        _check_integer(max_attempts, "max_attempts", 1, 2**31 - 1)
+    if delay is not None and run_at is not None:
+        raise ConfigError("delay and run_at both say when. Pass one of them.")
+    if run_at is not None:
+        _check_moment(run_at)
+    text = codec.dumps_object(payload, what="payload", limit=payload_limit)
+    if known is not None:
+        known.check(payload)
+    return NewRun(
+        task=task,
+        queue=queue,
+        payload=text,
+        priority=priority,
+        delay=None if delay is None else duration(delay, "delay"),
+        run_at=run_at,
+        expires_in=None if expires_in is None else duration(expires_in, "expires_in", positive=True),
+        singleton_key=singleton_key,
+        ordering_key=ordering_key,
+        max_attempts=max_attempts,
+        retry_delay=None if retry_delay is None else duration(retry_delay, "retry_delay"),
+        timeout=None if timeout is None else duration(timeout, "timeout", positive=True),
+        metadata=None if metadata is None else codec.dumps_object(metadata, what="metadata", limit=payload_limit),
+        organization_id=organization_id,
+    )
+
+
+def new_runs(
+    tasks: Tasks, payload_limit: int, task: str, payloads: Iterable[Mapping[str, Any]], options: Mapping[str, Any]
+) -> tuple[NewRun, list[str]]:
+    """What the runs have in common, and the payload of each as JSON text."""
+    unknown = options.keys() - SHARED
+    if unknown & {"singleton_key", "on_conflict"}:
+        raise ConfigError("enqueue_many stores runs that are all alike: singleton_key needs enqueue, one by one.")
+    if unknown:
+        name = min(unknown)
+        raise ConfigError(f"enqueue_many has no option {name!r}.{nearest(name, SHARED)}")
+    known = tasks.get(task)
+    texts = []
+    for payload in payloads:
+        texts.append(codec.dumps_object(payload, what="payload", limit=payload_limit))
+        if known is not None:
+            known.check(payload)
+    queue = options.get("queue") or (known.queue if known is not None else None)
+    # Checked as a run with an empty payload, which no signature is held against here.
+    return new_run(Tasks(), payload_limit, task, {}, **{**options, "queue": queue}), texts
+
+
+def notices(new: NewRun) -> list[channels.Notice]:
+    """What to tell workers once this is committed. A delayed run is found by polling when it is due."""
+    return [] if new.delay else [channels.enqueued(new.queue, new.priority)]
+
+
+def with_notice(steps: Steps[T], new: NewRun) -> Steps[T]:
+    """The steps, and then the notice as part of the same transaction."""
+    stored = yield from steps
+    if told := notices(new):
+        yield channels.notify(told, alone=False)
+    return stored
+
+
+def check_policy(on_conflict: str) -> None:
+    if on_conflict not in POLICIES:
+        raise ConfigError(f"on_conflict must be one of {', '.join(POLICIES)}.{nearest(str(on_conflict), POLICIES)}")
+
+
+def enqueue(new: NewRun, on_conflict: OnConflict) -> Steps[int]:
+    """Store one run; the id of it, or of the live run that holds its singleton key, as `on_conflict` asks."""
+    for _ in range(TRIES):
+        run_id = yield (queries.replace(new) if on_conflict == "replace" else queries.enqueue(new))
+        if run_id is not None:
+            return int(run_id)
+        assert new.singleton_key is not None  # noqa: S101 - nothing else can refuse the insert
+        holder = yield queries.singleton_holder(new.queue, new.singleton_key)
+        # None: it ended since the insert met it. The key is free, and the insert may be tried again.
+        if holder is not None:
+            if on_conflict == "return":
+                return int(holder)
+            why = "and on_conflict is 'raise'" if on_conflict == "raise" else "and it is running: it cannot be replaced"
+            raise DuplicateRun(holder, new.singleton_key, why=why)
+    raise DatabaseUnavailable(f"Singleton key {new.singleton_key!r} changed hands {TRIES} times while we looked at it.")
+
+
+def enqueue_many(first: NewRun, payloads: Sequence[str]) -> Steps[list[int]]:
+    """Copy many runs in, all alike but for their payloads; their ids, in order. One statement, so all or none."""
+    if not payloads:
+        return []
+    due, expires, ids = yield queries.reserve(len(payloads), first.delay, first.run_at, first.expires_in)
+    shared = (
+        first.queue, first.task, due.isoformat(), expires and expires.isoformat(), first.priority, first.ordering_key,
+        first.max_attempts, _interval(first.retry_delay), _interval(first.timeout), first.metadata,
+        first.organization_id,
+    )  # fmt: skip
+    middle = "\t".join(map(_copy_text, shared))
+    rows = [f"{run_id}\t{middle}\t{_escaped(payload)}\n" for run_id, payload in zip(ids, payloads, strict=True)]
+    yield Copy(f"copy queue_service.runs ({_COLUMNS}) from stdin", "".join(rows).encode())  # noqa: S608 - constants
+    return list(ids)
+
+
+def _copy_text(value: object) -> str:
+    return r"\N" if value is None else _escaped(str(value))
+
+
+def _escaped(text: str) -> str:
+    if "\\" in text:
+        text = text.replace("\\", r"\\")
+    # JSON text never holds these raw, but a queue name may.
+    if "\t" in text or "\n" in text or "\r" in text:
+        text = text.replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
+    return text
+
+
+def _interval(value: timedelta | None) -> str | None:
+    return None if value is None else f"{value.total_seconds():.6f} seconds"
+
+
+def _check_text(value: object, what: str, limit: int) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{what} must be a text that is not empty, not {value!r}.")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise PayloadRefused(f"{what} holds a lone surrogate, which is no character.") from None
+    if size > limit:
+        raise ConfigError(f"{what} is {size} bytes long; the limit is {limit}.")
+    if "\x00" in value:
+        raise PayloadRefused(f"{what} holds a NUL character, which Postgres cannot store.")
+
+
+def _check_integer(value: object, what: str, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{what} must be a whole number from {least} to {most}, not {value!r}.")
+
+
+def _check_moment(moment: object) -> None:
+    if not isinstance(moment, datetime):
+        raise ConfigError(f"run_at must be a datetime, not {type(moment).__name__}.")
+    if moment.utcoffset() is None:
+        raise ConfigError(
+            f"run_at={moment.isoformat()} has no time zone, so it names no moment. "
+            "Use datetime.now(timezone.utc) and the like."
+        )
+
+

@@ -1,0 +1,100 @@
+"""Makes the daily partitions of `finished_runs` ahead of time, drops those past retention, forgets silent workers.
+
+Any number of processes may do this at once: an advisory lock lets one work and the others go on.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta
+from typing import NamedTuple
+
+from psycopg import errors as pg
+from psycopg import sql
+
+from queue_service.db.execute import translated
+from queue_service.db.pool import Connection, Pool
+from queue_service.logs import get_logger
+from queue_service.roster import queries as roster
+
+log = get_logger(__name__)
+
+AHEAD = 3
+SILENCE = timedelta(days=1)
+_LOCK = 4_718_105_520_115
+_PREFIX = "finished_runs_"
+
+# Names and bounds of partitions are the one place where SQL is composed: they come from dates, and DDL takes no
+# parameters. What the default partition caught for that day moves along, or the new bounds would be refused.
+_MAKE = """
+create table queue_service.{name} (like queue_service.finished_runs including defaults including constraints);
+with moved as (
+    delete from queue_service.finished_runs_default where finished_at >= {lower} and finished_at < {upper} returning *
+)
+insert into queue_service.{name} select * from moved;
+alter table queue_service.finished_runs attach partition queue_service.{name} for values from ({lower}) to ({upper});
+"""
+
+
+class Pruned(NamedTuple):
+    made: list[str]
+    dropped: list[str]
+
+
+class Pruner:
+    def __init__(self, pool: Pool, *, retention: timedelta) -> None:
+        self._pool = pool
+        self._retention = retention
+
+    async def once(self) -> Pruned:
+        """What was made and dropped; nothing where another process holds the lock or a table is busy."""
+        await self._pool.fetch(roster.prune(SILENCE))
+        async with self._pool.connection() as conn:
+            with translated():
+                return await self._partitions(conn)
+
+    async def _partitions(self, conn: Connection) -> Pruned:
+        made: list[str] = []
+        dropped: list[str] = []
+        try:
+            async with conn.transaction():
+                # Attaching locks the default partition against writers: better to give up than to stand in their way.
+                await conn.execute("set local lock_timeout = '1s'")
+                cursor = await conn.execute("select pg_try_advisory_xact_lock(%s), clock_timestamp()", [_LOCK])
+                mine, now = await cursor.fetchone() or (False, datetime.now(UTC))
+                if not mine:
+                    return Pruned([], [])
+                today = now.astimezone(UTC).date()
+                have = await _existing(conn)
+                for day in (today + timedelta(days=offset) for offset in range(AHEAD + 1)):
+                    if day not in have:
+                        await conn.execute(_make(day))
+                        made.append(_name(day))
+                for day in sorted(day for day in have if day < today - self._retention):
+                    await conn.execute(sql.SQL("drop table queue_service.{}").format(sql.Identifier(_name(day))))
+                    dropped.append(_name(day))
+        except pg.LockNotAvailable:
+            log.info("history is busy; its partitions wait for the next pass")
+            return Pruned([], [])
+        if made or dropped:
+            log.info("history partitions", made=made, dropped=dropped)
+        return Pruned(made, dropped)
+
+
+async def _existing(conn: Connection) -> set[date]:
+    cursor = await conn.execute(
+        "select relname from pg_class where oid in (select inhrelid from pg_inherits"
+        " where inhparent = 'queue_service.finished_runs'::regclass)"
+    )
+    names = [row[0].removeprefix(_PREFIX) for row in await cursor.fetchall()]
+    return {datetime.strptime(name, "%Y%m%d").replace(tzinfo=UTC).date() for name in names if name.isdigit()}
+
+
+def _name(day: date) -> str:
+    return f"{_PREFIX}{day:%Y%m%d}"
+
+
+def _make(day: date) -> sql.Composed:
+    lower = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    return sql.SQL(_MAKE).format(
+        name=sql.Identifier(_name(day)), lower=sql.Literal(lower), upper=sql.Literal(lower + timedelta(days=1))
+    )

@@ -1,0 +1,220 @@
+"""Decides when to ask for runs, and for how many; never runs a handler.
+
+Claims start from the floors, and follow notices and free slots. A scan from the front comes once each poll interval, and
+sooner after a claim that came back short, since what commits behind a floor is seen by nothing else. A scan may cost
+much (it walks what vacuum could not remove yet), so the pause after it is at least 25 times what it took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+from queue_service.db.pool import Wire
+from queue_service.errors import DatabaseUnavailable
+from queue_service.logs import get_logger
+from queue_service.runs import queries
+from queue_service.runs.model import Return
+from queue_service.worker.executor import Executor
+from queue_service.worker.finisher import Finisher
+from queue_service.worker.floors import Floors
+from queue_service.worker.leases import Leases
+
+log = get_logger(__name__)
+
+SCAN_SHARE = 25.0
+SOON = 0.010
+ONCE_PAUSE = 0.020
+MAX_PAUSE = 5.0
+# A run that lost its worker runs alone in its process: for at most this long we wait until nothing else runs, and for
+# at most this long it is left alone once begun. After that, it shares the process like any other.
+PATIENCE = 1.0
+PROBATION = 2.0
+# Runs claimed ahead are handed back when no handler of their queue has ended for this long.
+STALLED = 1.0
+# Suspects in a row before ordinary runs get their turn.
+SUSPECTS = 20
+
+
+class Claimer:
+    def __init__(
+        self,
+        wire: Wire,
+        executors: Mapping[str, Executor],
+        leases: Leases,
+        finisher: Finisher,
+        *,
+        tasks: list[str],
+        worker_id: int,
+        lease: timedelta,
+        poll_interval: timedelta,
+    ) -> None:
+        self._wire = wire
+        self._executors = executors
+        self._leases = leases
+        self._finisher = finisher
+        self._tasks = tasks
+        self._worker_id = worker_id
+        self._lease = lease
+        self._poll = poll_interval.total_seconds()
+        self._floors = Floors()
+        # Queues that may have more than was claimed.
+        self._hopeful: set[str] = set(executors)
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._next_scan = 0.0
+        self._earliest_scan = 0.0
+        self._next_suspect = 0.0
+        self._progress: dict[str, tuple[int, float]] = {}
+        self.last_pass = time.monotonic()
+
+    # What others tell it
+
+    def wake(self) -> None:
+        """There is room for more, or reason to look."""
+        self._wake.set()
+
+    def hint(self, queue: str, priority: int) -> None:
+        """A notice: something was enqueued there."""
+        if queue in self._executors:
+            self._floors.hint(queue, priority)
+            self._hopeful.add(queue)
+            self._wake.set()
+
+    def rescan(self) -> None:
+        """Notices may have been lost: look everywhere as soon as the pace of scans allows."""
+        self._next_scan = 0.0
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    # The loop
+
+    async def run(self, *, once: bool = False) -> None:
+        """Claim until stopped; with `once`, until nothing is due and all that was claimed has ended."""
+        pause = 0.1
+        while not self._stopping:
+            try:
+                if await self._pass(ONCE_PAUSE if once else self._poll) and once and await self._is_drained():
+                    return
+                if pause > 0.1:
+                    log.info("claiming again")
+                pause = 0.1
+            except DatabaseUnavailable as lost:
+                if pause == 0.1:
+                    log.warning("cannot claim; trying until the database is back", why=str(lost))
+                self.rescan()
+                await self._sleep(pause)
+                pause = min(pause * 2, MAX_PAUSE)
+
+    async def _pass(self, longest: float) -> bool:
+        """One step: a scan, or claims, or a wait. True if there was nothing to do but wait."""
+        self.last_pass = now = time.monotonic()
+        if now >= max(self._next_scan, self._earliest_scan):
+            await self._scan(now)
+            return False
+        ready = [executor for queue in self._hopeful if (executor := self._executors[queue]).wanted() > 0]
+        for executor in ready:
+            await self._claim(executor)
+        if not ready:
+            await self._sleep(min(longest, max(self._next_scan, self._earliest_scan) - now))
+        return not ready
+
+    async def _scan(self, now: float) -> None:
+        self._hand_back_stalled(now)
+        lanes = await self._wire.fetch(queries.scan(list(self._executors), self._tasks))
+        self._hopeful = self._floors.scanned(lanes)
+        cost = time.monotonic() - now
+        self._earliest_scan = now + cost + max(SOON, cost * SCAN_SHARE)
+        self._next_scan = now + cost + self._poll
+        if now >= self._next_suspect:
+            await self._claim_suspects()
+
+    async def _claim(self, executor: Executor) -> None:
+        wanted = executor.wanted()
+        claimed = await self._wire.fetch(
+            queries.claim(
+                executor.queue,
+                self._floors.of(executor.queue),
+                tasks=self._tasks,
+                limit=wanted,
+                worker_id=self._worker_id,
+                lease=self._lease,
+            )
+        )
+        self._floors.claimed(executor.queue, [run for run, _ in claimed])
+        if len(claimed) < wanted:
+            self._hopeful.discard(executor.queue)
+            # Short: the queue is empty, or what is left stands behind the floor.
+            self._next_scan = min(self._next_scan, self._earliest_scan)
+        held = self._leases.take(claimed)
+        if self._stopping:
+            for each in held:
+                self._finisher.put(each, Return(each.run.claim))
+        else:
+            executor.offer(held)
+
+    def _hand_back_stalled(self, now: float) -> None:
+        """Give up what waits behind handlers that stopped ending: another worker may be free."""
+        for queue, executor in self._executors.items():
+            completed, since = self._progress.get(queue, (-1, now))
+            if executor.completed != completed:
+                self._progress[queue] = (executor.completed, now)
+            elif now - since > STALLED:
+                for held in executor.take_back():
+                    self._finisher.put(held, Return(held.run.claim))
+
+    # Suspects
+
+    async def _claim_suspects(self) -> None:
+        """Run those that lost a worker, one at a time and alone; ordinary runs then get at least as long a turn."""
+        begun = time.monotonic()
+        self._next_suspect = begun + self._poll
+        if not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._tasks)):
+            return
+        await self._until_idle(PATIENCE)
+        for _ in range(SUSPECTS):
+            if self._stopping:
+                return
+            free = [queue for queue, executor in self._executors.items() if executor.wanted() > 0]
+            claimed = await self._wire.fetch(
+                queries.claim_suspect(free, self._tasks, worker_id=self._worker_id, lease=self._lease)
+            )
+            if not claimed:
+                break
+            log.info("running alone, since it lost its worker before", run_id=claimed[0][0].id)
+            self._executors[claimed[0][0].queue].offer(self._leases.take(claimed))
+            await self._until_idle(PROBATION)
+        now = time.monotonic()
+        self._next_suspect = now + max(self._poll, now - begun)
+
+    async def _until_idle(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not all(executor.is_idle for executor in self._executors.values()):
+            left = deadline - time.monotonic()
+            if left <= 0 or self._stopping:
+                return
+            await self._sleep(left)
+
+    async def _is_drained(self) -> bool:
+        """Nothing runs, nothing is being written, and a look from the front finds nothing that is due."""
+        if self._hopeful or not self._finisher.is_idle:
+            return False
+        if not all(executor.is_idle for executor in self._executors.values()):
+            return False
+        lanes = await self._wire.fetch(queries.scan(list(self._executors), self._tasks))
+        self._hopeful |= self._floors.scanned(lanes)
+        due = self._hopeful or await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._tasks))
+        return not due
+
+    async def _sleep(self, seconds: float) -> None:
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(max(seconds, 0)):
+                await self._wake.wait()
+        except TimeoutError:
+            pass

@@ -1,0 +1,241 @@
+"""Executes the claimed runs of one queue: slots pull from a local deque, and each run becomes one outcome.
+
+A slot is a coroutine that lives on from run to run, since a task for each run would cost more than a short handler. The
+handler runs inside the slot's own task; cancelling a run cancels that task, with a cause noted first, by which the slot
+knows that it is not meant itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from queue_service import backoff, codec
+from queue_service.errors import PayloadRefused
+from queue_service.logs import get_logger
+from queue_service.runs.model import Ending, Return, Run, RunState
+from queue_service.tasks import Cancel, Snooze, Task, Tasks
+from queue_service.worker.finisher import Finisher, Outcome
+from queue_service.worker.leases import Held, Lease
+
+log = get_logger(__name__)
+
+# Claimed ahead of free slots: what the queue was last seen to work off in this time, and no more.
+AHEAD = 0.025
+MAX_AHEAD = 1_000
+# Handlers that never wait would keep the loop from everything else; after this many, a slot lets others go first.
+YIELD_EVERY = 50
+
+
+class Cause(Enum):
+    CANCELLED = auto()
+    LOST = auto()
+    DRAINED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class _Execution:
+    held: Held
+    task: asyncio.Task[Any]
+    cause: Cause | None = None
+
+
+class Executor:
+    """One queue's slots. `spawn` starts a slot's task; `room` is called when more could be claimed."""
+
+    def __init__(
+        self,
+        queue: str,
+        concurrency: int,
+        *,
+        tasks: Tasks,
+        finisher: Finisher,
+        threads: ThreadPoolExecutor,
+        result_limit: int,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        room: Callable[[], None],
+    ) -> None:
+        self.queue = queue
+        self.concurrency = concurrency
+        self._tasks = tasks
+        self._finisher = finisher
+        self._threads = threads
+        self._result_limit = result_limit
+        self._spawn = spawn
+        self._room = room
+        self._waiting: deque[Held] = deque()
+        self._running: dict[int, _Execution] = {}
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._slots = 0
+        self._since_yield = 0
+        self.completed = 0
+        self._ahead = 0
+        self._measured = (time.monotonic(), 0)
+
+    # For the claimer
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def wanted(self) -> int:
+        """How many runs to claim now: the free slots, and ahead of them only what will be begun within moments."""
+        self._measure()
+        if len(self._waiting) > self._ahead // 2:
+            return 0
+        return max(0, self.concurrency - len(self._running) + self._ahead - len(self._waiting))
+
+    def offer(self, claimed: list[Held]) -> None:
+        self._waiting.extend(claimed)
+        for _ in range(min(len(claimed), len(self._idle))):
+            free = self._idle.popleft()
+            if not free.done():
+                free.set_result(None)
+        while self._slots < min(self.concurrency, len(self._running) + len(self._waiting)):
+            self._slots += 1
+            self._spawn(self._slot())
+
+    def take_back(self) -> list[Held]:
+        """The runs that no slot has begun; they are the caller's again."""
+        waiting, self._waiting = list(self._waiting), deque()
+        return waiting
+
+    # For whoever stops a run
+
+    def cancel(self, run_id: int) -> None:
+        """Someone asked for this run to be cancelled; nothing happens if it is not here."""
+        execution = self._running.get(run_id)
+        if execution is not None:
+            self._interrupt(execution, Cause.CANCELLED)
+        for held in [held for held in self._waiting if held.run.id == run_id]:
+            self._waiting.remove(held)
+            self._finisher.put(held, _cancelled(held.run))
+
+    def lose(self, lease: Lease) -> None:
+        """The lease was swept: its runs are no longer ours."""
+        for execution in [e for e in self._running.values() if e.held.lease is lease]:
+            log.warning("lease lost, cancelling the handler", run_id=execution.held.run.id, task=execution.held.run.task)
+            self._interrupt(execution, Cause.LOST)
+
+    def interrupt_all(self) -> int:
+        """Cancel every handler, to hand its run back. Returns how many there were."""
+        for execution in list(self._running.values()):
+            self._interrupt(execution, Cause.DRAINED)
+        return len(self._running)
+
+    @staticmethod
+    def _interrupt(execution: _Execution, cause: Cause) -> None:
+        if execution.cause is None:
+            execution.cause = cause
+            execution.task.cancel()
+
+    # Slots
+
+    async def _slot(self) -> None:
+        while True:
+            while not self._waiting:
+                free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._idle.append(free)
+                await free
+            held = self._waiting.popleft()
+            # A lost lease: the run went back to its queue, and someone else may have it already.
+            outcome = None if held.lease.lost else await self._execute(held)
+            self._finisher.put(held, outcome or Return(held.run.claim))
+            self.completed += 1
+            if len(self._waiting) <= self._ahead // 2:
+                self._room()
+            self._since_yield += 1
+            if self._since_yield >= YIELD_EVERY:
+                self._since_yield = 0
+                await asyncio.sleep(0)
+
+    async def _execute(self, held: Held) -> Outcome:
+        run = held.run
+        slot = asyncio.current_task()
+        assert slot is not None  # noqa: S101 - a coroutine of ours always runs in a task
+        execution = self._running[run.id] = _Execution(held, slot)
+        try:
+            return self._outcome(run, await self._call(self._tasks[run.task], run))
+        except BaseException as error:  # noqa: BLE001 - SystemExit of a handler is the handler's failure, not ours
+            if execution.cause is None:
+                if isinstance(error, asyncio.CancelledError) and slot.cancelling():
+                    raise
+                return self._failure(run, error)
+            return _cancelled(run) if execution.cause is Cause.CANCELLED else Return(run.claim)
+        finally:
+            del self._running[run.id]
+            if execution.cause is not None:
+                # Ours, and dealt with: a cancellation left standing would break every later timeout in this slot.
+                slot.uncancel()
+
+    async def _call(self, task: Task[..., Any], run: Run) -> Any:
+        timeout = run.timeout or task.timeout
+        if timeout is None:
+            return await self._invoke(task, run)
+        try:
+            async with asyncio.timeout(timeout.total_seconds()) as limit:
+                return await self._invoke(task, run)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise _TimedOut(f"The handler ran longer than its {timeout.total_seconds():g} s.") from error
+
+    async def _invoke(self, task: Task[..., Any], run: Run) -> Any:
+        if task.is_async:
+            return await task.function(**task.arguments(run))
+        call = functools.partial(contextvars.copy_context().run, task.function, **task.arguments(run))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    # Outcomes
+
+    def _outcome(self, run: Run, returned: Any) -> Outcome:
+        if isinstance(returned, Snooze):
+            return Return(run.claim, delay=returned.delay.total_seconds())
+        if isinstance(returned, Cancel):
+            return _cancelled(run, returned.reason)
+        try:
+            return Ending(run.claim, RunState.SUCCEEDED, codec.dumps_result(returned, limit=self._result_limit))
+        except Exception as refused:  # noqa: BLE001 - whatever a result does when it is read, the run gets its ending
+            log.error("a result cannot be stored", run_id=run.id, task=run.task, why=codec.describe(refused))
+            reason = codec.describe(refused) if isinstance(refused, PayloadRefused) else repr(type(refused))
+            return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("result_refused", reason))
+
+    def _failure(self, run: Run, error: BaseException) -> Outcome:
+        task = self._tasks[run.task]
+        described = codec.describe_error(error, reason="timeout" if isinstance(error, _TimedOut) else "raised")
+        final = run.failures + 1 >= (run.max_attempts or task.retry.max_attempts)
+        log.warning(
+            "run failed" if final else "run failed, will be tried again",
+            run_id=run.id, task=run.task, attempt=run.attempt, error=type(error).__name__,
+        )  # fmt: skip
+        if final:
+            return Ending(run.claim, RunState.FAILED, error=described)
+        fixed = run.retry_delay
+        delay = backoff.exponential(run.failures + 1) if fixed is None else fixed.total_seconds()
+        return Return(run.claim, delay=delay, failed=True, error=described)
+
+    def _measure(self) -> None:
+        """Follow the speed at which this queue is worked off, and with it how far to claim ahead."""
+        then, completed = self._measured
+        now = time.monotonic()
+        if now - then < 0.005:
+            return
+        rate = (self.completed - completed) / (now - then)
+        self._measured = (now, self.completed)
+        self._ahead = (self._ahead + min(MAX_AHEAD, int(rate * AHEAD)) + 1) // 2 if rate else 0
+
+
+class _TimedOut(Exception):
+    pass
+
+
+def _cancelled(run: Run, reason: str = "It was cancelled while it ran.") -> Ending:
+    return Ending(run.claim, RunState.CANCELLED, error=codec.dumps_error("cancelled", reason))

@@ -1,0 +1,175 @@
+"""Writes how claimed runs ended, many in one statement, and keeps trying until the database has taken it.
+
+A lost claim is logged and counted, not raised: someone else already owns that run's ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import psycopg
+
+from queue_service import codec
+from queue_service.db.pool import Wire
+from queue_service.errors import DatabaseUnavailable
+from queue_service.logs import get_logger
+from queue_service.runs import queries
+from queue_service.runs.model import Claim, Ending, Return, RunState
+from queue_service.worker.leases import Held, Leases
+
+log = get_logger(__name__)
+
+Outcome = Ending | Return
+
+MAX_BATCH = 1_000
+FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a worker did. `returned` counts retries, snoozes and runs handed back; `lost` those another took over."""
+
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    returned: int = 0
+    lost: int = 0
+
+    def add(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Return):
+            self.returned += 1
+        else:
+            setattr(self, outcome.state.value, getattr(self, outcome.state.value) + 1)
+
+
+@dataclass(slots=True)
+class _Batch:
+    endings: list[Ending] = field(default_factory=list)
+    returns: list[Return] = field(default_factory=list)
+    freed: list[int] = field(default_factory=list)
+    # A write that failed may have been done all the same; then its claims are found gone, and are not lost.
+    uncertain: bool = False
+
+
+class Finisher:
+    """`put` never waits. `run` writes until `close` was called and nothing is left. `announce` is told the ids of runs
+    that ended, once that is committed."""
+
+    def __init__(
+        self, wire: Wire, leases: Leases, worker_id: int, *, announce: Callable[[list[int]], None] = lambda _ids: None
+    ) -> None:
+        self.tally = Tally()
+        self._wire = wire
+        self._leases = leases
+        self._worker_id = worker_id
+        self._pending: list[tuple[Held, Outcome]] = []
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._writing = False
+        self._announce = announce
+
+    def put(self, held: Held, outcome: Outcome) -> None:
+        self._pending.append((held, outcome))
+        self._wake.set()
+
+    def close(self) -> None:
+        self._closing = True
+        self._wake.set()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._pending and not self._writing
+
+    async def run(self) -> None:
+        while not (self._closing and not self._pending):
+            await self._wake.wait()
+            self._wake.clear()
+            while self._pending:
+                taken, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
+                self._writing = True
+                await self._write(self._batch(taken))
+                self._writing = False
+
+    def _batch(self, taken: Sequence[tuple[Held, Outcome]]) -> _Batch:
+        batch = _Batch()
+        for held, outcome in taken:
+            if isinstance(outcome, Return):
+                batch.returns.append(outcome)
+            else:
+                batch.endings.append(outcome)
+            held.lease.outstanding -= 1
+            if held.lease.outstanding == 0:
+                batch.freed.append(held.lease.id)
+        return batch
+
+    async def _write(self, batch: _Batch) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                await self._write_once(batch)
+            except DatabaseUnavailable as lost:
+                if not batch.uncertain:
+                    log.warning("cannot write endings; trying until it works", runs=_size(batch), why=str(lost))
+                batch.uncertain = True
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, MAX_PAUSE)
+            else:
+                if pause > FIRST_PAUSE:
+                    log.info("writing endings again")
+                self._leases.release(batch.freed)
+                return
+
+    async def _write_once(self, batch: _Batch) -> None:
+        # The leases go with the last statement, when all that they held has been dealt with.
+        if batch.endings:
+            freed = () if batch.returns else batch.freed
+            done = await self._finish(batch.endings, freed)
+            self._account(batch.endings, done, batch.uncertain)
+            batch.endings = []
+        if batch.returns:
+            done = await self._wire.fetch(
+                queries.give_back(batch.returns, worker_id=self._worker_id, freed=batch.freed)
+            )
+            self._account(batch.returns, done, batch.uncertain)
+
+    async def _finish(self, endings: list[Ending], freed: Sequence[int]) -> set[Claim]:
+        """Finish them all; where the database refuses the batch, find the ones it refuses and end those without what it
+        refused, so that no ending is lost for a value that cannot be stored."""
+        try:
+            return await self._wire.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
+        except psycopg.Error as refused:
+            if len(endings) == 1:
+                return await self._finish_bare(endings[0], freed, refused)
+        half = len(endings) // 2
+        done = await self._finish(endings[:half], ())
+        return done | await self._finish(endings[half:], freed)
+
+    async def _finish_bare(self, ending: Ending, freed: Sequence[int], refused: psycopg.Error) -> set[Claim]:
+        log.error("the database refused a result", run_id=ending.claim.run_id, why=type(refused).__name__)
+        error = codec.dumps_error("result_refused", f"The database could not store the result: {refused}")
+        bare = Ending(ending.claim, RunState.FAILED, "null", error)
+        return await self._wire.fetch(queries.finish([bare], worker_id=self._worker_id, freed=freed))
+
+    def _account(self, outcomes: Sequence[Outcome], done: set[Claim], uncertain: bool) -> None:
+        if len(done) == len(outcomes):
+            for outcome in outcomes:
+                self.tally.add(outcome)
+        else:
+            for outcome in outcomes:
+                if outcome.claim in done or uncertain:
+                    self.tally.add(outcome)
+                else:
+                    self.tally.lost += 1
+                    log.warning(
+                        "claim lost: another worker owns this run now", run_id=outcome.claim.run_id,
+                        attempt=outcome.claim.attempt,
+                    )  # fmt: skip
+        ended = [outcome.claim.run_id for outcome in outcomes if isinstance(outcome, Ending)]
+        if ended:
+            self._announce(ended)
+
+
+def _size(batch: _Batch) -> int:
+    return len(batch.endings) + len(batch.returns)

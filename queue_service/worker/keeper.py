@@ -1,0 +1,113 @@
+"""Keeps the worker's leases, from an operating system thread with an event loop and a connection of its own.
+
+A handler that blocks the worker's loop therefore loses nothing. Only the database's word ends a lease: while it cannot
+be reached nobody can sweep either, and when it is back, whoever comes first decides. A lease is first extended a third
+of its length after it was made, so that short runs cost nothing here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Collection
+from datetime import timedelta
+
+from queue_service.db.pool import Wire
+from queue_service.errors import DatabaseUnavailable
+from queue_service.logs import get_logger
+from queue_service.roster import queries as roster
+from queue_service.runs import queries
+from queue_service.worker.leases import Leases
+
+log = get_logger(__name__)
+
+
+class Keeper:
+    """`on_lost` is told the ids of swept leases, `on_cancel` the runs someone wants cancelled; both on the worker's loop."""
+
+    def __init__(
+        self,
+        conninfo: str,
+        leases: Leases,
+        worker_id: int,
+        *,
+        lease: timedelta,
+        on_lost: Callable[[Collection[int]], None],
+        on_cancel: Callable[[Collection[int]], None],
+    ) -> None:
+        self._wire = Wire(conninfo, application="queue_service keeper")
+        self._leases = leases
+        self._worker_id = worker_id
+        self._lease = lease
+        self._on_lost = on_lost
+        self._on_cancel = on_cancel
+        self._stop = threading.Event()
+
+    async def run(self) -> None:
+        """Keep leases until cancelled. An error in the thread is raised here."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def keep() -> None:
+            try:
+                asyncio.run(self._keep(loop))
+            except BaseException as error:  # noqa: BLE001 - handed to the worker, which ends on it
+                outcome: BaseException | None = error
+            else:
+                outcome = None
+            loop.call_soon_threadsafe(_settle, ended, outcome)
+
+        thread = threading.Thread(target=keep, name="queue_service keeper", daemon=True)
+        thread.start()
+        try:
+            await asyncio.shield(ended)
+        finally:
+            self._stop.set()
+
+    async def once(self) -> set[int]:
+        """Extend what is due and beat once. Returns the leases that turned out to be lost."""
+        due = self._leases.due(self._lease.total_seconds() / 3)
+        await self._wire.fetch(roster.beat(self._worker_id))
+        if not due:
+            return set()
+        begun = time.monotonic()
+        ids = {lease.id for lease in due}
+        held = await self._wire.fetch(queries.extend(ids, self._lease))
+        for lease in due:
+            if lease.id in held:
+                # From the beginning of the call: the row's deadline can only be later than what is counted here.
+                lease.extended_at = begun
+        # A lease that the finisher let go while we asked is no longer ours to lose.
+        return ids - held
+
+    async def _keep(self, loop: asyncio.AbstractEventLoop) -> None:
+        pause = self._lease.total_seconds() / 6
+        lost_database = False
+        while not self._stop.is_set():
+            try:
+                lost = await self.once()
+                if lost:
+                    loop.call_soon_threadsafe(self._on_lost, lost)
+                asked = await self._cancel_requests()
+                if asked:
+                    loop.call_soon_threadsafe(self._on_cancel, asked)
+                lost_database = False
+            except DatabaseUnavailable as why:
+                if not lost_database:
+                    log.warning("cannot extend leases; trying again", why=str(why))
+                lost_database = True
+            await asyncio.to_thread(self._stop.wait, min(pause, 1.0) if lost_database else pause)
+        await self._wire.close()
+
+    async def _cancel_requests(self) -> list[int]:
+        ids = [lease.id for lease in self._leases.due(0)]
+        return await self._wire.fetch(queries.cancel_requests(ids)) if ids else []
+
+
+def _settle(ended: asyncio.Future[None], error: BaseException | None) -> None:
+    if not ended.done():
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)

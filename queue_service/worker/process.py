@@ -1,0 +1,242 @@
+"""The worker process: its parts put together, and the order in which they stop.
+
+Claiming stops first, then the handlers, then the writing of endings, and last the keeping of leases: a lease is kept for
+as long as anything under it may still be written. Each part runs in one task group, so that the death of any of them
+ends the worker with its error instead of leaving it half alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Collection, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from queue_service.app import App
+from queue_service.db import channels
+from queue_service.db.listener import Gap, Listener
+from queue_service.db.pool import Wire
+from queue_service.errors import ConfigError, DatabaseUnavailable
+from queue_service.logs import get_logger
+from queue_service.roster import queries as roster
+from queue_service.runs.model import Return
+from queue_service.services.loop import every
+from queue_service.services.pruner import Pruner
+from queue_service.services.sweeper import Sweeper
+from queue_service.settings import Settings
+from queue_service.worker.claimer import Claimer
+from queue_service.worker.executor import Executor
+from queue_service.worker.finisher import Finisher, Tally
+from queue_service.worker.keeper import Keeper
+from queue_service.worker.leases import Leases
+
+log = get_logger(__name__)
+
+VERSION = "0.1.0"
+MAX_CONCURRENCY = 100_000
+
+
+class Worker:
+    """Works on queues: `{"name": concurrency}`. `settings` overrides those of the App."""
+
+    def __init__(
+        self,
+        app: App,
+        queues: Mapping[str, int] | None = None,
+        *,
+        settings: Settings | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.app = app
+        self.queues = _checked(queues or {"default": 10})
+        self.settings = settings or app.settings
+        self.name = name or f"{socket.gethostname()}:{os.getpid()}"
+        self.id: int | None = None
+        self._running: _Parts | None = None
+        self._stop: asyncio.Event | None = None
+        self._stop_now: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self, *, once: bool = False) -> Tally:
+        """Work until `stop`; with `once`, until nothing is due and all that was begun has ended. Returns what was done.
+
+        Raises SchemaMismatch or DatabaseUnavailable if it cannot start; once started it survives every outage.
+        """
+        if self._loop is not None:
+            raise ConfigError("This Worker is running already. Make another one for a second run at the same time.")
+        self._loop = asyncio.get_running_loop()
+        self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
+        try:
+            async with self.app:
+                self.id = await self.app.fetch(
+                    roster.join(self.name, VERSION, msgspec.json.encode(self.queues).decode())
+                )
+                log.info("worker started", worker_id=self.id, queues=self.queues, tasks=sorted(self.app.tasks))
+                parts = _Parts(self, self.id)
+                try:
+                    await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
+                finally:
+                    with contextlib.suppress(DatabaseUnavailable):
+                        await self.app.fetch(roster.leave(self.id))
+                log.info("worker stopped", worker_id=self.id, **_counts(parts.finisher.tally))
+                return parts.finisher.tally
+        finally:
+            self._loop = None
+
+    def stop(self, *, now: bool = False) -> None:
+        """Stop claiming, let handlers end within `drain_timeout`, hand the rest back. With `now`, cancel and hand back at
+        once. May be called from any thread and from signal handlers, any number of times."""
+        if self._loop is not None and self._stop is not None and self._stop_now is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            if now:
+                self._loop.call_soon_threadsafe(self._stop_now.set)
+
+
+class _Parts:
+    def __init__(self, worker: Worker, worker_id: int) -> None:
+        app, settings = worker.app, worker.settings
+        self._settings = settings
+        self._group = asyncio.TaskGroup()
+        self._threads = ThreadPoolExecutor(min(sum(worker.queues.values()), 1_000), "queue_service handler")
+        self._claiming = Wire(app.conninfo, application="queue_service claimer")
+        self._finishing = Wire(app.conninfo, application="queue_service finisher")
+        leases = Leases()
+        self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce)
+        self._app = app
+        self._leases = leases
+        self.executors = {
+            queue: Executor(
+                queue,
+                concurrency,
+                tasks=app.tasks,
+                finisher=self.finisher,
+                threads=self._threads,
+                result_limit=settings.payload_limit,
+                spawn=self._spawn,
+                room=lambda: self.claimer.wake(),
+            )
+            for queue, concurrency in worker.queues.items()
+        }
+        self.claimer = Claimer(
+            self._claiming,
+            self.executors,
+            leases,
+            self.finisher,
+            tasks=sorted(app.tasks),
+            worker_id=worker_id,
+            lease=settings.lease,
+            poll_interval=settings.poll_interval,
+        )
+        self._keeper = Keeper(
+            app.conninfo, leases, worker_id, lease=settings.lease, on_lost=self._lose, on_cancel=self._cancel
+        )
+        self._sweeper = Sweeper(app.fetch, app.notify, max_losses=settings.max_losses)
+        self._pruner = Pruner(app.pool, retention=settings.retention)
+        self._background: list[asyncio.Task[Any]] = []
+        self._slots: set[asyncio.Task[None]] = set()
+
+    async def run(self, *, once: bool, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
+        settings = self._settings
+        try:
+            async with self._group as group:
+                for part in (
+                    self._keeper.run(),
+                    self._listen(),
+                    every(settings.sweep_interval, self._sweeper.once, name="sweeper"),
+                    every(settings.retention / 100, self._pruner.once, name="pruner"),
+                ):
+                    self._background.append(group.create_task(part))
+                finishing = group.create_task(self.finisher.run())
+                claiming = group.create_task(self.claimer.run(once=once))
+                await _first(claiming, stop.wait())
+                await self._drain(stop_now)
+                await claiming
+                self.finisher.close()
+                await finishing
+                for task in (*self._slots, *self._background):
+                    task.cancel()
+        except* Exception as group_error:
+            # One part failed and the others were cancelled for it: its error is the one to tell.
+            raise group_error.exceptions[0] from None
+        finally:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            await self._claiming.close()
+            await self._finishing.close()
+
+    async def _drain(self, stop_now: asyncio.Event) -> None:
+        """Stop claiming, hand back what was not begun, wait for the handlers, then cancel those that are left."""
+        self.claimer.stop()
+        for executor in self.executors.values():
+            for held in executor.take_back():
+                self.finisher.put(held, Return(held.run.claim))
+        grace = self._settings.drain_timeout.total_seconds()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await _first(self._until_idle(), stop_now.wait())
+        interrupted = sum(executor.interrupt_all() for executor in self.executors.values())
+        if interrupted:
+            log.warning("handlers cancelled, their runs handed back", runs=interrupted)
+            await self._until_idle()
+
+    async def _until_idle(self) -> None:
+        while not all(executor.is_idle for executor in self.executors.values()):
+            await asyncio.sleep(0.005)
+
+    async def _listen(self) -> None:
+        listener = Listener(self._app.conninfo, [channels.RUNS, channels.CANCEL])
+        async for heard in listener.notices():
+            if isinstance(heard, Gap):
+                self.claimer.rescan()
+            elif heard.channel == channels.CANCEL:
+                self._cancel(channels.read_run_ids(heard.payload) or ())
+            elif (lane := channels.read_enqueued(heard.payload)) is not None:
+                self.claimer.hint(*lane)
+
+    def _announce(self, ended: list[int]) -> None:
+        self._app.notify([channels.about_runs(channels.FINISHED, ended)])
+
+    def _cancel(self, run_ids: Collection[int]) -> None:
+        for executor in self.executors.values():
+            for run_id in run_ids:
+                executor.cancel(run_id)
+
+    def _lose(self, lease_ids: Collection[int]) -> None:
+        for lease in self._leases.lose(lease_ids):
+            for executor in self.executors.values():
+                executor.lose(lease)
+
+    def _spawn(self, slot: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._group.create_task(slot)
+        self._slots.add(task)
+        return task
+
+
+async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
+    """Return when one of them is done; those that were given as coroutines are then cancelled."""
+    tasks = [each if isinstance(each, asyncio.Task) else asyncio.ensure_future(each) for each in awaitables]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, given in zip(tasks, awaitables, strict=True):
+            if task is not given:
+                task.cancel()
+
+
+def _checked(queues: Mapping[str, int]) -> dict[str, int]:
+    for name, concurrency in queues.items():
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"A queue is named by a text that is not empty, not {name!r}.")
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
+            raise ConfigError(
+                f"Queue {name!r} needs a concurrency from 1 to {MAX_CONCURRENCY:,}, not {concurrency!r}."
+            )
+    return dict(queues)
+
+
+def _counts(tally: Tally) -> dict[str, int]:
+    return {name: getattr(tally, name) for name in Tally.__slots__}
