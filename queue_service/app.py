@@ -80,7 +80,8 @@ class App:
         retry: Retry | None = None,
     ) -> Any:
         """Register a function as a task, under its own name unless `name` says another. The name is what is stored: keep
-        it when the function moves. `timeout` bounds one attempt; `retry` says how often a raising handler is tried."""
+        it when the function moves. `timeout` bounds one attempt; `retry` says how often a raising handler is tried.
+        """
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
             task: Task[..., Any] = Task(
@@ -107,7 +108,8 @@ class App:
 
     async def open(self) -> None:
         """Connect. An embedded cluster is started, and migrated if it is new. Raises DatabaseUnavailable, SchemaMismatch,
-        EmbeddedUnavailable. Each `open` needs its `close`; only the first and the last do anything."""
+        EmbeddedUnavailable. Each `open` needs its `close`; only the first and the last do anything.
+        """
         if self._open is None:
             self._open = await Opened.at(self.database, self.settings)
         self._users += 1
@@ -121,7 +123,7 @@ class App:
     @property
     def sync(self) -> SyncApp:
         """The same methods, blocking, for code without an event loop: `with app.sync as q: q.enqueue(…)`."""
-        from queue_service.sync import SyncApp  # noqa: PLC0415 - sync stands above app
+        from queue_service.sync import SyncApp
 
         return SyncApp(self)
 
@@ -183,7 +185,8 @@ class App:
         self, task: str, payloads: Iterable[Mapping[str, Any]], /, *, conn: Any = None, **options: Any
     ) -> list[int]:
         """Store one run for each payload, all or none, and return their ids in order. Takes the options of `enqueue` that
-        can be shared (not `singleton_key`). About twenty times quicker than one by one."""
+        can be shared (not `singleton_key`). About twenty times quicker than one by one.
+        """
         first, texts = enqueueing.new_runs(self.tasks, self.settings.payload_limit, task, payloads, options)
         return await self._store(enqueueing.enqueue_many(first, texts), first, conn)
 
@@ -216,7 +219,8 @@ class App:
 
     async def retry(self, run_id: int) -> bool:
         """Queue a failed, cancelled or expired run again, its counters fresh. False: there is none of this id.
-        Raises DuplicateRun if a live run holds its singleton key; then nothing moved."""
+        Raises DuplicateRun if a live run holds its singleton key; then nothing moved.
+        """
         try:
             lane = await self.fetch(queries.retry(run_id))
         except pg.UniqueViolation:

@@ -199,7 +199,7 @@ def enqueue_many(first: NewRun, payloads: Sequence[str]) -> Steps[list[int]]:
     )  # fmt: skip
     middle = "\t".join(map(_copy_text, shared))
     rows = [f"{run_id}\t{middle}\t{_escaped(payload)}\n" for run_id, payload in zip(ids, payloads, strict=True)]
-    yield Copy(f"copy queue_service.runs ({_COLUMNS}) from stdin", "".join(rows).encode())  # noqa: S608 - constants
+    yield Copy(f"copy queue_service.runs ({_COLUMNS}) from stdin", "".join(rows).encode())
     return list(ids)
 
 

@@ -1,6 +1,7 @@
 """Where log lines go. Library code only asks for a logger: its events reach the standard `logging` tree with their
 fields as `extra`, and nothing is printed that the application did not ask for. The command line calls `configure`.
-Payloads, results and connection strings are never logged."""
+Payloads, results and connection strings are never logged.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +48,5 @@ def configure(*, level: str, fmt: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # Its lines about plugins and contexts help nobody who migrates.
+    logging.getLogger("alembic").setLevel(max(logging.WARNING, root.level))

@@ -1,5 +1,6 @@
 """Every setting, its default and its environment variable. Built once by `load` and passed down; nothing else reads
-the environment. Durations are `timedelta` inside and text such as `30s` outside."""
+the environment. Durations are `timedelta` inside and text such as `30s` outside.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 class SyncApp:
     """Use as `with app.sync as q:`. It has connections of its own, and may be used from any thread but not from inside
-    an event loop, which it would block."""
+    an event loop, which it would block.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = App.twin(app)

@@ -37,7 +37,8 @@ def duration(value: timedelta | float, what: str, *, positive: bool = False) -> 
 @dataclass(frozen=True, slots=True)
 class Retry:
     """How often a handler may raise before its run ends `failed`. The wait between grows as `2^failures` seconds, at most
-    300, unless the run has a fixed `retry_delay`."""
+    300, unless the run has a fixed `retry_delay`.
+    """
 
     max_attempts: int = 3
 

@@ -119,9 +119,9 @@ class _AsyncAlchemy:
 
 
 def _sqlalchemy(conn: Any) -> SyncBorrowed | AsyncBorrowed | None:
-    from sqlalchemy import Connection  # noqa: PLC0415
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session  # noqa: PLC0415
-    from sqlalchemy.orm import Session, scoped_session  # noqa: PLC0415
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+    from sqlalchemy.orm import Session, scoped_session
 
     if isinstance(conn, (scoped_session, async_scoped_session)):
         conn = conn()

@@ -172,7 +172,8 @@ class Cluster:
 
     def _run(self, program: str, *arguments: str, owner: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a program as the owner of the cluster, since Postgres refuses to run as root. Output goes to a file:
-        the server inherits it, and a pipe would never be closed."""
+        the server inherits it, and a pipe would never be closed.
+        """
         with tempfile.TemporaryFile("w+") as output:
             finished = subprocess.run(
                 [str(self._programs / program), *arguments],

@@ -60,7 +60,7 @@ def translated() -> Iterator[None]:
     except pg.QueryCanceled as slow:
         raise DatabaseUnavailable(f"The database gave up on a statement: {_first_line(slow)}.") from slow
     except _SCHEMA_MISSING as missing:
-        from queue_service.db.schema import HEAD  # noqa: PLC0415
+        from queue_service.db.schema import HEAD
 
         raise SchemaMismatch(None, HEAD) from missing
     except (psycopg.OperationalError, psycopg.InterfaceError, pg.ReadOnlySqlTransaction) as lost:

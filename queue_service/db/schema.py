@@ -49,14 +49,15 @@ def check(conninfo: str) -> None:
 
 def sql() -> None:
     """Print the statements of every migration, for those who apply them by other means."""
-    from alembic import command  # noqa: PLC0415 - alembic takes 200 ms to import, and no worker needs it
+    from alembic import command
 
     command.upgrade(_config(None), "head", sql=True)
 
 
 def _run(conninfo: str, verb: str, *arguments: str) -> None:
-    import sqlalchemy  # noqa: PLC0415
-    from alembic import command  # noqa: PLC0415
+    import sqlalchemy
+
+    from alembic import command
 
     try:
         getattr(command, verb)(_config(conninfo), *arguments)
@@ -65,7 +66,7 @@ def _run(conninfo: str, verb: str, *arguments: str) -> None:
 
 
 def _config(conninfo: str | None) -> Any:
-    from alembic.config import Config  # noqa: PLC0415
+    from alembic.config import Config
 
     config = Config()
     scripts = _PACKAGED if _PACKAGED.is_dir() else _REPOSITORY

@@ -30,7 +30,8 @@ class RunState(StrEnum):
 
 class Claim(NamedTuple):
     """The right to work on a run. Every write about a run presents one, and changes nothing once the run has been
-    swept, handed on or finished: the attempt has moved, or the run is no longer running."""
+    swept, handed on or finished: the attempt has moved, or the run is no longer running.
+    """
 
     run_id: int
     attempt: int
@@ -106,7 +107,8 @@ class Ending(NamedTuple):
 
 class Return(NamedTuple):
     """A claimed run goes back to its queue: in `delay` seconds, or to its old place when that is None. `failed` counts
-    a failure of the handler. A run whose cancellation was requested ends `cancelled` instead."""
+    a failure of the handler. A run whose cancellation was requested ends `cancelled` instead.
+    """
 
     claim: Claim
     delay: float | None = None

@@ -15,7 +15,8 @@ log = get_logger(__name__)
 
 async def every(interval: timedelta, once: Callable[[], Awaitable[object]], *, name: str) -> None:
     """Call `once` for ever, with up to a tenth of the interval as jitter, so that replicas drift apart. Only an
-    unreachable database is survived; any other error is a mistake, and ends the loop for its owner to see."""
+    unreachable database is survived; any other error is a mistake, and ends the loop for its owner to see.
+    """
     lost = False
     while True:
         try:

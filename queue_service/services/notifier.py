@@ -1,5 +1,6 @@
 """Sends notices after the commit they tell of: the first at once, then at most one statement each 10 ms, whatever the
-rate. A commit that notifies takes a lock shared by the whole server, so a notice for each run would cap its commits."""
+rate. A commit that notifies takes a lock shared by the whole server, so a notice for each run would cap its commits.
+"""
 
 from __future__ import annotations
 

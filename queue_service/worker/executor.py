@@ -164,7 +164,7 @@ class Executor:
         execution = self._running[run.id] = _Execution(held, slot)
         try:
             return self._outcome(run, await self._call(self._tasks[run.task], run))
-        except BaseException as error:  # noqa: BLE001 - SystemExit of a handler is the handler's failure, not ours
+        except BaseException as error:
             if execution.cause is None:
                 if isinstance(error, asyncio.CancelledError) and slot.cancelling():
                     raise

@@ -55,7 +55,8 @@ class _Batch:
 
 class Finisher:
     """`put` never waits. `run` writes until `close` was called and nothing is left. `announce` is told the ids of runs
-    that ended, once that is committed."""
+    that ended, once that is committed.
+    """
 
     def __init__(
         self, wire: Wire, leases: Leases, worker_id: int, *, announce: Callable[[list[int]], None] = lambda _ids: None
@@ -136,7 +137,8 @@ class Finisher:
 
     async def _finish(self, endings: list[Ending], freed: Sequence[int]) -> set[Claim]:
         """Finish them all; where the database refuses the batch, find the ones it refuses and end those without what it
-        refused, so that no ending is lost for a value that cannot be stored."""
+        refused, so that no ending is lost for a value that cannot be stored.
+        """
         try:
             return await self._wire.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
         except psycopg.Error as refused:

@@ -90,7 +90,8 @@ class Worker:
 
     def stop(self, *, now: bool = False) -> None:
         """Stop claiming, let handlers end within `drain_timeout`, hand the rest back. With `now`, cancel and hand back at
-        once. May be called from any thread and from signal handlers, any number of times."""
+        once. May be called from any thread and from signal handlers, any number of times.
+        """
         if self._loop is not None and self._stop is not None and self._stop_now is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
             if now:

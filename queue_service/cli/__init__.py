@@ -1,0 +1,59 @@
+"""The command line. Commands are imported when they are used, so that each starts quickly."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+COMMANDS = {
+    "config": ("queue_service.cli.config:config", "Show the settings in force."),
+    "db": ("queue_service.cli.db:db", "Migrate, start, stop and inspect the database."),
+    "demo": ("queue_service.cli.demo:demo", "Checksum a directory with two workers, one of them killed."),
+    "enqueue": ("queue_service.cli.enqueue:enqueue", "Enqueue one run, or many from standard input."),
+    "queues": ("queue_service.cli.queues:queues", "List, pause and resume queues."),
+    "runs": ("queue_service.cli.runs:runs", "List, show, retry, cancel and delete runs."),
+    "version": ("queue_service.cli.config:version", "Show the version and the schema revision it needs."),
+    "worker": ("queue_service.cli.worker:worker", "Work on queues."),
+    "workers": ("queue_service.cli.workers:workers", "List worker processes."),
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)  # noqa: S101 - the table above is ours
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in sorted(COMMANDS)])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "auto_envvar_prefix": "QUEUE_SERVICE",
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+    },
+)
+def cli() -> None:
+    """A durable runs queue on Postgres.
+
+    The database is --database-url, or QUEUE_SERVICE_DATABASE_URL, DATABASE_URL, PG*, or else an embedded Postgres.
+    Exit codes: 0 ok, 1 failed, 2 usage, 3 database unreachable, 4 schema behind, 5 runs failed.
+    """
+
+
+def main() -> None:
+    cli(prog_name="queue-service")

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import click
+
+from queue_service import settings as settings_module
+from queue_service.cli import render
+from queue_service.cli.options import command, json_option, run
+from queue_service.db import embedded, schema, url
+from queue_service.db.cluster import Cluster
+from queue_service.db.pool import connect
+from queue_service.errors import ConfigError, SchemaMismatch
+from queue_service.opened import reach
+
+
+@click.group()
+def db() -> None:
+    """Migrate, start, stop and inspect the database."""
+
+
+@db.command()
+@click.option("--to", "revision", default="head", show_envvar=True, help="Revision; an older one migrates down.")
+@command
+def migrate(revision: str, database_url: str | None) -> None:
+    """Bring the schema to this version's revision. Safe to run from many places at once."""
+    with _Reached(database_url) as conninfo:
+        have = _current(conninfo)
+        if revision != "head" and have is not None and revision < have:
+            schema.downgrade(conninfo, revision)
+        else:
+            schema.upgrade(conninfo, revision)
+        click.echo(f"schema queue_service: {have or 'none'} -> {_current(conninfo) or 'none'}")
+
+
+@db.command()
+@json_option
+@command
+def current(as_json: bool, database_url: str | None) -> None:
+    """The revision of the database, and the one this version needs. Exits with 4 where they differ."""
+    with _Reached(database_url) as conninfo:
+        have = _current(conninfo)
+    if as_json:
+        render.as_json({"have": have, "want": schema.HEAD})
+    else:
+        click.echo(f"schema queue_service: {have or 'none'} (this version needs {schema.HEAD})")
+    if have != schema.HEAD:
+        raise click.exceptions.Exit(SchemaMismatch.exit_code)
+
+
+@db.command()
+@command
+def check(database_url: str | None) -> None:
+    """Compare the tables in the database with those this version expects. Exits with 1 where they differ."""
+    from alembic.util import CommandError
+
+    with _Reached(database_url) as conninfo:
+        try:
+            schema.check(conninfo)
+        except CommandError as different:
+            raise click.ClickException(f"The database differs from what this version expects: {different}") from None
+
+
+@db.command()
+@command
+def sql(database_url: str | None) -> None:
+    """Print the migrations as SQL, for those who apply them by other means."""
+    del database_url
+    schema.sql()
+
+
+@db.command()
+@command
+def start(database_url: str | None) -> None:
+    """Start the embedded Postgres and leave it running until `db stop`."""
+    cluster = _cluster(database_url)
+    cluster.start(keep=True)
+    click.echo(f"embedded Postgres is running at {cluster.path}", err=True)
+    click.echo(_shown_url(cluster))
+
+
+@db.command()
+@command
+def stop(database_url: str | None) -> None:
+    """Stop the embedded Postgres."""
+    cluster = _cluster(database_url)
+    click.echo(f"embedded Postgres at {cluster.path}: {'stopped' if cluster.stop() else 'was not running'}")
+
+
+@db.command("url")
+@command
+def url_(database_url: str | None) -> None:
+    """Print how to connect, for other programs. Passwords are masked."""
+    target = _target(database_url)
+    if isinstance(target, url.Server):
+        click.echo(url.masked(target.conninfo))
+    else:
+        click.echo(_shown_url(embedded.cluster(target.path)))
+
+
+@db.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@command
+def psql(arguments: tuple[str, ...], database_url: str | None) -> None:
+    """Open psql on the database; further arguments are psql's."""
+    target = _target(database_url)
+    if isinstance(target, url.EmbeddedCluster):
+        cluster = embedded.cluster(target.path)
+        cluster.use()
+        program = cluster.psql()
+    else:
+        cluster, program = None, ["psql", *([target.conninfo] if target.conninfo else [])]
+    try:
+        sys.exit(subprocess.run([*program, *arguments], check=False).returncode)
+    except FileNotFoundError:
+        raise ConfigError("psql is not installed. Install the Postgres client programs.") from None
+    finally:
+        if cluster is not None:
+            cluster.leave()
+
+
+class _Reached:
+    """The connection string, with an embedded server running for as long as it is needed."""
+
+    def __init__(self, database_url: str | None) -> None:
+        self._target = _target(database_url)
+        self._cluster: Cluster | None = None
+
+    def __enter__(self) -> str:
+        click.echo(f"database: {self._target}", err=True)
+        conninfo, self._cluster = reach(self._target)
+        return conninfo
+
+    def __exit__(self, *_: object) -> None:
+        if self._cluster is not None:
+            self._cluster.leave()
+
+
+def _target(database_url: str | None) -> url.Server | url.EmbeddedCluster:
+    return url.choose(database_url, os.environ, settings_module.load(os.environ).data_dir)
+
+
+def _cluster(database_url: str | None) -> Cluster:
+    target = _target(database_url)
+    if isinstance(target, url.Server):
+        raise ConfigError(f"{target} is not ours to start or stop. Name an embedded cluster with file:PATH.")
+    return embedded.cluster(target.path)
+
+
+def _shown_url(cluster: Cluster) -> str:
+    return f"postgresql:///postgres?{cluster.conninfo.replace(' ', '&').replace('dbname=postgres', '').rstrip('&')}"
+
+
+def _current(conninfo: str) -> str | None:
+    async def body() -> str | None:
+        conn = await connect(conninfo)
+        try:
+            return await schema.current(conn)
+        finally:
+            await conn.close()
+
+    return run(body())

@@ -1,0 +1,186 @@
+"""The main job on real input, with a crash in the middle, verified."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from queue_service.app import App
+from queue_service.cli import render
+from queue_service.cli.options import command, run
+from queue_service.db import schema, url
+from queue_service.errors import QueueServiceError
+from queue_service.opened import reach
+from queue_service.roster import queries as roster
+from queue_service.runs import queries
+from queue_service.runs.model import Run, RunState
+from queue_service.settings import Settings, parse_duration
+
+LEASE = "2s"
+PATIENCE = 300.0
+
+
+@dataclass
+class Verdict:
+    done: int = 0
+    rescued: int = 0
+    lost: int = 0
+    wrong: int = 0
+
+
+@click.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path), required=False)
+@command
+def demo(directory: Path | None, database_url: str | None) -> None:
+    """Checksum every file of DIRECTORY (Python's standard library by default) with two worker processes, kill one of
+    them while it holds claims, and compare every result with a checksum computed here.
+
+    Runs on a Postgres of its own in a temporary directory, unless --database-url names another.
+    """
+    begun = time.monotonic()
+    chosen = directory is not None
+    directory = (directory or Path(sysconfig.get_path("stdlib"))).absolute()
+    files = _files(directory, besides=() if chosen else ("site-packages", "__pycache__"))
+    if not files:
+        raise click.ClickException(f"{directory} holds no readable file. Name another directory.")
+    click.echo(f"input: {len(files):,} files of {directory}")
+    scratch = None if database_url else _scratch()
+    target = url.parse(database_url or f"file:{scratch}/postgres", source="--database-url" if database_url else "demo")
+    try:
+        click.echo(f"database: {target}")
+        conninfo, cluster = reach(target)
+        try:
+            schema.upgrade(conninfo)
+            click.echo(f"schema at revision {schema.HEAD} ({time.monotonic() - begun:.1f} s)")
+            verdict = run(_demo(conninfo, files))
+        finally:
+            if cluster is not None:
+                cluster.leave()
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    click.echo(
+        f"files {len(files):,} | done {verdict.done:,} | rescued {verdict.rescued:,} | lost {verdict.lost} | "
+        f"wrong {verdict.wrong} | {time.monotonic() - begun:.1f} s"
+    )
+    if verdict.lost or verdict.wrong:
+        raise click.ClickException("The queue lost or falsified something. Please report this.")
+    click.echo("Try next: queue-service db start; queue-service --help; the example in README.md")
+
+
+def _scratch() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="queue_service-demo-"))
+    # As root the server runs as another user, who has to pass through.
+    directory.chmod(0o711)
+    return directory
+
+
+async def _demo(conninfo: str, files: Sequence[str]) -> Verdict:
+    settings = Settings(lease=parse_duration(LEASE))
+    async with App(conninfo, settings=settings) as app:
+        ids = await app.enqueue_many("checksum", [{"path": path} for path in files], queue="demo")
+        click.echo(f"enqueued {len(ids):,} runs, ids {ids[0]} to {ids[-1]}")
+        doomed, survivor = _start_worker(conninfo, "doomed"), _start_worker(conninfo, "survivor")
+        try:
+            held = await _kill_holding(app, doomed, "doomed")
+            click.echo(f"killed worker {doomed.pid} with SIGKILL while it held {held} claims")
+            await _until_ended(app, ids, survivor)
+        finally:
+            for worker in (doomed, survivor):
+                worker.kill() if worker is doomed else worker.terminate()
+                worker.wait()
+        return _verdict(files, await _results(app, ids))
+
+
+def _files(directory: Path, besides: Collection[str]) -> list[str]:
+    found = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [each for each in folders if each not in besides]
+        found += [Path(folder) / name for name in names]
+    # A path that is no valid Unicode cannot be JSON.
+    return sorted(
+        str(path) for path in found if path.is_file() and os.access(path, os.R_OK) and str(path).isprintable()
+    )
+
+
+def _start_worker(conninfo: str, name: str) -> subprocess.Popen[bytes]:
+    arguments = ["-a", "queue_service.cli.demo_tasks:app", "-q", "demo:8", "--name", name, "--lease", LEASE]
+    pace = ["--sweep-interval", "500ms", "--log-level", "error", "--database-url", conninfo]
+    return subprocess.Popen(
+        [sys.executable, "-m", "queue_service", "worker", *arguments, *pace], stderr=subprocess.DEVNULL
+    )
+
+
+async def _kill_holding(app: App, worker: subprocess.Popen[bytes], name: str) -> int:
+    """SIGKILL the worker at a moment when it holds claims. It is stopped first, so that what it holds cannot change
+    between the look and the kill.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        _check_alive(worker)
+        if await _held_by(app, name):
+            worker.send_signal(signal.SIGSTOP)
+            held = await _held_by(app, name)
+            if held:
+                worker.kill()
+                worker.wait()
+                return await _held_by(app, name)
+            worker.send_signal(signal.SIGCONT)
+        await asyncio.sleep(0.001)
+    raise QueueServiceError("The worker that was to be killed never held a claim. The directory may be too small.")
+
+
+async def _held_by(app: App, name: str) -> int:
+    return sum(worker.holds for worker in await app.fetch(roster.listed(app.settings.lease)) if worker.name == name)
+
+
+async def _until_ended(app: App, ids: Sequence[int], worker: subprocess.Popen[bytes]) -> None:
+    deadline, live = time.monotonic() + PATIENCE, set(ids)
+    with render.progress("working", len(ids)) as advance:
+        while live and time.monotonic() < deadline:
+            _check_alive(worker)
+            await asyncio.sleep(0.2)
+            ended = await app.fetch(queries.endings(live))
+            live -= ended.keys()
+            advance(len(ended))
+
+
+def _check_alive(worker: subprocess.Popen[bytes]) -> None:
+    if worker.poll() is not None:
+        raise QueueServiceError(f"A worker ended by itself, with code {worker.returncode}.")
+
+
+async def _results(app: App, ids: Sequence[int]) -> dict[int, Run]:
+    wanted, results, before = set(ids), {}, ids[-1] + 1
+    while page := await app.fetch(queries.page(before=before, queue="demo", limit=1_000)):
+        results.update({run.id: run for run in page if run.id in wanted})
+        before = page[-1].id
+    return {run_id: results[run_id] for run_id in ids if run_id in results}
+
+
+def _verdict(files: Sequence[str], results: dict[int, Run]) -> Verdict:
+    """Compare the manifest with checksums computed in this process, from the files themselves."""
+    verdict = Verdict()
+    by_path = {run.payload["path"]: run for run in results.values() if run.state is RunState.SUCCEEDED}
+    for path in files:
+        found = by_path.get(path)
+        if found is None:
+            verdict.lost += 1
+            continue
+        verdict.done += 1
+        verdict.rescued += found.losses > 0
+        verdict.wrong += found.result != {"path": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return verdict

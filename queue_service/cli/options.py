@@ -1,0 +1,137 @@
+"""What commands share: the database and log options, loading an App, and errors that end as a sentence and a code."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import click
+
+from queue_service import logs
+from queue_service import settings as settings_module
+from queue_service.app import App
+from queue_service.db import url
+from queue_service.errors import ConfigError, QueueServiceError, nearest
+from queue_service.settings import Settings
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Duration(click.ParamType):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return settings_module.parse_duration(value)
+        except ConfigError as refused:
+            self.fail(str(refused), param, ctx)
+
+
+DURATION = Duration()
+
+
+class Failure(click.ClickException):
+    def __init__(self, error: QueueServiceError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+def setting(name: str, type: Any = DURATION, flag: str | None = None) -> Callable[[F], F]:  # noqa: A002
+    """An option for one of the settings, with the variable that `settings.load` reads."""
+    field = Settings.__dataclass_fields__[name]
+    variable = settings_module.env_name(name)
+    help_text = f"{field.metadata['doc'].capitalize()}.  [env var: {variable}]"
+    return click.option(flag or "--" + name.replace("_", "-"), name, type=type, default=None, help=help_text)
+
+
+def command(function: F) -> F:
+    """The options every command takes, and its errors as exit codes. Comes under the `@group.command()` line."""
+
+    @click.option("--database-url", default=None, help="Postgres URL, or file:PATH.  [env var: QUEUE_SERVICE_DATABASE_URL]")
+    @setting("log_level", click.Choice(logs.LEVELS))
+    @setting("log_format", click.Choice(logs.FORMATS))
+    @click.option("--debug", is_flag=True, help="Show tracebacks.", show_envvar=True)
+    @functools.wraps(function)
+    def wrapped(*args: Any, log_level: str | None, log_format: str | None, debug: bool, **kwargs: Any) -> Any:
+        try:
+            settings = settings_module.load(os.environ, log_level=log_level, log_format=log_format)
+            logs.configure(level=settings.log_level, fmt=settings.log_format)
+            return function(*args, **kwargs)
+        except QueueServiceError as error:
+            if debug:
+                traceback.print_exc()
+            raise Failure(error) from None
+        except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            raise click.ClickException(f"{type(error).__name__}: {error} (--debug shows where)") from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+app_option = click.option(
+    "-a", "--app", "app_path", default=None, metavar="MODULE:APP", show_envvar=True, help="Where the App is."
+)
+json_option = click.option("--json", "as_json", is_flag=True, show_envvar=True, help="Print JSON, for programs.")
+
+
+def load_app(path: str | None, database_url: str | None, **settings: Any) -> App:
+    """The App at `module:attribute` (the working directory is on the path), or a bare one. Says which database it has."""
+    loaded = settings_module.load(os.environ, **settings)
+    app = App(database_url, settings=loaded) if path is None else _imported(path)
+    if path is not None:
+        app.settings = loaded
+        if database_url:
+            app.database = url.parse(database_url, source="argument")
+    click.echo(f"database: {app.database}", err=True)
+    return app
+
+
+def _imported(path: str) -> App:
+    module_name, _, attribute = path.partition(":")
+    if not attribute:
+        raise ConfigError(f"-a {path} names no App. Write module:app, such as `-a myproject.queue:app`.")
+    # Like `python -m`: a project is used from its own directory without being installed.
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not module_name.startswith(missing.name):
+            raise
+        raise ConfigError(
+            f"There is no module {missing.name!r} on the path or in {os.getcwd()}."  # noqa: PTH109
+        ) from None
+    app = getattr(module, attribute, None)
+    if not isinstance(app, App):
+        apps = [name for name, value in vars(module).items() if isinstance(value, App)]
+        found = f"It has: {', '.join(apps)}." if apps else "It has no App at all."
+        raise ConfigError(f"{module_name} has no App named {attribute!r}.{nearest(attribute, apps)} {found}")
+    return app
+
+
+def run(call: Coroutine[Any, Any, T]) -> T:
+    """Run to the end, on uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(call)
+    return uvloop.run(call)
+
+
+def with_app(app: App, body: Callable[[App], Coroutine[Any, Any, T]]) -> T:
+    async def opened() -> T:
+        async with app:
+            return await body(app)
+
+    return run(opened())

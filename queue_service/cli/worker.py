@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import click
+
+from queue_service.cli.options import app_option, command, load_app, run, setting
+from queue_service.errors import ConfigError
+from queue_service.worker.finisher import Tally
+from queue_service.worker.process import Worker
+
+DEFAULT_CONCURRENCY = 10
+RUNS_FAILED = 5
+
+
+@click.command()
+@app_option
+@click.option("-q", "--queue", "queues", multiple=True, metavar="NAME[:N]", show_envvar=True, help="Queue and concurrency.")
+@click.option("--once", is_flag=True, show_envvar=True, help="Work off what is due, then exit (5 if runs failed).")
+@click.option("--name", default=None, show_envvar=True, help="Name in the roster; HOST:PID otherwise.")
+@setting("drain_timeout")
+@setting("lease")
+@setting("poll_interval")
+@setting("sweep_interval")
+@setting("max_losses", int)
+@command
+def worker(
+    app_path: str | None, queues: tuple[str, ...], once: bool, name: str | None, database_url: str | None, **settings: Any
+) -> None:
+    """Work on queues until stopped.
+
+    SIGTERM or Ctrl-C stops claiming and lets handlers end within --drain-timeout; a second one cancels them. What was
+    not finished goes back to its queue, and no attempt is charged for it.
+    """
+    if app_path is None:
+        raise ConfigError("A worker needs the App that defines its tasks: `-a module:app`, or QUEUE_SERVICE_WORKER_APP.")
+    app = load_app(app_path, database_url, **settings)
+    wanted = dict(_queue(text) for text in queues) or dict.fromkeys(
+        sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
+    )
+    tally = run(_work(Worker(app, wanted, name=name), once=once))
+    code = RUNS_FAILED if once and tally.failed else 0
+    _leave(code, app.settings.drain_timeout)
+
+
+async def _work(worker: Worker, *, once: bool) -> Tally:
+    loop = asyncio.get_running_loop()
+    signals = 0
+
+    def stop() -> None:
+        nonlocal signals
+        signals += 1
+        again = "Signal again to cancel what is running." if signals == 1 else "Cancelling what is running."
+        click.echo(f"Stopping. {again}", err=True)
+        worker.stop(now=signals > 1)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, stop)
+    shown = ", ".join(f"{queue} ({concurrency} at once)" for queue, concurrency in worker.queues.items())
+    click.echo(f"working on {shown}. Ctrl-C stops.", err=True)
+    return await worker.run(once=once)
+
+
+def _queue(text: str) -> tuple[str, int]:
+    name, _, concurrency = text.rpartition(":")
+    if not name:
+        return text, DEFAULT_CONCURRENCY
+    if not concurrency.isdigit():
+        raise ConfigError(f"-q {text}: {concurrency!r} is no concurrency. Write NAME or NAME:10.")
+    return name, int(concurrency)
+
+
+def _leave(code: int, patience: timedelta) -> None:
+    """Exit, even where a handler's thread was abandoned: the interpreter would wait for it for ever."""
+    deadline = time.monotonic() + min(1.0, patience.total_seconds())
+    while _busy_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if _busy_threads():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _busy_threads() -> bool:
+    return any(thread.name.startswith("queue_service handler") for thread in threading.enumerate())
