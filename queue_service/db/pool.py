@@ -33,8 +33,8 @@ _TCP = {
 }
 
 # Settings of the server, the database or the role must not change what a statement means, so each session says them.
-# enable_seqscan: every statement of ours is shaped for an index, and the statistics of a queue's tables are always out
-# of date, so the planner would now and then talk itself into reading the whole table.
+# enable_*: every statement of ours is shaped for an ordered walk along one index, and the statistics of a queue's tables
+# are always out of date, so the planner would now and then talk itself into reading the whole table first.
 # synchronous_commit: durability is promised; a stricter setting than `on` is left alone.
 _SESSION = """
 select set_config('statement_timeout', '30s', false),
@@ -45,7 +45,10 @@ select set_config('statement_timeout', '30s', false),
                   case current_setting('synchronous_commit') when 'off' then 'on'
                        else current_setting('synchronous_commit') end, false),
        set_config('enable_seqscan', 'off', false),
+       set_config('enable_bitmapscan', 'off', false),
+       set_config('enable_mergejoin', 'off', false),
        set_config('jit', 'off', false),
+       set_config('plan_cache_mode', 'force_generic_plan', false),
        set_config('timezone', 'UTC', false)
 """
 
@@ -98,21 +101,27 @@ class Pool:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        try:
-            conn = await self._pool.getconn()
-        except psycopg_pool.PoolTimeout:
-            raise DatabaseUnavailable(
-                f"No connection became free within {DEADLINE:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE "
-                "too small for what this process does at once."
-            ) from None
+        conn = await self._take()
         try:
             yield conn
         finally:
             await self._pool.putconn(conn)
 
     async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
-        async with self.connection() as conn:
+        conn = await self._take()
+        try:
             return await _persistently(conn, query, deadline)
+        finally:
+            await self._pool.putconn(conn)
+
+    async def _take(self) -> Connection:
+        try:
+            return await self._pool.getconn()
+        except psycopg_pool.PoolTimeout:
+            raise DatabaseUnavailable(
+                f"No connection became free within {DEADLINE:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE "
+                "too small for what this process does at once."
+            ) from None
 
 
 class Wire:

@@ -19,15 +19,11 @@ delete from queue_service.workers where id = %(worker_id)s
 -- name: listed
 -- The workers, how many runs each holds, and whether each was seen within `silence`.
 select workers.id, workers.name, workers.version, workers.queues::text, workers.started_at, workers.seen_at,
-       coalesce(held.runs, 0), workers.seen_at > clock_timestamp() - %(silence)s::interval
+       (select count(*) from queue_service.runs
+         where id = any(array(select unnest(run_ids) from queue_service.leases where worker_id = workers.id))
+           and lease_id = any(array(select leases.id from queue_service.leases where worker_id = workers.id))),
+       workers.seen_at > clock_timestamp() - %(silence)s::interval
   from queue_service.workers
-  left join (
-    select leases.worker_id, count(*) as runs
-      from queue_service.leases
-     cross join lateral unnest(leases.run_ids) as listed (id)
-      join queue_service.runs on runs.id = listed.id and runs.lease_id = leases.id
-     group by leases.worker_id
-  ) as held on held.worker_id = workers.id
  order by workers.id
 
 -- name: prune

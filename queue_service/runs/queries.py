@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -18,12 +18,18 @@ COUNT_LIMIT = 50_001
 
 
 class Lane(NamedTuple):
-    """One priority of one queue as a scan saw it; `floor` is None where nothing is due."""
+    """One priority of one queue where something is due, and where the first of it stands."""
 
     queue: str
     priority: int
-    floor: Floor | None
-    scanned_at: datetime
+    first: Floor
+
+
+class Scan(NamedTuple):
+    """What a look from the front found, and when that was, by the database's clock."""
+
+    at: datetime
+    lanes: list[Lane]
 
 
 class Swept(NamedTuple):
@@ -68,8 +74,8 @@ def reserve(
     return SQL.query("reserve", decode, count=count, delay=delay, run_at=run_at, expires_in=expires_in)
 
 
-def scan(queues: Sequence[str], tasks: Sequence[str]) -> Query[list[Lane]]:
-    return SQL.query("scan", _lanes, queues=list(queues), tasks=list(tasks))
+def scan(queues: Sequence[str], tasks: Sequence[str]) -> Query[Scan]:
+    return SQL.query("scan", _scan, queues=list(queues), tasks=list(tasks))
 
 
 def claim(
@@ -127,9 +133,7 @@ def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] 
         _claims,
         ids=array_literal([ending.claim.run_id for ending in ordered]),
         attempts=array_literal([ending.claim.attempt for ending in ordered]),
-        states=array_literal([ending.state.value for ending in ordered]),
-        results=_json_array(ordered, lambda ending: ending.result),
-        errors=_json_array(ordered, lambda ending: ending.error),
+        outcomes=_json_array([_ending_json(ending) for ending in ordered]),
         worker_id=worker_id,
         leases=array_literal(sorted(freed)),
     )
@@ -143,9 +147,7 @@ def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[in
         _claims,
         ids=array_literal([back.claim.run_id for back in ordered]),
         attempts=array_literal([back.claim.attempt for back in ordered]),
-        delays=array_literal(["NULL" if back.delay is None else back.delay for back in ordered]),
-        failed=array_literal([back.failed for back in ordered]),
-        errors=_json_array(ordered, lambda back: back.error),
+        outcomes=_json_array([_return_json(back) for back in ordered]),
         worker_id=worker_id,
         leases=array_literal(sorted(freed)),
     )
@@ -217,8 +219,21 @@ def _fields(new: NewRun) -> dict[str, object]:
     return {name: getattr(new, name) for name in NewRun.__slots__}
 
 
-def _json_array(items: Sequence[Ending] | Sequence[Return], read: Callable[..., str]) -> str | None:
-    texts = [read(item) for item in items]
+def _ending_json(ending: Ending) -> str:
+    _claim, state, result, error = ending
+    if state is RunState.SUCCEEDED:
+        return "null" if result == "null" else f'{{"result":{result}}}'
+    return f'{{"state":"{state.value}","error":{error}}}' if error != "null" else f'{{"state":"{state.value}"}}'
+
+
+def _return_json(back: Return) -> str:
+    parts = [] if back.delay is None else [f'"delay":{back.delay!r}']
+    parts += ['"failed":true'] if back.failed else []
+    parts += [] if back.error == "null" else [f'"error":{back.error}']
+    return "{" + ",".join(parts) + "}"
+
+
+def _json_array(texts: Sequence[str]) -> str | None:
     # All null is the common case of a drain, and then the server has nothing to parse.
     return None if all(text == "null" for text in texts) else "[" + ",".join(texts) + "]"
 
@@ -235,11 +250,9 @@ def _swept(rows: Rows) -> list[Swept]:
     return [Swept(run_id, RunState(state), queue, priority) for run_id, state, queue, priority in rows]
 
 
-def _lanes(rows: Rows) -> list[Lane]:
-    return [
-        Lane(queue, priority, None if run_at is None else Floor(run_at, run_id), now)
-        for queue, priority, run_at, run_id, now in rows
-    ]
+def _scan(rows: Rows) -> Scan:
+    lanes = [Lane(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id in rows if run_id]
+    return Scan(rows[0][0], lanes)
 
 
 def _claimed(rows: Rows) -> list[tuple[Run, int]]:

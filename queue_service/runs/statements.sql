@@ -1,5 +1,9 @@
 -- Every statement about runs. Live runs are in `runs`, endings in `finished_runs`; a claimed run is held by a row of
 -- `leases`, which lists the runs claimed together. Locks are taken leases first, then runs by ascending id.
+--
+-- The planner's picture of `runs` is always out of date (vacuum may find it empty a moment before a million rows come),
+-- and with zero rows expected it will read the whole table as the outer side of a join. So `runs` is never joined:
+-- it is reached by `id = any(array)` or by an ordered walk along the claim index with a limit, and nothing else.
 
 -- define: history_columns
 id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, losses, max_attempts, priority, state,
@@ -32,6 +36,15 @@ select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.ru
        %(metadata)s::jsonb, %(organization_id)s
   from (select coalesce(%(run_at)s::timestamptz,
                         clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
+
+-- define: held_claim
+runs.id = any(%(ids)s::bigint[])
+       and runs.attempt = (%(attempts)s::integer[])[width_bucket(runs.id, %(ids)s::bigint[])]
+       and runs.state = 'running'
+       and (select count(*) from freed) >= 0
+
+-- define: outcome
+(select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1)
 
 -- define: take_picked
 lease as (
@@ -79,9 +92,9 @@ select due.run_at, due.run_at + %(expires_in)s::interval,
                         clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
 
 -- name: scan
--- For each priority of each queue: the first run that a claim could take, which is where claims may start to look, or
--- null where nothing is due. Paused queues are left out. Distinct priorities are found by hopping along the index, one descent each. The last
--- column is the time of the scan.
+-- For each priority of each queue where something is due: the first run that a claim could take, which is where claims
+-- may start to look. Paused queues are left out. Distinct priorities are found by hopping along the index, one descent
+-- each. The first column is the time of the scan; it comes even where nothing is due.
 with recursive lane (queue, priority) as (
     select asked.queue, top.priority
       from unnest(%(queues)s::text[]) as asked (queue)
@@ -100,17 +113,20 @@ with recursive lane (queue, priority) as (
          order by runs.queue, runs.priority desc, runs.run_at, runs.id limit 1
      ) as below
 )
-select lane.queue, lane.priority, first.run_at, first.id, moment.now
+select moment.now, due.queue, due.priority, due.run_at, due.id
   from (select clock_timestamp() as now) as moment
- cross join lane
-  left join lateral (
-    select runs.run_at, runs.id from queue_service.runs
-     where runs.queue = lane.queue and runs.priority = lane.priority
-       and runs.run_at <= (select clock_timestamp())
-       and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
-       and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-     order by runs.run_at, runs.id limit 1
-  ) as first on true
+  left join (
+    select lane.queue, lane.priority, first.run_at, first.id
+      from lane
+     cross join lateral (
+        select runs.run_at, runs.id from queue_service.runs
+         where runs.queue = lane.queue and runs.priority = lane.priority
+           and runs.run_at <= (select clock_timestamp())
+           and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
+           and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+         order by runs.run_at, runs.id limit 1
+     ) as first
+  ) as due on true
 
 -- name: claim
 -- Take up to `limit` due runs of one queue, higher priority first, each priority from its floor on. Passed over: runs of
@@ -170,77 +186,67 @@ returning id
 
 -- name: cancel_requests
 -- The runs under these leases that someone asked to cancel.
-select runs.id
-  from queue_service.leases
- cross join lateral unnest(leases.run_ids) as listed (id)
-  join queue_service.runs on runs.id = listed.id and runs.lease_id = leases.id and runs.cancel_requested
- where leases.id = any(%(leases)s::bigint[])
+select id from queue_service.runs
+ where id = any(array(select unnest(run_ids) from queue_service.leases where id = any(%(leases)s::bigint[])))
+   and lease_id = any(%(leases)s::bigint[]) and cancel_requested
 
 -- name: finish
 -- End claimed runs: out of `runs`, into history, and let go of leases that hold nothing more. One row for each claim
 -- that was still held; a claim that is missing was lost, and nothing about its run changed.
--- The leases are freed first (the count makes it so): a sweep locks in that order, and the two would deadlock.
+-- `ids` ascend, so width_bucket finds the place of a run's attempt and outcome by bisection. An outcome is an object of
+-- state, result and error, or null for plain success. The leases are freed first (their count makes it so): a sweep
+-- locks in that order, and the two would deadlock.
 -- writes: runs, finished_runs, leases
-with ending as materialized (
-    select * from rows from (
-        unnest(%(ids)s::bigint[], %(attempts)s::integer[], %(states)s::text[]),
-        jsonb_array_elements(%(results)s::jsonb), jsonb_array_elements(%(errors)s::jsonb)
-    ) as ending (id, attempt, state, result, error)
-), freed as (
+with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
 ), gone as (
-    delete from queue_service.runs using ending
-     where runs.id = ending.id and runs.attempt = ending.attempt and runs.state = 'running'
-       and (select count(*) from freed) >= 0
-    returning runs.id, run_at, created_at, expires_at, claimed_at, %(worker_id)s::bigint, runs.attempt,
-              failures + (ending.state = 'failed')::integer, losses, max_attempts, priority, ending.state,
-              queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata,
-              nullif(ending.result, 'null'),
-              coalesce(nullif(ending.error, 'null'), runs.error)
+    delete from queue_service.runs
+     where {held_claim}
+    returning runs.*, {outcome} as outcome
 )
 insert into queue_service.finished_runs ({history_columns})
-select * from gone
+select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
+       failures + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts, priority,
+       coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key, organization_id,
+       retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error)
+  from gone
 returning id, attempt
 
 -- name: give_back
--- Return claimed runs to their queue: after a delay, or to their old place where the delay is null. One asked to be
--- cancelled meanwhile ends so instead. One row for each claim that was still held.
+-- Return claimed runs to their queue: after a delay, or to their old place where there is none. One asked to be
+-- cancelled meanwhile ends so instead. One row for each claim that was still held. An outcome is an object of delay (in
+-- seconds), failed and error. The runs are locked before cancel_requested is looked at: a request that came in between
+-- would otherwise fit neither branch.
 -- writes: runs, finished_runs, leases
-with back as materialized (
-    select * from rows from (
-        unnest(%(ids)s::bigint[], %(attempts)s::integer[], %(delays)s::float8[], %(failed)s::boolean[]),
-        jsonb_array_elements(%(errors)s::jsonb)
-    ) as back (id, attempt, delay, failed, error)
-), freed as (
+with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
 ), held as materialized (
-    select runs.id, runs.attempt, runs.cancel_requested, back.delay, back.failed, nullif(back.error, 'null') as error
-      from back
-      join queue_service.runs
-        on runs.id = back.id and runs.attempt = back.attempt and runs.state = 'running'
-     where (select count(*) from freed) >= 0
+    select runs.id, runs.cancel_requested from queue_service.runs
+     where {held_claim}
      order by runs.id
-       for update of runs
+       for update
+), gone as (
+    delete from queue_service.runs
+     where runs.id = any(array(select held.id from held where held.cancel_requested))
+    returning runs.*, {outcome} as outcome
 ), cancelled as (
-    delete from queue_service.runs using held
-     where runs.id = held.id and held.cancel_requested
-    returning runs.id, run_at, created_at, expires_at, claimed_at, %(worker_id)s::bigint, runs.attempt,
-              failures + held.failed::integer, losses, max_attempts, priority, 'cancelled', queue, task, payload,
-              singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, null::jsonb,
-              coalesce(held.error, runs.error)
-), history as (
-    insert into queue_service.finished_runs ({history_columns}) select * from cancelled
+    insert into queue_service.finished_runs ({history_columns})
+    select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
+           failures + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts, priority,
+           'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
+           metadata, null, coalesce(outcome -> 'error', error)
+      from gone
     returning id, attempt
 ), queued as (
     update queue_service.runs
-       set state = 'queued', lease_id = null, claimed_at = null, failures = failures + held.failed::integer,
-           run_at = case when held.delay is null then run_at else clock_timestamp() + make_interval(secs => held.delay) end,
-           error = coalesce(held.error, runs.error)
-      from held
-     where runs.id = held.id and not held.cancel_requested
-    returning runs.id, runs.attempt
+       set state = 'queued', lease_id = null, claimed_at = null,
+           failures = failures + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
+           run_at = coalesce(clock_timestamp() + make_interval(secs => ({outcome} ->> 'delay')::float8), run_at),
+           error = coalesce({outcome} -> 'error', error)
+     where runs.id = any(array(select held.id from held where not held.cancel_requested))
+    returning id, attempt
 )
-select id, attempt from queued union all select id, attempt from history
+select id, attempt from queued union all select id, attempt from cancelled
 
 -- name: sweep
 -- Take the leases that have lapsed, at most `limit` of them, and with them the runs they held. Each goes back to its
@@ -255,33 +261,33 @@ with lapsed as materialized (
        and expires_at < clock_timestamp()
     returning id, worker_id, run_ids
 ), lost as materialized (
-    select runs.id, lapsed.worker_id, runs.cancel_requested or runs.losses + 1 >= %(max_losses)s as is_over,
-           case when runs.cancel_requested then 'cancelled' else 'failed' end as ending
-      from lapsed
-     cross join lateral unnest(lapsed.run_ids) as listed (id)
-      join queue_service.runs on runs.id = listed.id and runs.lease_id = lapsed.id and runs.state = 'running'
-     order by runs.id
-       for update of runs
+    select id, cancel_requested or losses + 1 >= %(max_losses)s as is_over from queue_service.runs
+     where id = any(array(select unnest(lapsed.run_ids) from lapsed))
+       and lease_id = any(array(select lapsed.id from lapsed)) and state = 'running'
+     order by id
+       for update
+), gone as (
+    delete from queue_service.runs
+     where id = any(array(select lost.id from lost where lost.is_over))
+    returning runs.*
 ), ended as (
-    delete from queue_service.runs using lost
-     where runs.id = lost.id and lost.is_over
-    returning runs.id, run_at, created_at, expires_at, claimed_at, lost.worker_id, attempt, failures, losses + 1,
-              max_attempts, priority, lost.ending, queue, task, payload, singleton_key, ordering_key, organization_id,
-              retry_delay, timeout, metadata, null::jsonb,
-              jsonb_build_object('reason', 'worker_lost', 'message',
-                  format('The worker was lost %%s times while this run was with it.', losses + 1))
-), history as (
-    insert into queue_service.finished_runs ({history_columns}) select * from ended
+    insert into queue_service.finished_runs ({history_columns})
+    select id, run_at, created_at, expires_at, claimed_at,
+           (select lapsed.worker_id from lapsed where lapsed.id = gone.lease_id), attempt, failures, losses + 1,
+           max_attempts, priority, case when cancel_requested then 'cancelled' else 'failed' end, queue, task, payload,
+           singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, null,
+           jsonb_build_object('reason', 'worker_lost', 'message',
+               format('The worker was lost while this run was with it, for the %%s. time.', losses + 1))
+      from gone
     returning id, state, queue, priority
 ), queued as (
     update queue_service.runs
        set state = 'queued', lease_id = null, claimed_at = null, losses = losses + 1,
-           error = jsonb_build_object('reason', 'worker_lost', 'message', 'The worker was lost.')
-      from lost
-     where runs.id = lost.id and not lost.is_over
-    returning runs.id, runs.state, runs.queue, runs.priority
+           error = jsonb_build_object('reason', 'worker_lost', 'message', 'The worker was lost while this run was with it.')
+     where id = any(array(select lost.id from lost where not lost.is_over))
+    returning id, state, queue, priority
 )
-select id, state, queue, priority from queued union all select id, state, queue, priority from history
+select id, state, queue, priority from queued union all select id, state, queue, priority from ended
 
 -- name: expire
 -- End queued runs whose time to start has passed, at most `limit` of them. Rows: run ids.
@@ -306,22 +312,25 @@ returning id
 -- no live run has this id. The row is locked before its state is looked at, so that a claim cannot slip between.
 -- writes: runs, finished_runs
 with target as materialized (
-    select id, state from queue_service.runs where id = %(run_id)s for update
+    select state from queue_service.runs where id = %(run_id)s for update
 ), gone as (
-    delete from queue_service.runs using target
-     where runs.id = target.id and target.state = 'queued'
-    returning runs.id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
-              priority, 'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
-              timeout, metadata, null::jsonb,
-              coalesce(error, jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.'))
-), history as (
-    insert into queue_service.finished_runs ({history_columns}) select * from gone returning id
+    delete from queue_service.runs
+     where id = %(run_id)s and (select target.state from target) = 'queued'
+    returning runs.*
+), ended as (
+    insert into queue_service.finished_runs ({history_columns})
+    select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
+           'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
+           metadata, null,
+           coalesce(error, jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.'))
+      from gone
+    returning id
 ), asked as (
     update queue_service.runs set cancel_requested = true
-      from target where runs.id = target.id and target.state = 'running'
-    returning runs.id
+     where id = %(run_id)s and (select target.state from target) = 'running'
+    returning id
 )
-select 'cancelled' from history union all select 'requested' from asked
+select 'cancelled' from ended union all select 'requested' from asked
 
 -- name: retry
 -- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on
@@ -363,9 +372,12 @@ limit 1
 select asked.id, ending.state
   from unnest(%(run_ids)s::bigint[]) as asked (id)
   left join lateral (
+    select true as found from queue_service.runs where runs.id = asked.id limit 1
+  ) as live on true
+  left join lateral (
     select finished_runs.state from queue_service.finished_runs where finished_runs.id = asked.id limit 1
   ) as ending on true
- where not exists (select from queue_service.runs where runs.id = asked.id)
+ where live.found is null
 
 -- name: page
 -- Runs by descending id, below `before`: one page of a listing.
@@ -387,10 +399,9 @@ select (select count(*) from (select from queue_service.runs where queue = %(que
                                  and run_at <= clock_timestamp() limit %(most)s) as due),
        (select count(*) from (select from queue_service.runs where queue = %(queue)s and state = 'queued'
                                  and run_at > clock_timestamp() limit %(most)s) as later),
-       (select count(*) from queue_service.leases
-         cross join lateral unnest(leases.run_ids) as listed (id)
-          join queue_service.runs on runs.id = listed.id and runs.lease_id = leases.id
-         where runs.queue = %(queue)s),
+       (select count(*) from queue_service.runs
+         where id = any(array(select unnest(run_ids) from queue_service.leases)) and queue = %(queue)s
+           and state = 'running'),
        (select min(run_at) from (select run_at from queue_service.runs where queue = %(queue)s and state = 'queued'
                                     and run_at <= clock_timestamp()
                                   order by queue, priority desc, run_at, id limit 1) as first)

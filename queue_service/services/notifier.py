@@ -20,26 +20,28 @@ QUIET = 0.010
 class Notifier:
     def __init__(self, fetch: Callable[[Query[None]], Awaitable[None]]) -> None:
         self._fetch = fetch
-        # A dict for its order and for dropping what is said twice.
-        self._pending: dict[Notice, None] = {}
-        self._sender: asyncio.Task[None] | None = None
+        # By channel, since one must not make the other wait. Dicts for their order and for dropping what is said twice.
+        self._pending: dict[str, dict[Notice, None]] = {}
+        self._senders: dict[str, asyncio.Task[None]] = {}
 
     def send(self, notices: Collection[Notice]) -> None:
         """Send these soon. Never raises and never waits: a lost notice costs its reader one poll interval."""
-        self._pending.update(dict.fromkeys(notices))
-        if self._sender is None or self._sender.done():
-            self._sender = asyncio.create_task(self._send(), name="notifier")
+        for notice in notices:
+            self._pending.setdefault(notice.channel, {})[notice] = None
+            sender = self._senders.get(notice.channel)
+            if sender is None or sender.done():
+                task = asyncio.create_task(self._send(notice.channel), name=f"notifier {notice.channel}")
+                self._senders[notice.channel] = task
 
     async def close(self) -> None:
         """Send what is pending."""
-        if self._sender is not None:
-            await self._sender
+        for sender in list(self._senders.values()):
+            await sender
 
-    async def _send(self) -> None:
-        while self._pending:
-            notices, self._pending = list(self._pending), {}
+    async def _send(self, channel: str) -> None:
+        while notices := self._pending.pop(channel, None):
             try:
-                await self._fetch(notify(notices, alone=True))
+                await self._fetch(notify(list(notices), alone=True))
             except DatabaseUnavailable as lost:
-                log.debug("notices not sent; they will be found by polling", count=len(notices), why=str(lost))
+                log.debug("notices not sent; polling will find what they tell of", count=len(notices), why=str(lost))
             await asyncio.sleep(QUIET)

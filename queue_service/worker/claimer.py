@@ -32,8 +32,6 @@ MAX_PAUSE = 5.0
 # at most this long it is left alone once begun. After that, it shares the process like any other.
 PATIENCE = 1.0
 PROBATION = 2.0
-# Runs claimed ahead are handed back when no handler of their queue has ended for this long.
-STALLED = 1.0
 # Suspects in a row before ordinary runs get their turn.
 SUSPECTS = 20
 
@@ -67,7 +65,6 @@ class Claimer:
         self._next_scan = 0.0
         self._earliest_scan = 0.0
         self._next_suspect = 0.0
-        self._progress: dict[str, tuple[int, float]] = {}
         self.last_pass = time.monotonic()
 
     # What others tell it
@@ -126,16 +123,23 @@ class Claimer:
 
     async def _scan(self, now: float) -> None:
         self._hand_back_stalled(now)
-        lanes = await self._wire.fetch(queries.scan(list(self._executors), self._tasks))
-        self._hopeful = self._floors.scanned(lanes)
+        await self._look_everywhere()
         cost = time.monotonic() - now
         self._earliest_scan = now + cost + max(SOON, cost * SCAN_SHARE)
         self._next_scan = now + cost + self._poll
         if now >= self._next_suspect:
             await self._claim_suspects()
 
+    async def _look_everywhere(self) -> None:
+        # Emptied before the look: a hint that comes while it is under way tells of something it may not see.
+        self._hopeful.clear()
+        scan = await self._wire.fetch(queries.scan(list(self._executors), self._tasks))
+        self._hopeful |= self._floors.scanned(scan)
+
     async def _claim(self, executor: Executor) -> None:
         wanted = executor.wanted()
+        # Dropped before the claim, for the same reason.
+        self._hopeful.discard(executor.queue)
         claimed = await self._wire.fetch(
             queries.claim(
                 executor.queue,
@@ -147,8 +151,9 @@ class Claimer:
             )
         )
         self._floors.claimed(executor.queue, [run for run, _ in claimed])
-        if len(claimed) < wanted:
-            self._hopeful.discard(executor.queue)
+        if len(claimed) == wanted:
+            self._hopeful.add(executor.queue)
+        else:
             # Short: the queue is empty, or what is left stands behind the floor.
             self._next_scan = min(self._next_scan, self._earliest_scan)
         held = self._leases.take(claimed)
@@ -160,13 +165,9 @@ class Claimer:
 
     def _hand_back_stalled(self, now: float) -> None:
         """Give up what waits behind handlers that stopped ending: another worker may be free."""
-        for queue, executor in self._executors.items():
-            completed, since = self._progress.get(queue, (-1, now))
-            if executor.completed != completed:
-                self._progress[queue] = (executor.completed, now)
-            elif now - since > STALLED:
-                for held in executor.take_back():
-                    self._finisher.put(held, Return(held.run.claim))
+        for executor in self._executors.values():
+            for held in executor.take_back_stalled(now):
+                self._finisher.put(held, Return(held.run.claim))
 
     # Suspects
 
@@ -202,12 +203,9 @@ class Claimer:
 
     async def _is_drained(self) -> bool:
         """Nothing runs, nothing is being written, and a look from the front finds nothing that is due."""
-        if self._hopeful or not self._finisher.is_idle:
+        if self._hopeful or not self._finisher.is_idle or not all(each.is_idle for each in self._executors.values()):
             return False
-        if not all(executor.is_idle for executor in self._executors.values()):
-            return False
-        lanes = await self._wire.fetch(queries.scan(list(self._executors), self._tasks))
-        self._hopeful |= self._floors.scanned(lanes)
+        await self._look_everywhere()
         due = self._hopeful or await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._tasks))
         return not due
 

@@ -11,8 +11,9 @@ import asyncio
 import contextvars
 import functools
 import time
+import types
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -29,8 +30,10 @@ from queue_service.worker.leases import Held, Lease
 log = get_logger(__name__)
 
 # Claimed ahead of free slots: what the queue was last seen to work off in this time, and no more.
-AHEAD = 0.025
-MAX_AHEAD = 1_000
+AHEAD = 0.05
+MAX_AHEAD = 2_000
+# Runs claimed ahead are handed back when none has begun or ended for this long.
+STALLED = 1.0
 # Handlers that never wait would keep the loop from everything else; after this many, a slot lets others go first.
 YIELD_EVERY = 50
 
@@ -73,12 +76,13 @@ class Executor:
         self._room = room
         self._waiting: deque[Held] = deque()
         self._running: dict[int, _Execution] = {}
-        self._idle: deque[asyncio.Future[None]] = deque()
+        self._idle: list[asyncio.Future[None]] = []
         self._slots = 0
         self._since_yield = 0
         self.completed = 0
         self._ahead = 0
         self._measured = (time.monotonic(), 0)
+        self._progress_at, self._seen_completed = time.monotonic(), 0
 
     # For the claimer
 
@@ -95,18 +99,19 @@ class Executor:
 
     def offer(self, claimed: list[Held]) -> None:
         self._waiting.extend(claimed)
-        for _ in range(min(len(claimed), len(self._idle))):
-            free = self._idle.popleft()
-            if not free.done():
-                free.set_result(None)
-        while self._slots < min(self.concurrency, len(self._running) + len(self._waiting)):
-            self._slots += 1
-            self._spawn(self._slot())
+        self._progress_at = time.monotonic()
+        self._rouse()
 
     def take_back(self) -> list[Held]:
         """The runs that no slot has begun; they are the caller's again."""
         waiting, self._waiting = list(self._waiting), deque()
         return waiting
+
+    def take_back_stalled(self, now: float) -> list[Held]:
+        """As `take_back`, if nothing has come or gone here for a while; nothing otherwise."""
+        if self.completed != self._seen_completed:
+            self._seen_completed, self._progress_at = self.completed, now
+        return self.take_back() if now - self._progress_at > STALLED else []
 
     # For whoever stops a run
 
@@ -139,7 +144,21 @@ class Executor:
 
     # Slots
 
+    def _rouse(self) -> None:
+        """Set up to two more slots to work. Each slot whose handler suspends does the same, so that handlers that wait
+        are soon all begun, while handlers that never wait are worked off by one slot, which leaves the loop its turns."""
+        for _ in range(min(2, len(self._waiting))):
+            if self._idle:
+                free = self._idle.pop()
+                if not free.done():
+                    free.set_result(None)
+            elif self._slots < self.concurrency:
+                self._slots += 1
+                self._spawn(self._slot())
+
     async def _slot(self) -> None:
+        slot = asyncio.current_task()
+        assert slot is not None  # noqa: S101 - a coroutine of ours always runs in a task
         while True:
             while not self._waiting:
                 free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -147,7 +166,7 @@ class Executor:
                 await free
             held = self._waiting.popleft()
             # A lost lease: the run went back to its queue, and someone else may have it already.
-            outcome = None if held.lease.lost else await self._execute(held)
+            outcome = None if held.lease.lost else await self._execute(held, slot)
             self._finisher.put(held, outcome or Return(held.run.claim))
             self.completed += 1
             if len(self._waiting) <= self._ahead // 2:
@@ -157,13 +176,11 @@ class Executor:
                 self._since_yield = 0
                 await asyncio.sleep(0)
 
-    async def _execute(self, held: Held) -> Outcome:
+    async def _execute(self, held: Held, slot: asyncio.Task[Any]) -> Outcome:
         run = held.run
-        slot = asyncio.current_task()
-        assert slot is not None  # noqa: S101 - a coroutine of ours always runs in a task
         execution = self._running[run.id] = _Execution(held, slot)
         try:
-            return self._outcome(run, await self._call(self._tasks[run.task], run))
+            return self._outcome(run, await _watched(self._call(self._tasks[run.task], run), self._rouse))
         except BaseException as error:
             if execution.cause is None:
                 if isinstance(error, asyncio.CancelledError) and slot.cancelling():
@@ -231,6 +248,23 @@ class Executor:
         rate = (self.completed - completed) / (now - then)
         self._measured = (now, self.completed)
         self._ahead = (self._ahead + min(MAX_AHEAD, int(rate * AHEAD)) + 1) // 2 if rate else 0
+
+
+@types.coroutine
+def _watched(call: Coroutine[Any, Any, Any], on_suspend: Callable[[], None]) -> Generator[Any, Any, Any]:
+    """`await call`, and a word when it first waits for something."""
+    try:
+        waits_for = call.send(None)
+        on_suspend()
+        while True:
+            try:
+                sent = yield waits_for
+            except BaseException as thrown:  # noqa: BLE001 - a cancellation goes to whom it was meant for
+                waits_for = call.throw(thrown)
+            else:
+                waits_for = call.send(sent)
+    except StopIteration as done:
+        return done.value
 
 
 class _TimedOut(Exception):

@@ -6,6 +6,7 @@ A lost claim is logged and counted, not raised: someone else already owns that r
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -37,11 +38,12 @@ class Tally:
     returned: int = 0
     lost: int = 0
 
-    def add(self, outcome: Outcome) -> None:
-        if isinstance(outcome, Return):
-            self.returned += 1
-        else:
-            setattr(self, outcome.state.value, getattr(self, outcome.state.value) + 1)
+    def add(self, outcomes: Sequence[Outcome], lost: Sequence[Outcome]) -> None:
+        states = Counter("returned" if isinstance(outcome, Return) else outcome.state.value for outcome in outcomes)
+        states.subtract("returned" if isinstance(outcome, Return) else outcome.state.value for outcome in lost)
+        for name, count in states.items():
+            setattr(self, name, getattr(self, name) + count)
+        self.lost += len(lost)
 
 
 @dataclass(slots=True)
@@ -155,19 +157,11 @@ class Finisher:
         return await self._wire.fetch(queries.finish([bare], worker_id=self._worker_id, freed=freed))
 
     def _account(self, outcomes: Sequence[Outcome], done: set[Claim], uncertain: bool) -> None:
-        if len(done) == len(outcomes):
-            for outcome in outcomes:
-                self.tally.add(outcome)
-        else:
-            for outcome in outcomes:
-                if outcome.claim in done or uncertain:
-                    self.tally.add(outcome)
-                else:
-                    self.tally.lost += 1
-                    log.warning(
-                        "claim lost: another worker owns this run now", run_id=outcome.claim.run_id,
-                        attempt=outcome.claim.attempt,
-                    )  # fmt: skip
+        lost = [] if uncertain else [outcome for outcome in outcomes if outcome.claim not in done]
+        self.tally.add(outcomes, lost)
+        for outcome in lost:
+            run_id, attempt = outcome.claim
+            log.warning("claim lost: another worker owns this run now", run_id=run_id, attempt=attempt)
         ended = [outcome.claim.run_id for outcome in outcomes if isinstance(outcome, Ending)]
         if ended:
             self._announce(ended)

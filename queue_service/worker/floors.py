@@ -7,17 +7,19 @@ floor (a slow transaction, a run handed back) is found by the next scan, which l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from queue_service.runs.model import Floor, Run
-from queue_service.runs.queries import Lane
+from queue_service.runs.queries import Scan
 
 FRONT = Floor(datetime.min.replace(tzinfo=UTC), 0)
 
 # An enqueue takes its time before it commits. A floor raised over an empty stretch stays this far behind the clock, so
 # that such a run is met by the next claim and need not wait for a scan.
 COMMIT_LAG = timedelta(seconds=1)
+# A queue with more priorities than this starts over at each scan, with those where something is due.
+MAX_LANES = 64
 
 
 class Floors:
@@ -31,16 +33,17 @@ class Floors:
         """Something was enqueued there; a priority that is new is looked at from the front."""
         self._queues.setdefault(queue, {}).setdefault(priority, FRONT)
 
-    def scanned(self, lanes: Iterable[Lane]) -> set[str]:
+    def scanned(self, scan: Scan) -> set[str]:
         """Take over what a scan of every queue found. Returns the queues where something is due."""
-        fresh: dict[str, dict[int, Floor]] = {}
-        for lane in lanes:
-            known = self.of(lane.queue).get(lane.priority, FRONT)
-            empty = max(known, Floor(lane.scanned_at - COMMIT_LAG, 0))
-            fresh.setdefault(lane.queue, {})[lane.priority] = lane.floor or empty
-        due = {lane.queue for lane in lanes if lane.floor is not None}
-        self._queues = fresh
-        return due
+        empty = Floor(scan.at - COMMIT_LAG, 0)
+        for floors in self._queues.values():
+            if len(floors) > MAX_LANES:
+                floors.clear()
+            for priority, floor in floors.items():
+                floors[priority] = max(floor, empty)
+        for lane in scan.lanes:
+            self._queues.setdefault(lane.queue, {})[lane.priority] = lane.first
+        return {lane.queue for lane in scan.lanes}
 
     def claimed(self, queue: str, runs: Sequence[Run]) -> None:
         """Move the floors past what was just claimed."""
