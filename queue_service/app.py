@@ -179,7 +179,7 @@ class App:
             singleton_key=singleton_key, ordering_key=ordering_key, max_attempts=max_attempts,
             retry_delay=retry_delay, timeout=timeout, metadata=metadata, organization_id=organization_id,
         )  # fmt: skip
-        return await self._store(enqueueing.enqueue(new, on_conflict), new, conn)
+        return await self._store(lambda notice: enqueueing.enqueue(new, on_conflict, notice), new, conn)
 
     async def enqueue_many(
         self, task: str, payloads: Iterable[Mapping[str, Any]], /, *, conn: Any = None, **options: Any
@@ -188,7 +188,7 @@ class App:
         can be shared (not `singleton_key`). About twenty times quicker than one by one.
         """
         first, texts = enqueueing.new_runs(self.tasks, self.settings.payload_limit, task, payloads, options)
-        return await self._store(enqueueing.enqueue_many(first, texts), first, conn)
+        return await self._store(lambda notice: enqueueing.enqueue_many(first, texts, notice), first, conn)
 
     async def wait(self, run_id: int, *, timeout: timedelta | float | None = None) -> Run:  # noqa: ASYNC109
         """The run once it has ended. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has."""
@@ -254,14 +254,18 @@ class App:
         """Send notices soon, coalesced with those of the rest of this process."""
         self._opened.notifier.send(list(notices))
 
-    async def _store(self, steps: Steps[T], new: NewRun, conn: Any) -> T:
+    async def _store(self, store: Callable[[channels.Notice | None], Steps[T]], new: NewRun, conn: Any) -> T:
+        notice = enqueueing.notice(new)
         if conn is None:
-            stored = await drive(steps, self._opened)
-            self._opened.notifier.send(enqueueing.notices(new))
+            notifier = self._opened.notifier
+            rides = notice is not None and notifier.may_ride(notice.channel)
+            stored = await drive(store(notice if rides else None), self._opened)
+            if notice is not None and not rides:
+                notifier.send([notice])
             return stored
         borrowed = borrow(conn)
-        within = enqueueing.with_notice(steps, new)
-        return await drive(within, borrowed) if borrowed.is_async else drive_sync(within, borrowed)
+        steps = store(notice)
+        return await drive(steps, borrowed) if borrowed.is_async else drive_sync(steps, borrowed)
 
     @property
     def _opened(self) -> Opened:

@@ -152,17 +152,9 @@ def new_runs(
     return new_run(Tasks(), payload_limit, task, {}, **{**options, "queue": queue}), texts
 
 
-def notices(new: NewRun) -> list[channels.Notice]:
-    """What to tell workers once this is committed. A delayed run is found by polling when it is due."""
-    return [] if new.delay else [channels.enqueued(new.queue, new.priority)]
-
-
-def with_notice(steps: Steps[T], new: NewRun) -> Steps[T]:
-    """The steps, and then the notice as part of the same transaction."""
-    stored = yield from steps
-    if told := notices(new):
-        yield channels.notify(told, alone=False)
-    return stored
+def notice(new: NewRun) -> channels.Notice | None:
+    """What to tell workers. A delayed run is found by polling when it is due."""
+    return None if new.delay else channels.enqueued(new.queue, new.priority)
 
 
 def check_policy(on_conflict: str) -> None:
@@ -170,10 +162,12 @@ def check_policy(on_conflict: str) -> None:
         raise ConfigError(f"on_conflict must be one of {', '.join(POLICIES)}.{nearest(str(on_conflict), POLICIES)}")
 
 
-def enqueue(new: NewRun, on_conflict: OnConflict) -> Steps[int]:
-    """Store one run; the id of it, or of the live run that holds its singleton key, as `on_conflict` asks."""
+def enqueue(new: NewRun, on_conflict: OnConflict, told: channels.Notice | None) -> Steps[int]:
+    """Store one run; the id of it, or of the live run that holds its singleton key, as `on_conflict` asks. The notice
+    goes out when the transaction commits."""
+    store = queries.replace if on_conflict == "replace" else queries.enqueue
     for _ in range(TRIES):
-        run_id = yield (queries.replace(new) if on_conflict == "replace" else queries.enqueue(new))
+        run_id = yield store(new, told)
         if run_id is not None:
             return int(run_id)
         assert new.singleton_key is not None  # noqa: S101 - nothing else can refuse the insert
@@ -187,7 +181,7 @@ def enqueue(new: NewRun, on_conflict: OnConflict) -> Steps[int]:
     raise DatabaseUnavailable(f"Singleton key {new.singleton_key!r} changed hands {TRIES} times while we looked at it.")
 
 
-def enqueue_many(first: NewRun, payloads: Sequence[str]) -> Steps[list[int]]:
+def enqueue_many(first: NewRun, payloads: Sequence[str], told: channels.Notice | None) -> Steps[list[int]]:
     """Copy many runs in, all alike but for their payloads; their ids, in order. One statement, so all or none."""
     if not payloads:
         return []
@@ -200,6 +194,8 @@ def enqueue_many(first: NewRun, payloads: Sequence[str]) -> Steps[list[int]]:
     middle = "\t".join(map(_copy_text, shared))
     rows = [f"{run_id}\t{middle}\t{_escaped(payload)}\n" for run_id, payload in zip(ids, payloads, strict=True)]
     yield Copy(f"copy queue_service.runs ({_COLUMNS}) from stdin", "".join(rows).encode())
+    if told is not None:
+        yield channels.notify([told], alone=False)
     return list(ids)
 
 

@@ -72,7 +72,7 @@ class SyncApp:
             return self._call(self._app.enqueue(task, payload, on_conflict=on_conflict, **options))
         enqueueing.check_policy(on_conflict)
         new = enqueueing.new_run(self._app.tasks, self._app.settings.payload_limit, task, payload, **options)
-        return drive_sync(enqueueing.with_notice(enqueueing.enqueue(new, on_conflict), new), borrow_sync(conn))
+        return drive_sync(enqueueing.enqueue(new, on_conflict, enqueueing.notice(new)), borrow_sync(conn))
 
     def enqueue_many(
         self, task: str, payloads: Iterable[Mapping[str, Any]], /, *, conn: Any = None, **options: Any
@@ -81,7 +81,7 @@ class SyncApp:
         if conn is None:
             return self._call(self._app.enqueue_many(task, payloads, **options))
         common, texts = enqueueing.new_runs(self._app.tasks, self._app.settings.payload_limit, task, payloads, options)
-        return drive_sync(enqueueing.with_notice(enqueueing.enqueue_many(common, texts), common), borrow_sync(conn))
+        return drive_sync(enqueueing.enqueue_many(common, texts, enqueueing.notice(common)), borrow_sync(conn))
 
     def wait(self, run_id: int, *, timeout: timedelta | float | None = None) -> Run:
         return self._call(self._app.wait(run_id, timeout=timeout))

@@ -7,6 +7,8 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from queue_service.codec import loads
+from queue_service.db import channels
+from queue_service.db.channels import Notice
 from queue_service.db.query import Query, Rows, array_literal, column, found, scalar
 from queue_service.db.statements import Statements
 from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, Run, RunState, json_or_none
@@ -48,14 +50,14 @@ class Depth(NamedTuple):
     first_due: datetime | None
 
 
-def enqueue(new: NewRun) -> Query[int | None]:
-    """The id; None if a live run holds the singleton key."""
-    return SQL.query("enqueue", scalar, **_fields(new))
+def enqueue(new: NewRun, notice: Notice | None = None) -> Query[int | None]:
+    """The id; None if a live run holds the singleton key. The notice goes out with the commit."""
+    return SQL.query("enqueue", scalar, **_fields(new, notice))
 
 
-def replace(new: NewRun) -> Query[int | None]:
+def replace(new: NewRun, notice: Notice | None = None) -> Query[int | None]:
     """The id; None if the run that holds the singleton key is already running."""
-    return SQL.query("replace", scalar, **_fields(new))
+    return SQL.query("replace", scalar, **_fields(new, notice))
 
 
 def singleton_holder(queue: str, singleton_key: str) -> Query[int | None]:
@@ -215,8 +217,9 @@ def depth(queue: str) -> Query[Depth]:
     return SQL.query("tally", lambda rows: Depth(*rows[0]), queue=queue, most=COUNT_LIMIT)
 
 
-def _fields(new: NewRun) -> dict[str, object]:
-    return {name: getattr(new, name) for name in NewRun.__slots__}
+def _fields(new: NewRun, notice: Notice | None) -> dict[str, object]:
+    fields = {name: getattr(new, name) for name in NewRun.__slots__}
+    return fields | {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
 
 
 def _ending_json(ending: Ending) -> str:

@@ -61,24 +61,31 @@ returning runs.id, runs.queue, runs.task, runs.payload::text, runs.attempt, runs
           runs.singleton_key, runs.ordering_key, runs.organization_id, runs.metadata::text, runs.lease_id
 
 -- name: enqueue
--- Store a run. One row: its id. None: a live run holds the singleton key, and nothing changed.
+-- Store a run, and tell of it if there is a notice to send. One row: its id. None: a live run holds the singleton key,
+-- and nothing changed.
 -- writes: runs
-insert into queue_service.runs {enqueue_values}
-    on conflict (queue, singleton_key) where singleton_key is not null do nothing
-returning id
+with stored as (
+    insert into queue_service.runs {enqueue_values}
+        on conflict (queue, singleton_key) where singleton_key is not null do nothing
+    returning id
+)
+select id, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end from stored
 
 -- name: replace
 -- Store a run, or put it in the place of the queued one that holds its singleton key, whose id it keeps.
 -- None: the holder is running, and nothing changed.
 -- writes: runs
-insert into queue_service.runs {enqueue_values}
-    on conflict (queue, singleton_key) where singleton_key is not null do update
-   set task = excluded.task, payload = excluded.payload, priority = excluded.priority, run_at = excluded.run_at,
-       expires_at = excluded.expires_at, ordering_key = excluded.ordering_key, max_attempts = excluded.max_attempts,
-       retry_delay = excluded.retry_delay, timeout = excluded.timeout, metadata = excluded.metadata,
-       organization_id = excluded.organization_id, failures = 0, error = null
- where runs.state = 'queued'
-returning id
+with stored as (
+    insert into queue_service.runs {enqueue_values}
+        on conflict (queue, singleton_key) where singleton_key is not null do update
+       set task = excluded.task, payload = excluded.payload, priority = excluded.priority, run_at = excluded.run_at,
+           expires_at = excluded.expires_at, ordering_key = excluded.ordering_key,
+           max_attempts = excluded.max_attempts, retry_delay = excluded.retry_delay, timeout = excluded.timeout,
+           metadata = excluded.metadata, organization_id = excluded.organization_id, failures = 0, error = null
+     where runs.state = 'queued'
+    returning id
+)
+select id, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end from stored
 
 -- name: singleton_holder
 -- The live run that holds a singleton key, if there is one.

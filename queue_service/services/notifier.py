@@ -33,12 +33,22 @@ class Notifier:
                 task = asyncio.create_task(self._send(notice.channel), name=f"notifier {notice.channel}")
                 self._senders[notice.channel] = task
 
+    def may_ride(self, channel: str) -> bool:
+        """True if nothing was sent there for a while: then a notice may go with the caller's own statement, which saves
+        a round trip, and the channel is quiet from now on."""
+        sender = self._senders.get(channel)
+        if sender is not None and not sender.done():
+            return False
+        self._senders[channel] = asyncio.create_task(self._send(channel, QUIET), name=f"notifier {channel}")
+        return True
+
     async def close(self) -> None:
         """Send what is pending."""
         for sender in list(self._senders.values()):
             await sender
 
-    async def _send(self, channel: str) -> None:
+    async def _send(self, channel: str, delay: float = 0) -> None:
+        await asyncio.sleep(delay)
         while notices := self._pending.pop(channel, None):
             try:
                 await self._fetch(notify(list(notices), alone=True))
