@@ -1,5 +1,8 @@
-"""Sends notices after the commit they tell of: the first at once, then at most one statement each 10 ms, whatever the
-rate. A commit that notifies takes a lock shared by the whole server, so a notice for each run would cap its commits.
+"""Sends notices: the first at once, as part of the very statement it tells of; those that follow within a moment are
+gathered and sent together, after the commits they tell of.
+
+A commit that notifies takes a lock shared by the whole server: with a notice for each run, 16 connections commit 4,600
+times a second instead of 21,500. So the moment grows with the rate, from 1 ms for a lone caller to 10 ms for a flood.
 """
 
 from __future__ import annotations
@@ -14,44 +17,74 @@ from queue_service.logs import get_logger
 
 log = get_logger(__name__)
 
-QUIET = 0.010
+SHORTEST, LONGEST = 0.001, 0.010
 
 
 class Notifier:
     def __init__(self, fetch: Callable[[Query[None]], Awaitable[None]]) -> None:
         self._fetch = fetch
-        # By channel, since one must not make the other wait. Dicts for their order and for dropping what is said twice.
-        self._pending: dict[str, dict[Notice, None]] = {}
-        self._senders: dict[str, asyncio.Task[None]] = {}
+        # By channel, since one must not make the other wait.
+        self._channels: dict[str, _Channel] = {}
 
     def send(self, notices: Collection[Notice]) -> None:
         """Send these soon. Never raises and never waits: a lost notice costs its reader one poll interval."""
         for notice in notices:
-            self._pending.setdefault(notice.channel, {})[notice] = None
-            sender = self._senders.get(notice.channel)
-            if sender is None or sender.done():
-                task = asyncio.create_task(self._send(notice.channel), name=f"notifier {notice.channel}")
-                self._senders[notice.channel] = task
+            self._channel(notice.channel).send(notice)
 
     def may_ride(self, channel: str) -> bool:
-        """True if nothing was sent there for a while: then a notice may go with the caller's own statement, which saves
-        a round trip, and the channel is quiet from now on."""
-        sender = self._senders.get(channel)
-        if sender is not None and not sender.done():
-            return False
-        self._senders[channel] = asyncio.create_task(self._send(channel, QUIET), name=f"notifier {channel}")
-        return True
+        """True if nothing was sent there a moment ago: then a notice may go with the caller's own statement, which saves
+        a round trip, and the next moment begins now."""
+        return self._channel(channel).may_ride()
 
     async def close(self) -> None:
         """Send what is pending."""
-        for sender in list(self._senders.values()):
-            await sender
+        for channel in self._channels.values():
+            await channel.flush()
 
-    async def _send(self, channel: str, delay: float = 0) -> None:
-        await asyncio.sleep(delay)
-        while notices := self._pending.pop(channel, None):
-            try:
-                await self._fetch(notify(list(notices), alone=True))
-            except DatabaseUnavailable as lost:
-                log.debug("notices not sent; polling will find what they tell of", count=len(notices), why=str(lost))
-            await asyncio.sleep(QUIET)
+    def _channel(self, name: str) -> _Channel:
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = self._channels[name] = _Channel(self._fetch)
+        return channel
+
+
+class _Channel:
+    def __init__(self, fetch: Callable[[Query[None]], Awaitable[None]]) -> None:
+        self._fetch = fetch
+        # A dict for its order and for dropping what is said twice.
+        self._pending: dict[Notice, None] = {}
+        self._sender: asyncio.Task[None] | None = None
+        self._moment = SHORTEST
+        self._heard = 0
+
+    def send(self, notice: Notice) -> None:
+        self._pending[notice] = None
+        self._heard += 1
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send(), name="notifier")
+
+    def may_ride(self) -> bool:
+        if self._sender is not None and not self._sender.done():
+            return False
+        self._sender = asyncio.create_task(self._send(), name="notifier")
+        return True
+
+    async def flush(self) -> None:
+        if self._sender is not None:
+            await self._sender
+
+    async def _send(self) -> None:
+        """Send what is pending, wait for a moment, and again until a moment brings nothing."""
+        while True:
+            if self._pending:
+                notices, self._pending = list(self._pending), {}
+                try:
+                    await self._fetch(notify(notices, alone=True))
+                except DatabaseUnavailable as lost:
+                    log.debug("notices not sent; polling will find what they tell of", why=str(lost))
+            self._heard = 0
+            await asyncio.sleep(self._moment)
+            busy = self._heard > 1
+            self._moment = min(self._heard * SHORTEST, LONGEST) if busy else max(self._moment / 2, SHORTEST)
+            if not self._pending:
+                return
