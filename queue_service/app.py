@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 from psycopg import errors as pg
 
@@ -23,10 +24,8 @@ from queue_service.queues import queries as queue_queries
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Run
 from queue_service.settings import Settings
+from queue_service.sync import SyncApp
 from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
-
-if TYPE_CHECKING:
-    from queue_service.sync import SyncApp
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,11 +47,9 @@ class App:
         self._open: Opened | None = None
         self._users = 0
 
-    @classmethod
-    def twin(cls, app: App) -> App:
+    def _twin(self) -> App:
         """An App for the same database with the same tasks, and connections of its own."""
-        twin = cls.__new__(cls)
-        twin.settings, twin.database, twin.tasks = app.settings, app.database, app.tasks
+        twin = copy.copy(self)
         twin._open, twin._users = None, 0
         return twin
 

@@ -9,25 +9,27 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from queue_service import enqueue as enqueueing
-from queue_service.app import App
 from queue_service.db.borrowed import borrow_sync
 from queue_service.enqueue import OnConflict, drive_sync
 from queue_service.errors import ConfigError
 from queue_service.runs.model import Run
 
+if TYPE_CHECKING:
+    from queue_service.app import App
+
 T = TypeVar("T")
 
 
 class SyncApp:
-    """Use as `with app.sync as q:`. It has connections of its own, and may be used from any thread but not from inside
+    """Use as `with app.sync as q:`. `app` is its own to open and close. It has connections of its own, and may be used from any thread but not from inside
     an event loop, which it would block.
     """
 
     def __init__(self, app: App) -> None:
-        self._app = App.twin(app)
+        self._app = app
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 

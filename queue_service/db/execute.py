@@ -21,8 +21,9 @@ T = TypeVar("T")
 
 DEADLINE = 30.0
 
-# A statement that lost a serialization or deadlock fight changed nothing and may simply be sent again.
-RETRYABLE = (pg.SerializationFailure, pg.DeadlockDetected)
+# What the database says of a value it cannot store, however often it is sent.
+REFUSED = (psycopg.DataError, pg.ProgramLimitExceeded, pg.StatementTooComplex)
+
 _SCHEMA_MISSING = (pg.UndefinedTable, pg.InvalidSchemaName, pg.UndefinedColumn, pg.UndefinedFunction)
 
 
@@ -50,12 +51,20 @@ def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:
     return query.decode(rows)
 
 
+def may_repeat(error: psycopg.Error) -> bool:
+    """True for a statement that lost a fight and changed nothing: sending it again is all there is to do. One is routed
+    to the default partition while the partition for its day is attached, and is then refused by the default's bounds."""
+    if isinstance(error, pg.CheckViolation):
+        return error.diag.constraint_name is None and "partition constraint" in str(error)
+    return isinstance(error, (pg.SerializationFailure, pg.DeadlockDetected))
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Driver errors that a caller can act on, as ours; the others pass unchanged, since they are mistakes of ours."""
     try:
         yield
-    except RETRYABLE:
+    except (pg.SerializationFailure, pg.DeadlockDetected, *REFUSED):
         raise
     except pg.QueryCanceled as slow:
         raise DatabaseUnavailable(f"The database gave up on a statement: {_first_line(slow)}.") from slow

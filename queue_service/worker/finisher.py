@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import psycopg
 
 from queue_service import codec
+from queue_service.db.execute import REFUSED
 from queue_service.db.pool import Wire
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
@@ -143,7 +144,7 @@ class Finisher:
         """
         try:
             return await self._wire.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
-        except psycopg.Error as refused:
+        except REFUSED as refused:
             if len(endings) == 1:
                 return await self._finish_bare(endings[0], freed, refused)
         half = len(endings) // 2

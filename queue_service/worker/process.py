@@ -57,7 +57,7 @@ class Worker:
         self.settings = settings or app.settings
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self.id: int | None = None
-        self._running: _Parts | None = None
+        self._parts: _Parts | None = None
         self._stop: asyncio.Event | None = None
         self._stop_now: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,7 +77,7 @@ class Worker:
                     roster.join(self.name, VERSION, msgspec.json.encode(self.queues).decode())
                 )
                 log.info("worker started", worker_id=self.id, queues=self.queues, tasks=sorted(self.app.tasks))
-                parts = _Parts(self, self.id)
+                parts = self._parts = _Parts(self, self.id)
                 try:
                     await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
@@ -87,6 +87,11 @@ class Worker:
                 return parts.finisher.tally
         finally:
             self._loop = None
+
+    @property
+    def tally(self) -> Tally:
+        """What was done so far in this run, or in the last one."""
+        return self._parts.finisher.tally if self._parts is not None else Tally()
 
     def stop(self, *, now: bool = False) -> None:
         """Stop claiming, let handlers end within `drain_timeout`, hand the rest back. With `now`, cancel and hand back at
@@ -143,6 +148,8 @@ class _Parts:
 
     async def run(self, *, once: bool, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
         settings = self._settings
+        # Before anything can end: a partition is attached without trouble while nothing is written where it will be.
+        await self._pruner.once()
         try:
             async with self._group as group:
                 for part in (

@@ -1,0 +1,104 @@
+"""What tests share: waiting for a condition, rows as they would be, and two sessions that collide on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from queue_service import App, Run, Worker
+from queue_service.db.execute import fetch
+from queue_service.db.pool import Connection
+from queue_service.db.query import Query
+from queue_service.runs import queries
+from queue_service.runs.model import NewRun
+from queue_service.worker.floors import FRONT
+
+T = TypeVar("T")
+LEASE = timedelta(seconds=30)
+
+
+async def eventually(condition: Callable[[], Any | Awaitable[Any]], *, within: float = 10.0) -> Any:
+    """The first true value of `condition`, which may be async. Fails after `within` seconds."""
+    deadline = time.monotonic() + within
+    while True:
+        value = condition()
+        if isinstance(value, Awaitable):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"did not come true within {within} s"
+        await asyncio.sleep(0.005)
+
+
+async def one(conn: Connection, sql: str, *params: object) -> Any:
+    """The first column of the first row."""
+    cursor = await conn.execute(sql.encode(), params or None)
+    row = await cursor.fetchone()
+    return None if row is None else row[0]
+
+
+async def rows(conn: Connection, sql: str, *params: object) -> list[tuple[Any, ...]]:
+    cursor = await conn.execute(sql.encode(), params or None)
+    return await cursor.fetchall()
+
+
+async def enqueued(conn: Connection, task: str = "noop", **fields: Any) -> int:
+    """The id of a new run."""
+    new = NewRun(**{"task": task, "queue": "default", "payload": "{}"} | fields)
+    run_id = await fetch(conn, queries.enqueue(new))
+    assert run_id is not None
+    return run_id
+
+
+def claim(
+    queue: str = "default", *, tasks: tuple[str, ...] = ("noop",), limit: int = 10, worker_id: int = 1,
+    lease: timedelta = LEASE, priorities: tuple[int, ...] = (0,),
+) -> Query[list[tuple[Run, int]]]:  # fmt: skip
+    """A claim from the front."""
+    floors = dict.fromkeys(priorities, FRONT)
+    return queries.claim(queue, floors, tasks=tasks, limit=limit, worker_id=worker_id, lease=lease)
+
+
+async def claimed(conn: Connection, **options: Any) -> list[tuple[Run, int]]:
+    return await fetch(conn, claim(**options))
+
+
+async def lapse(conn: Connection) -> None:
+    """Let every lease have expired a minute ago."""
+    await conn.execute("update queue_service.leases set expires_at = clock_timestamp() - interval '1 minute'")
+
+
+async def blocked(conn: Connection, waiting: Connection) -> bool:
+    """Whether the other session waits for a lock at this moment."""
+    return bool(await one(conn, "select cardinality(pg_blocking_pids(%s)) > 0", waiting.info.backend_pid))
+
+
+@asynccontextmanager
+async def working(app: App, queues: dict[str, int] | None = None, **options: Any) -> AsyncIterator[Worker]:
+    """A worker that runs for the length of the block, in this process."""
+    worker = Worker(app, queues, **options)
+    running = asyncio.create_task(worker.run())
+    await eventually(lambda: worker.id is not None or running.done())
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        await running
+
+
+def local_programs() -> Path:
+    """Where the server programs of this machine are."""
+    found = shutil.which("initdb")
+    if found and os.path.realpath(found).endswith("/initdb"):
+        return Path(os.path.realpath(found)).parent
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    assert versions, "--pg=local found no server programs on PATH or in /usr/lib/postgresql"
+    return versions[-1]
