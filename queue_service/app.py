@@ -7,7 +7,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, Self, TypeVar, overload
 
 from psycopg import errors as pg
 
@@ -50,7 +50,7 @@ class App:
     def _twin(self) -> App:
         """An App for the same database with the same tasks, and connections of its own."""
         twin = copy.copy(self)
-        twin._open, twin._users = None, 0
+        vars(twin).update(_open=None, _users=0)
         return twin
 
     # Tasks
@@ -60,11 +60,13 @@ class App:
     @overload
     def task(
         self,
+        function: None = ...,
+        /,
         *,
         queue: str = ...,
         name: str | None = ...,
         timeout: timedelta | float | None = ...,
-        retry: Retry = ...,
+        retry: Retry | None = ...,
     ) -> Decorator: ...
     def task(
         self,
@@ -96,7 +98,7 @@ class App:
 
     # Opening and closing
 
-    async def __aenter__(self) -> App:
+    async def __aenter__(self) -> Self:
         await self.open()
         return self
 
@@ -112,6 +114,7 @@ class App:
         self._users += 1
 
     async def close(self) -> None:
+        """Let go of the connections and of the embedded cluster, once this was called as often as `open`."""
         self._users -= 1
         if self._users <= 0 and self._open is not None:
             opened, self._open, self._users = self._open, None, 0
@@ -187,7 +190,7 @@ class App:
         first, texts = enqueueing.new_runs(self.tasks, self.settings.payload_limit, task, payloads, options)
         return await self._store(lambda notice: enqueueing.enqueue_many(first, texts, notice), first, conn)
 
-    async def wait(self, run_id: int, *, timeout: timedelta | float | None = None) -> Run:  # noqa: ASYNC109
+    async def wait(self, run_id: int, *, timeout: timedelta | float | None = None) -> Run:
         """The run once it has ended. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has."""
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
         try:

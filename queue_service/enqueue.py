@@ -70,8 +70,11 @@ def drive_sync(steps: Steps[T], run: SyncBorrowed) -> T:
     try:
         step = next(steps)
         while True:
-            answer = run.copy(step.statement, step.data) if isinstance(step, Copy) else run.fetch(step)
-            step = steps.send(answer)
+            if isinstance(step, Copy):
+                run.copy(step.statement, step.data)
+                step = steps.send(None)
+            else:
+                step = steps.send(run.fetch(step))
     except StopIteration as done:
         return done.value  # type: ignore[no-any-return]
 
@@ -100,7 +103,11 @@ def new_run(
     known = tasks.get(task)
     queue = queue if queue is not None else (known.queue if known is not None else "default")
     _check_text(queue, "queue", MAX_QUEUE)
-    for value, what in ((singleton_key, "singleton_key"), (ordering_key, "ordering_key"), (organization_id, "organization_id")):
+    for value, what in (
+        (singleton_key, "singleton_key"),
+        (ordering_key, "ordering_key"),
+        (organization_id, "organization_id"),
+    ):
         if value is not None:
             _check_text(value, what, MAX_KEY)
     _check_integer(priority, "priority", -(2**15), 2**15 - 1)
@@ -170,7 +177,7 @@ def enqueue(new: NewRun, on_conflict: OnConflict, told: channels.Notice | None) 
         run_id = yield store(new, told)
         if run_id is not None:
             return int(run_id)
-        assert new.singleton_key is not None  # noqa: S101 - nothing else can refuse the insert
+        assert new.singleton_key is not None
         holder = yield queries.singleton_holder(new.queue, new.singleton_key)
         # None: it ended since the insert met it. The key is free, and the insert may be tried again.
         if holder is not None:
@@ -242,5 +249,3 @@ def _check_moment(moment: object) -> None:
             f"run_at={moment.isoformat()} has no time zone, so it names no moment. "
             "Use datetime.now(timezone.utc) and the like."
         )
-
-

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from queue_service import enqueue as enqueueing
 from queue_service.db.borrowed import borrow_sync
@@ -24,16 +24,15 @@ T = TypeVar("T")
 
 
 class SyncApp:
-    """Use as `with app.sync as q:`. `app` is its own to open and close. It has connections of its own, and may be used from any thread but not from inside
-    an event loop, which it would block.
-    """
+    """Use as `with app.sync as q:`. `app` is its own to open and close. May be used from any thread, but not from inside
+    an event loop, which it would block."""
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> SyncApp:
+    def __enter__(self) -> Self:
         self.open()
         return self
 

@@ -104,7 +104,9 @@ class Task(Generic[P, R]):
             raise PayloadRefused(f"Task {self.name!r}{self._signature} cannot be called so: {refused}.") from None
         payload: dict[str, Any] = {}
         for name, value in bound.arguments.items():
-            payload.update(value if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+            payload.update(
+                value if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+            )
         return await self._enqueue(self.name, payload)
 
     def check(self, payload: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from queue_service.errors import PayloadRefused, TaskUnknown
 BATCH = 5_000
 
 
-class Moment(click.ParamType):
+class Moment(click.ParamType):  # type: ignore[type-arg]
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -36,9 +36,13 @@ class Moment(click.ParamType):
 @click.option("--priority", type=int, default=0, show_envvar=True, help="Higher goes first.")
 @click.option("--delay", type=DURATION, default=None, show_envvar=True, help="Due after this time.")
 @click.option("--run-at", type=Moment(), default=None, show_envvar=True, help="Due at this time, with a time zone.")
-@click.option("--expires-in", type=DURATION, default=None, show_envvar=True, help="Ends expired if not started by then.")
+@click.option(
+    "--expires-in", type=DURATION, default=None, show_envvar=True, help="Ends expired if not started by then."
+)
 @click.option("--singleton-key", default=None, show_envvar=True, help="At most one live run of the queue has this key.")
-@click.option("--on-conflict", type=click.Choice(POLICIES), default="return", show_envvar=True, help="When the key is taken.")
+@click.option(
+    "--on-conflict", type=click.Choice(POLICIES), default="return", show_envvar=True, help="When the key is taken."
+)
 @click.option("--ordering-key", default=None, show_envvar=True, help="Lane within the queue.")
 @click.option("--max-attempts", type=int, default=None, show_envvar=True, help="Attempts before it ends failed.")
 @click.option("--retry-delay", type=DURATION, default=None, show_envvar=True, help="Fixed wait between attempts.")
@@ -91,5 +95,3 @@ def _parse(text: str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PayloadRefused(f'{what} must be a JSON object such as {{"path": "a.txt"}}, not {type(value).__name__}.')
     return value
-
-

@@ -24,7 +24,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -42,7 +42,7 @@ DURATION = Duration()
 class Failure(click.ClickException):
     def __init__(self, error: QueueServiceError) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # type: ignore[misc]
 
 
 def setting(name: str, type: Any = DURATION, flag: str | None = None) -> Callable[[F], F]:  # noqa: A002
@@ -56,7 +56,9 @@ def setting(name: str, type: Any = DURATION, flag: str | None = None) -> Callabl
 def command(function: F) -> F:
     """The options every command takes, and its errors as exit codes. Comes under the `@group.command()` line."""
 
-    @click.option("--database-url", default=None, help="Postgres URL, or file:PATH.  [env var: QUEUE_SERVICE_DATABASE_URL]")
+    @click.option(
+        "--database-url", default=None, help="Postgres URL, or file:PATH.  [env var: QUEUE_SERVICE_DATABASE_URL]"
+    )
     @setting("log_level", click.Choice(logs.LEVELS))
     @setting("log_format", click.Choice(logs.FORMATS))
     @click.option("--debug", is_flag=True, help="Show tracebacks.", show_envvar=True)

@@ -59,5 +59,5 @@ def resume(name: str, database_url: str | None) -> None:
 
 
 def _count(count: object) -> str:
-    assert isinstance(count, int)  # noqa: S101 - from a count(*)
+    assert isinstance(count, int)
     return f"{count - 1:,}+" if count >= queries.COUNT_LIMIT else f"{count:,}"

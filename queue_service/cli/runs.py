@@ -38,7 +38,17 @@ def list_(as_json: bool, database_url: str | None, state: str | None, **filters:
     render.table(
         ("id", "state", "queue", "task", "attempt", "failures", "losses", "created", "what"),
         [
-            (run.id, run.state.value, run.queue, run.task, run.attempt, run.failures, run.losses, run.created_at, _remark(run))
+            (
+                run.id,
+                run.state.value,
+                run.queue,
+                run.task,
+                run.attempt,
+                run.failures,
+                run.losses,
+                run.created_at,
+                _remark(run),
+            )
             for run in found
         ],
         empty="No runs match.",

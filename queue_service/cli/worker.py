@@ -22,7 +22,9 @@ RUNS_FAILED = 5
 
 @click.command()
 @app_option
-@click.option("-q", "--queue", "queues", multiple=True, metavar="NAME[:N]", show_envvar=True, help="Queue and concurrency.")
+@click.option(
+    "-q", "--queue", "queues", multiple=True, metavar="NAME[:N]", show_envvar=True, help="Queue and concurrency."
+)
 @click.option("--once", is_flag=True, show_envvar=True, help="Work off what is due, then exit (5 if runs failed).")
 @click.option("--name", default=None, show_envvar=True, help="Name in the roster; HOST:PID otherwise.")
 @setting("drain_timeout")
@@ -32,7 +34,12 @@ RUNS_FAILED = 5
 @setting("max_losses", int)
 @command
 def worker(
-    app_path: str | None, queues: tuple[str, ...], once: bool, name: str | None, database_url: str | None, **settings: Any
+    app_path: str | None,
+    queues: tuple[str, ...],
+    once: bool,
+    name: str | None,
+    database_url: str | None,
+    **settings: Any,
 ) -> None:
     """Work on queues until stopped.
 
@@ -40,8 +47,11 @@ def worker(
     not finished goes back to its queue, and no attempt is charged for it.
     """
     if app_path is None:
-        raise ConfigError("A worker needs the App that defines its tasks: `-a module:app`, or QUEUE_SERVICE_WORKER_APP.")
-    app = load_app(app_path, database_url, **settings)
+        raise ConfigError(
+            "A worker needs the App that defines its tasks: `-a module:app`, or QUEUE_SERVICE_WORKER_APP."
+        )
+    # Four connections belong to the worker's parts; its own small statements and its handlers' share one more.
+    app = load_app(app_path, database_url, **{"pool_size": 1, **settings})
     wanted = dict(_queue(text) for text in queues) or dict.fromkeys(
         sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
     )

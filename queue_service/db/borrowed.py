@@ -120,21 +120,31 @@ class _AsyncAlchemy:
 
 def _sqlalchemy(conn: Any) -> SyncBorrowed | AsyncBorrowed | None:
     from sqlalchemy import Connection
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
     from sqlalchemy.orm import Session, scoped_session
 
-    if isinstance(conn, (scoped_session, async_scoped_session)):
+    if isinstance(conn, scoped_session):
         conn = conn()
-    if isinstance(conn, (AsyncConnection, AsyncSession)):
-        bind = conn.dialect if isinstance(conn, AsyncConnection) else conn.get_bind().dialect
-        _check_driver(bind)
-        return _AsyncAlchemy(conn)
     if isinstance(conn, Session):
         conn = conn.connection()
     if isinstance(conn, Connection):
         _check_driver(conn.dialect)
         return _Alchemy(conn)
-    return None
+    # Importing this needs greenlet, which users of the synchronous half may not have.
+    return _async_sqlalchemy(conn) if "sqlalchemy.ext.asyncio" in sys.modules else None
+
+
+def _async_sqlalchemy(conn: Any) -> AsyncBorrowed | None:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+
+    if isinstance(conn, async_scoped_session):
+        conn = conn()
+    if isinstance(conn, AsyncConnection):
+        _check_driver(conn.dialect)
+    elif isinstance(conn, AsyncSession):
+        _check_driver(conn.get_bind().dialect)
+    else:
+        return None
+    return _AsyncAlchemy(conn)
 
 
 def _check_driver(dialect: Any) -> None:

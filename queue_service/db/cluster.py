@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from psycopg.conninfo import make_conninfo
 
@@ -152,7 +152,17 @@ class Cluster:
         options = " ".join(f"-c {key}='{value}'" for key, value in settings.items())
         server_log = self.data / "server.log"
         started = self._run(
-            "pg_ctl", "-D", str(self.data), "-l", str(server_log), "-w", "-t", str(START_TIMEOUT), "-o", options, "start"
+            "pg_ctl",
+            "-D",
+            str(self.data),
+            "-l",
+            str(server_log),
+            "-w",
+            "-t",
+            str(START_TIMEOUT),
+            "-o",
+            options,
+            "start",
         )
         if started.returncode != 0:
             written = server_log.read_text(errors="replace").splitlines()[-5:] if server_log.exists() else []
@@ -206,7 +216,7 @@ def _unprivileged() -> pwd.struct_passwd:
     )
 
 
-def _demotion(owned: Path) -> dict[str, int | list[int]]:
+def _demotion(owned: Path) -> dict[str, Any]:
     """The user to run as: whoever owns the cluster, when we are root; ourselves otherwise."""
     if not _is_root():
         return {}
@@ -224,7 +234,7 @@ def _let_through(targets: list[Path]) -> None:
             mode = parent.stat().st_mode
             if not mode & 0o001:
                 parent.chmod(mode | 0o001)
-                log.warning(f"others may now pass through {parent} (chmod o+x): Postgres refuses to run as root")
+                log.warning("chmod o+x, since Postgres refuses to run as root and must pass through", path=str(parent))
 
 
 def _environment() -> dict[str, str]:

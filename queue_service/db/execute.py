@@ -33,7 +33,7 @@ async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline
         try:
             async with asyncio.timeout(deadline):
                 cursor = conn.cursor(binary=True)
-                await cursor.execute(query.text, query.params)
+                await cursor.execute(query.text.encode(), query.params)
                 rows = await cursor.fetchall() if cursor.description else []
         except TimeoutError:
             # Whether the statement ran is not known; the connection's state is not either. It must not be used again.
@@ -46,7 +46,7 @@ def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:
     """As `fetch`, blocking; for a connection that belongs to the caller, whose own timeouts apply."""
     with translated():
         cursor = conn.cursor(binary=True)
-        cursor.execute(query.text, query.params)
+        cursor.execute(query.text.encode(), query.params)
         rows = cursor.fetchall() if cursor.description else []
     return query.decode(rows)
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import psycopg
 import psycopg_pool
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import TransactionStatus
 
 from queue_service.db.execute import DEADLINE, fetch, may_repeat, translated
 from queue_service.db.query import Query
@@ -93,6 +94,7 @@ class Pool:
         )
         # A caller that sends one statement after another keeps its connection between them: 40 us each.
         self._parked: Connection | None = None
+        self._waiting = 0
 
     async def open(self) -> None:
         """Connect, so that a wrong address is an error now and not at the first use."""
@@ -110,21 +112,20 @@ class Pool:
         try:
             yield conn
         finally:
-            await self._pool.putconn(conn)
+            await self._give(conn)
 
     async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
-        conn, self._parked = self._parked, None
-        if conn is None:
-            conn = await self._take()
+        conn = await self._take()
         try:
             return await _persistently(conn, query, deadline)
         finally:
-            if self._parked is None and not conn.closed and not self._pool.closed:
-                self._parked = conn
-            else:
-                await self._pool.putconn(conn)
+            await self._give(conn)
 
     async def _take(self) -> Connection:
+        conn, self._parked = self._parked, None
+        if conn is not None:
+            return conn
+        self._waiting += 1
         try:
             return await self._pool.getconn()
         except psycopg_pool.PoolTimeout:
@@ -132,6 +133,15 @@ class Pool:
                 f"No connection became free within {DEADLINE:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE "
                 "too small for what this process does at once."
             ) from None
+        finally:
+            self._waiting -= 1
+
+    async def _give(self, conn: Connection) -> None:
+        idle = not conn.closed and conn.info.transaction_status is TransactionStatus.IDLE
+        if idle and self._parked is None and not self._waiting and not self._pool.closed:
+            self._parked = conn
+        else:
+            await self._pool.putconn(conn)
 
 
 class Wire:

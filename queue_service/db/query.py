@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, LiteralString, TypeVar
+from typing import Any, Generic, TypeVar
 
 T_co = TypeVar("T_co", covariant=True)
 Row = tuple[Any, ...]
@@ -16,7 +16,7 @@ Rows = Sequence[Row]
 
 @dataclass(frozen=True, slots=True)
 class Query(Generic[T_co]):
-    text: LiteralString
+    text: str
     decode: Callable[[Rows], T_co]
     params: Mapping[str, Any] = field(default_factory=dict)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from importlib import resources
-from typing import Any, LiteralString, TypeVar, cast
+from typing import Any, TypeVar
 
 from queue_service.db.query import Query, Rows
 
@@ -27,16 +27,15 @@ class Statements:
         return Query(self.texts[name], decode, params)
 
 
-def parse(source: str) -> dict[str, LiteralString]:
+def parse(source: str) -> dict[str, str]:
     defined = {match[1]: match[2].strip() for match in _DEFINE.finditer(source)}
     parts = _NAME.split(_DEFINE.sub("", source))
-    texts: dict[str, LiteralString] = {}
+    texts: dict[str, str] = {}
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         if name in texts:
             raise ValueError(f"statement {name!r} is defined twice")
         code = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--"))
         for key, value in defined.items():
             code = code.replace("{" + key + "}", value)
-        # The text came from a file of ours, which is what LiteralString vouches for.
-        texts[name] = cast("LiteralString", code.strip().rstrip(";"))
+        texts[name] = code.strip().rstrip(";")
     return texts

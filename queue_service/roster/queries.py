@@ -41,7 +41,7 @@ def leave(worker_id: int) -> Query[None]:
 
 def listed(silence: timedelta) -> Query[list[Worker]]:
     def decode(rows: Rows) -> list[Worker]:
-        return [Worker(*row[:3], loads(row[3]), *row[4:]) for row in rows]
+        return [Worker(row[0], row[1], row[2], loads(row[3]), row[4], row[5], row[6], row[7]) for row in rows]
 
     return SQL.query("listed", decode, silence=silence)
 

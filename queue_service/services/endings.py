@@ -63,7 +63,7 @@ class Endings:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._listen())
                 group.create_task(self._poll())
-        except* Exception as broken:
+        except* Exception as broken:  # noqa: BLE001 - told to those who wait
             # Whoever waits must hear of it: without the watch they would wait for ever.
             for answers in self._waiting.values():
                 for answer in answers:

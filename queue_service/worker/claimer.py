@@ -206,8 +206,9 @@ class Claimer:
         if self._hopeful or not self._finisher.is_idle or not all(each.is_idle for each in self._executors.values()):
             return False
         await self._look_everywhere()
-        due = self._hopeful or await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._tasks))
-        return not due
+        if self._hopeful:
+            return False
+        return not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._tasks))
 
     async def _sleep(self, seconds: float) -> None:
         self._wake.clear()

@@ -127,7 +127,9 @@ class Executor:
     def lose(self, lease: Lease) -> None:
         """The lease was swept: its runs are no longer ours."""
         for execution in [e for e in self._running.values() if e.held.lease is lease]:
-            log.warning("lease lost, cancelling the handler", run_id=execution.held.run.id, task=execution.held.run.task)
+            log.warning(
+                "lease lost, cancelling the handler", run_id=execution.held.run.id, task=execution.held.run.task
+            )
             self._interrupt(execution, Cause.LOST)
 
     def interrupt_all(self) -> int:
@@ -158,7 +160,7 @@ class Executor:
 
     async def _slot(self) -> None:
         slot = asyncio.current_task()
-        assert slot is not None  # noqa: S101 - a coroutine of ours always runs in a task
+        assert slot is not None
         while True:
             while not self._waiting:
                 free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -221,7 +223,7 @@ class Executor:
         try:
             return Ending(run.claim, RunState.SUCCEEDED, codec.dumps_result(returned, limit=self._result_limit))
         except Exception as refused:  # noqa: BLE001 - whatever a result does when it is read, the run gets its ending
-            log.error("a result cannot be stored", run_id=run.id, task=run.task, why=codec.describe(refused))
+            log.warning("a result cannot be stored", run_id=run.id, task=run.task, why=codec.describe(refused))
             reason = codec.describe(refused) if isinstance(refused, PayloadRefused) else repr(type(refused))
             return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("result_refused", reason))
 

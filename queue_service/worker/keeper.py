@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 
 class Keeper:
-    """`on_lost` is told the ids of swept leases, `on_cancel` the runs someone wants cancelled; both on the worker's loop."""
+    """`on_lost` is told of swept leases, `on_cancel` of runs that someone wants cancelled; both on the worker's loop."""
 
     def __init__(
         self,

@@ -124,7 +124,7 @@ class _Parts:
                 threads=self._threads,
                 result_limit=settings.payload_limit,
                 spawn=self._spawn,
-                room=lambda: self.claimer.wake(),
+                room=self._wake_claimer,
             )
             for queue, concurrency in worker.queues.items()
         }
@@ -168,7 +168,7 @@ class _Parts:
                 await finishing
                 for task in (*self._slots, *self._background):
                     task.cancel()
-        except* Exception as group_error:
+        except* Exception as group_error:  # noqa: BLE001 - raised again, out of its group
             # One part failed and the others were cancelled for it: its error is the one to tell.
             raise group_error.exceptions[0] from None
         finally:
@@ -192,7 +192,7 @@ class _Parts:
             await self._until_idle()
 
     async def _until_idle(self) -> None:
-        while not all(executor.is_idle for executor in self.executors.values()):
+        while not all(executor.is_idle for executor in self.executors.values()):  # noqa: ASYNC110 - an event would cost each run
             await asyncio.sleep(0.005)
 
     async def _listen(self) -> None:
@@ -204,6 +204,9 @@ class _Parts:
                 self._cancel(channels.read_run_ids(heard.payload) or ())
             elif (lane := channels.read_enqueued(heard.payload)) is not None:
                 self.claimer.hint(*lane)
+
+    def _wake_claimer(self) -> None:
+        self.claimer.wake()
 
     def _announce(self, ended: list[int]) -> None:
         self._app.notify([channels.about_runs(channels.FINISHED, ended)])
@@ -240,9 +243,7 @@ def _checked(queues: Mapping[str, int]) -> dict[str, int]:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"A queue is named by a text that is not empty, not {name!r}.")
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
-            raise ConfigError(
-                f"Queue {name!r} needs a concurrency from 1 to {MAX_CONCURRENCY:,}, not {concurrency!r}."
-            )
+            raise ConfigError(f"Queue {name!r} needs a concurrency from 1 to {MAX_CONCURRENCY:,}, not {concurrency!r}.")
     return dict(queues)
 
 

@@ -1,0 +1,65 @@
+"""Every Python block of the documentation is run, on a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import NullPool
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from queue_service import App
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- run: (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
+BLOCKS = {name: code for page in PAGES for name, code in BLOCK.findall(page.read_text())}
+
+
+def test_every_block_has_a_name() -> None:
+    assert "" not in BLOCKS
+    assert len(BLOCKS) == sum(page.read_text().count("```python") for page in PAGES)
+
+
+def test_the_readme_example_runs_as_a_program(database: str, tmp_path: Path) -> None:
+    program = tmp_path / "example.py"
+    program.write_text(BLOCKS["example"])
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={"QUEUE_SERVICE_DATABASE_URL": database, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "succeeded Hello, Ada, on attempt 1\n"), done.stderr
+
+
+def test_the_readme_example_has_about_twenty_lines() -> None:
+    assert len([line for line in BLOCKS["example"].splitlines() if line.strip()]) <= 20
+
+
+@pytest.fixture
+async def names(app: App, database: str) -> AsyncIterator[dict[str, Any]]:
+    engine = create_async_engine(
+        "postgresql+psycopg://",
+        async_creator=lambda: psycopg.AsyncConnection.connect(database),
+        poolclass=NullPool,
+    )
+    yield {"app": app, "engine": engine}
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - {"example", ""}))
+async def test_a_block_of_the_documentation_runs(name: str, names: dict[str, Any]) -> None:
+    code = "async def block():\n" + textwrap.indent(BLOCKS[name], "    ")
+    exec(compile(code, name, "exec"), names)  # noqa: S102 - our own documentation
+    call = names["block"]
+    await (asyncio.to_thread(lambda: asyncio.run(call())) if name == "sync" else call())
