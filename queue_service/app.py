@@ -123,9 +123,7 @@ class App:
     @property
     def sync(self) -> SyncApp:
         """The same methods, blocking, for code without an event loop: `with app.sync as q: q.enqueue(…)`."""
-        from queue_service.sync import SyncApp
-
-        return SyncApp(self)
+        return SyncApp(self._twin())
 
     @property
     def conninfo(self) -> str:
@@ -271,5 +269,5 @@ class App:
     def _opened(self) -> Opened:
         if self._open is None:
             raise ConfigError("This App is not connected. Use it inside `async with app:` (or `with app.sync as q:`).")
-        self._open.check_process()
+        self._open.check_caller()
         return self._open

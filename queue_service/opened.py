@@ -38,6 +38,7 @@ class Opened:
         )
         self._cluster = cluster
         self._pid = os.getpid()
+        self._loop = asyncio.get_running_loop()
 
     @classmethod
     async def at(cls, database: Server | EmbeddedCluster, settings: Settings) -> Opened:
@@ -74,11 +75,16 @@ class Opened:
             async with self.pool.connection() as conn, conn.cursor() as cursor, cursor.copy(statement.encode()) as copy:
                 await copy.write(data)
 
-    def check_process(self) -> None:
+    def check_caller(self) -> None:
+        """Raise ConfigError where these connections cannot be used: after a fork, or on another event loop."""
         if os.getpid() != self._pid:
             raise ConfigError(
                 "This App was opened before a fork, and connections cannot be shared with the parent process. "
                 "Open it in the child."
+            )
+        if asyncio.get_running_loop() is not self._loop:
+            raise ConfigError(
+                "This App was opened on another event loop. Open another one here, or use `app.sync` from threads."
             )
 
 

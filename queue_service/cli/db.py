@@ -78,7 +78,7 @@ def start(database_url: str | None) -> None:
     cluster = _cluster(database_url)
     cluster.start(keep=True)
     click.echo(f"embedded Postgres is running at {cluster.path}", err=True)
-    click.echo(_shown_url(cluster))
+    click.echo(cluster.url)
 
 
 @db.command()
@@ -97,7 +97,7 @@ def url_(database_url: str | None) -> None:
     if isinstance(target, url.Server):
         click.echo(url.masked(target.conninfo))
     else:
-        click.echo(_shown_url(embedded.cluster(target.path)))
+        click.echo(embedded.cluster(target.path).url)
 
 
 @db.command(context_settings={"ignore_unknown_options": True})
@@ -147,10 +147,6 @@ def _cluster(database_url: str | None) -> Cluster:
     if isinstance(target, url.Server):
         raise ConfigError(f"{target} is not ours to start or stop. Name an embedded cluster with file:PATH.")
     return embedded.cluster(target.path)
-
-
-def _shown_url(cluster: Cluster) -> str:
-    return f"postgresql:///postgres?{cluster.conninfo.replace(' ', '&').replace('dbname=postgres', '').rstrip('&')}"
 
 
 def _current(conninfo: str) -> str | None:

@@ -52,6 +52,8 @@ def worker(
         )
     # Four connections belong to the worker's parts; its own small statements and its handlers' share one more.
     app = load_app(app_path, database_url, **{"pool_size": 1, **settings})
+    if not app.tasks:
+        raise ConfigError(f"The App at {app_path} has no tasks. Import the modules that define them where the App is.")
     wanted = dict(_queue(text) for text in queues) or dict.fromkeys(
         sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
     )

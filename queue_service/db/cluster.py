@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlencode
 
 from psycopg.conninfo import make_conninfo
 
@@ -45,6 +46,12 @@ class Cluster:
     @property
     def conninfo(self) -> str:
         return make_conninfo("", host=str(self._socket_dir()), port=5432, user="postgres", dbname="postgres")
+
+    @property
+    def url(self) -> str:
+        """The same as a URL, for other programs."""
+        where = urlencode({"host": str(self._socket_dir()), "port": 5432, "user": "postgres"})
+        return f"postgresql:///postgres?{where}"
 
     def use(self) -> str:
         """Start the server if it is not running, and count as a user until `leave`. Returns the connection string."""

@@ -5,11 +5,14 @@ Runs in every worker, without a leader: each pass is bounded, and what one repli
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 from queue_service.db import channels
 from queue_service.db.query import Query
+from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 
@@ -32,13 +35,28 @@ class Swept(NamedTuple):
 
 
 class Sweeper:
-    def __init__(self, fetch: Fetch, notify: Notify, *, max_losses: int) -> None:
+    def __init__(self, fetch: Fetch, notify: Notify, *, max_losses: int, grace: timedelta = timedelta(0)) -> None:
         self._fetch = fetch
         self._notify = notify
         self._max_losses = max_losses
+        self._grace = grace.total_seconds()
+        self._disturbed = False
+        self._resume_at = 0.0
 
     async def once(self) -> Swept:
-        """Sweep until nothing has lapsed."""
+        """Sweep until nothing has lapsed. After an outage, leases are left alone for `grace`: they all lapsed while nobody
+        could extend them, and whoever still lives is to have the first word."""
+        try:
+            expired = await self._expire()
+            if self._disturbed:
+                self._disturbed, self._resume_at = False, time.monotonic() + self._grace
+            requeued, ended = await self._sweep() if time.monotonic() >= self._resume_at else (0, 0)
+        except DatabaseUnavailable:
+            self._disturbed = True
+            raise
+        return Swept(requeued, ended, expired)
+
+    async def _sweep(self) -> tuple[int, int]:
         requeued = ended = 0
         while swept := await self._fetch(queries.sweep(limit=LEASES, max_losses=self._max_losses)):
             back = [run for run in swept if not run.state.finished]
@@ -49,7 +67,7 @@ class Sweeper:
                 [channels.enqueued(queue, priority) for queue, priority in {(run.queue, run.priority) for run in back}]
                 + ([channels.about_runs(channels.FINISHED, [run.run_id for run in over])] if over else [])
             )
-        return Swept(requeued, ended, await self._expire())
+        return requeued, ended
 
     async def _expire(self) -> int:
         count = 0

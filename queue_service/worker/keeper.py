@@ -8,6 +8,7 @@ of its length after it was made, so that short runs cost nothing here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -56,7 +57,9 @@ class Keeper:
                 outcome: BaseException | None = error
             else:
                 outcome = None
-            loop.call_soon_threadsafe(_settle, ended, outcome)
+            # A closed loop: the worker is gone, and nobody is left to be told.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_settle, ended, outcome)
 
         thread = threading.Thread(target=keep, name="queue_service keeper", daemon=True)
         thread.start()
@@ -64,6 +67,7 @@ class Keeper:
             await asyncio.shield(ended)
         finally:
             self._stop.set()
+            await asyncio.wait([ended], timeout=1.0)
 
     async def once(self) -> set[int]:
         """Extend what is due and beat once. Returns the leases that turned out to be lost."""

@@ -141,7 +141,7 @@ class _Parts:
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, on_lost=self._lose, on_cancel=self._cancel
         )
-        self._sweeper = Sweeper(app.fetch, app.notify, max_losses=settings.max_losses)
+        self._sweeper = Sweeper(app.fetch, app.notify, max_losses=settings.max_losses, grace=settings.lease / 3)
         self._pruner = Pruner(app.pool, retention=settings.retention)
         self._background: list[asyncio.Task[Any]] = []
         self._slots: set[asyncio.Task[None]] = set()
