@@ -29,6 +29,15 @@ def parse_duration(text: str) -> timedelta:
     return timedelta(seconds=float(match[1]) * _UNITS[match[2]])
 
 
+def format_duration(value: timedelta) -> str:
+    """The shortest text that `parse_duration` reads as this."""
+    seconds = value.total_seconds()
+    for unit in ("d", "h", "m"):
+        if seconds and seconds % _UNITS[unit] == 0:
+            return f"{seconds / _UNITS[unit]:.0f}{unit}"
+    return f"{seconds:g}s" if seconds >= 1 or not seconds else f"{seconds * 1000:g}ms"
+
+
 def default_data_dir() -> Path:
     """Where the embedded cluster lives unless told otherwise."""
     if os.name == "posix" and os.geteuid() == 0:

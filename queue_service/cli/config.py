@@ -32,7 +32,7 @@ def show(as_json: bool, database_url: str | None) -> None:
     ]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        shown = f"{value.total_seconds():g}s" if isinstance(value, timedelta) else value
+        shown = settings_module.format_duration(value) if isinstance(value, timedelta) else value
         rows.append((field.name, shown, settings_module.env_name(field.name), field.metadata["doc"]))
     if as_json:
         render.as_json({name: str(value) if not isinstance(value, int) else value for name, value, _, _ in rows})

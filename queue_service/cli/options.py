@@ -61,7 +61,7 @@ def command(function: F) -> F:
     )
     @setting("log_level", click.Choice(logs.LEVELS))
     @setting("log_format", click.Choice(logs.FORMATS))
-    @click.option("--debug", is_flag=True, help="Show tracebacks.", show_envvar=True)
+    @click.option("--debug", is_flag=True, envvar="QUEUE_SERVICE_DEBUG", show_envvar=True, help="Show tracebacks.")
     @functools.wraps(function)
     def wrapped(*args: Any, log_level: str | None, log_format: str | None, debug: bool, **kwargs: Any) -> Any:
         try:
@@ -83,7 +83,14 @@ def command(function: F) -> F:
 
 
 app_option = click.option(
-    "-a", "--app", "app_path", default=None, metavar="MODULE:APP", show_envvar=True, help="Where the App is."
+    "-a",
+    "--app",
+    "app_path",
+    default=None,
+    metavar="MODULE:APP",
+    envvar="QUEUE_SERVICE_APP",
+    show_envvar=True,
+    help="Where the App is.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, show_envvar=True, help="Print JSON, for programs.")
 

@@ -23,7 +23,14 @@ RUNS_FAILED = 5
 @click.command()
 @app_option
 @click.option(
-    "-q", "--queue", "queues", multiple=True, metavar="NAME[:N]", show_envvar=True, help="Queue and concurrency."
+    "-q",
+    "--queue",
+    "queues",
+    multiple=True,
+    metavar="NAME[:N]",
+    envvar="QUEUE_SERVICE_QUEUES",
+    show_envvar=True,
+    help="Queue and concurrency.",
 )
 @click.option("--once", is_flag=True, show_envvar=True, help="Work off what is due, then exit (5 if runs failed).")
 @click.option("--name", default=None, show_envvar=True, help="Name in the roster; HOST:PID otherwise.")
@@ -47,9 +54,7 @@ def worker(
     not finished goes back to its queue, and no attempt is charged for it.
     """
     if app_path is None:
-        raise ConfigError(
-            "A worker needs the App that defines its tasks: `-a module:app`, or QUEUE_SERVICE_WORKER_APP."
-        )
+        raise ConfigError("A worker needs the App that defines its tasks: `-a module:app`, or QUEUE_SERVICE_APP.")
     # Four connections belong to the worker's parts; its own small statements and its handlers' share one more.
     app = load_app(app_path, database_url, **{"pool_size": 1, **settings})
     if not app.tasks:

@@ -73,7 +73,9 @@ def translated() -> Iterator[None]:
 
         raise SchemaMismatch(None, HEAD) from missing
     except (psycopg.OperationalError, psycopg.InterfaceError, pg.ReadOnlySqlTransaction) as lost:
-        raise DatabaseUnavailable(f"The database cannot be reached: {_first_line(lost)}.") from lost
+        raise DatabaseUnavailable(
+            f"The database cannot be reached: {_first_line(lost)}. Is the server up, and the address right?"
+        ) from lost
 
 
 def _first_line(error: Exception) -> str:

@@ -130,29 +130,15 @@ def cancel_requests(leases: Collection[int]) -> Query[list[int]]:
 def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
     """The claims that were still held and have ended. A missing one was lost: nothing about its run changed."""
     ordered = sorted(endings)
-    return SQL.query(
-        "finish",
-        _claims,
-        ids=array_literal([ending.claim.run_id for ending in ordered]),
-        attempts=array_literal([ending.claim.attempt for ending in ordered]),
-        outcomes=_json_array([_ending_json(ending) for ending in ordered]),
-        worker_id=worker_id,
-        leases=array_literal(sorted(freed)),
-    )
+    outcomes = [_ending_json(ending) for ending in ordered]
+    return SQL.query("finish", _claims, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
 def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
     """The claims that were still held and whose runs are queued again (or `cancelled`, where that had been asked)."""
     ordered = sorted(returns, key=lambda back: back.claim)
-    return SQL.query(
-        "give_back",
-        _claims,
-        ids=array_literal([back.claim.run_id for back in ordered]),
-        attempts=array_literal([back.claim.attempt for back in ordered]),
-        outcomes=_json_array([_return_json(back) for back in ordered]),
-        worker_id=worker_id,
-        leases=array_literal(sorted(freed)),
-    )
+    outcomes = [_return_json(back) for back in ordered]
+    return SQL.query("give_back", _claims, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
 def sweep(*, limit: int, max_losses: int) -> Query[list[Swept]]:
@@ -220,6 +206,18 @@ def depth(queue: str) -> Query[Depth]:
 def _fields(new: NewRun, notice: Notice | None) -> dict[str, object]:
     fields = {name: getattr(new, name) for name in NewRun.__slots__}
     return fields | {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
+
+
+def _batch(
+    claims: Sequence[Claim], outcomes: Sequence[str], worker_id: int, freed: Collection[int]
+) -> dict[str, object]:
+    return {
+        "ids": array_literal([claim.run_id for claim in claims]),
+        "attempts": array_literal([claim.attempt for claim in claims]),
+        "outcomes": _json_array(outcomes),
+        "worker_id": worker_id,
+        "leases": array_literal(sorted(freed)),
+    }
 
 
 def _ending_json(ending: Ending) -> str:
