@@ -42,7 +42,7 @@ def dumps(value: Any, *, what: str, limit: int) -> str:
     # msgspec writes NaN and the infinities as null, and NUL as an escape that jsonb refuses. Both leave a trace in the
     # text, so that a walk through the value is only paid for when there may be something to find.
     if b"null" in encoded or b"\\u0000" in encoded:
-        _refuse_unstorable(value, what)
+        _refuse_unstorable(msgspec.to_builtins(value, str_keys=True), what)
     _refuse_depth(encoded, what)
     return encoded.decode()
 
@@ -62,7 +62,7 @@ def dumps_result(value: Any, *, limit: int) -> str:
         return dumps(value, what="result", limit=limit)
     except PayloadRefused:
         try:
-            cleaned = sanitised(value)
+            cleaned = sanitised(msgspec.to_builtins(value, str_keys=True))
         except RecursionError:
             raise PayloadRefused(f"The result is nested deeper than {MAX_DEPTH} levels.") from None
         return dumps(cleaned, what="result", limit=limit)

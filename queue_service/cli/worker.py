@@ -1,12 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
-import threading
-import time
-from datetime import timedelta
 from typing import Any
 
 import click
@@ -63,8 +58,8 @@ def worker(
         sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
     )
     tally = run(_work(Worker(app, wanted, name=name), once=once))
-    code = RUNS_FAILED if once and tally.failed else 0
-    _leave(code, app.settings.drain_timeout)
+    if once and tally.failed:
+        raise click.exceptions.Exit(RUNS_FAILED)
 
 
 async def _work(worker: Worker, *, once: bool) -> Tally:
@@ -92,19 +87,3 @@ def _queue(text: str) -> tuple[str, int]:
     if not concurrency.isdigit():
         raise ConfigError(f"-q {text}: {concurrency!r} is no concurrency. Write NAME or NAME:10.")
     return name, int(concurrency)
-
-
-def _leave(code: int, patience: timedelta) -> None:
-    """Exit, even where a handler's thread was abandoned: the interpreter would wait for it for ever."""
-    deadline = time.monotonic() + min(1.0, patience.total_seconds())
-    while _busy_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if _busy_threads():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _busy_threads() -> bool:
-    return any(thread.name.startswith("queue_service handler") for thread in threading.enumerate())

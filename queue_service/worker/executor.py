@@ -8,13 +8,11 @@ knows that it is not meant itself.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import time
 import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -26,6 +24,7 @@ from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.tasks import Cancel, Snooze, Task, Tasks
 from queue_service.worker.finisher import Finisher, Outcome
 from queue_service.worker.leases import Held, Lease
+from queue_service.worker.threads import Threads
 
 log = get_logger(__name__)
 
@@ -61,7 +60,7 @@ class Executor:
         *,
         tasks: Tasks,
         finisher: Finisher,
-        threads: ThreadPoolExecutor,
+        threads: Threads,
         result_limit: int,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         room: Callable[[], None],
@@ -78,6 +77,8 @@ class Executor:
         self._running: dict[int, _Execution] = {}
         self._idle: list[asyncio.Future[None]] = []
         self._slots = 0
+        # Set when the worker ends: from then on a slot that is cancelled is meant itself.
+        self.closing = False
         self._since_yield = 0
         self.completed = 0
         self._ahead = 0
@@ -169,6 +170,8 @@ class Executor:
             held = self._waiting.popleft()
             # A lost lease: the run went back to its queue, and someone else may have it already.
             outcome = None if held.lease.lost else await self._execute(held, slot)
+            if slot.cancelling():
+                await self._absorb(slot)
             self._finisher.put(held, outcome or Return(held.run.claim))
             self.completed += 1
             if len(self._waiting) <= self._ahead // 2:
@@ -185,15 +188,23 @@ class Executor:
             return self._outcome(run, await _watched(self._call(self._tasks[run.task], run), self._rouse))
         except BaseException as error:
             if execution.cause is None:
-                if isinstance(error, asyncio.CancelledError) and slot.cancelling():
+                if self.closing and isinstance(error, asyncio.CancelledError):
                     raise
                 return self._failure(run, error)
             return _cancelled(run) if execution.cause is Cause.CANCELLED else Return(run.claim)
         finally:
             del self._running[run.id]
-            if execution.cause is not None:
-                # Ours, and dealt with: a cancellation left standing would break every later timeout in this slot.
-                slot.uncancel()
+
+    async def _absorb(self, slot: asyncio.Task[Any]) -> None:
+        """Undo a cancellation that has been dealt with: ours, or one that the handler aimed at its own task. Left
+        standing, it would hit the slot at its next wait, and break every later timeout in it."""
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if self.closing:
+                raise
+        while slot.cancelling():
+            slot.uncancel()
 
     async def _call(self, task: Task[..., Any], run: Run) -> Any:
         timeout = run.timeout or task.timeout
@@ -210,8 +221,7 @@ class Executor:
     async def _invoke(self, task: Task[..., Any], run: Run) -> Any:
         if task.is_async:
             return await task.function(**task.arguments(run))
-        call = functools.partial(contextvars.copy_context().run, task.function, **task.arguments(run))
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await self._threads.run(functools.partial(task.function, **task.arguments(run)))
 
     # Outcomes
 

@@ -10,15 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import psycopg
-
 from queue_service import codec
 from queue_service.db.execute import REFUSED
 from queue_service.db.pool import Wire
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
-from queue_service.runs.model import Claim, Ending, Return, RunState
+from queue_service.runs.model import Ending, Return, RunState
 from queue_service.worker.leases import Held, Leases
 
 log = get_logger(__name__)
@@ -39,12 +37,10 @@ class Tally:
     returned: int = 0
     lost: int = 0
 
-    def add(self, outcomes: Sequence[Outcome], lost: Sequence[Outcome]) -> None:
-        states = Counter("returned" if isinstance(outcome, Return) else outcome.state.value for outcome in outcomes)
-        states.subtract("returned" if isinstance(outcome, Return) else outcome.state.value for outcome in lost)
-        for name, count in states.items():
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        names = Counter("returned" if isinstance(outcome, Return) else outcome.state.value for outcome in outcomes)
+        for name, count in names.items():
             setattr(self, name, getattr(self, name) + count)
-        self.lost += len(lost)
 
 
 @dataclass(slots=True)
@@ -128,44 +124,50 @@ class Finisher:
     async def _write_once(self, batch: _Batch) -> None:
         # The leases go with the last statement, when all that they held has been dealt with.
         if batch.endings:
-            freed = () if batch.returns else batch.freed
-            done = await self._finish(batch.endings, freed)
-            self._account(batch.endings, done, batch.uncertain)
+            written = await self._finish(batch.endings, () if batch.returns else batch.freed)
+            self._account(batch.endings, written, batch.uncertain)
             batch.endings = []
         if batch.returns:
-            done = await self._wire.fetch(
-                queries.give_back(batch.returns, worker_id=self._worker_id, freed=batch.freed)
-            )
-            self._account(batch.returns, done, batch.uncertain)
+            back = queries.give_back(batch.returns, worker_id=self._worker_id, freed=batch.freed)
+            done = await self._wire.fetch(back)
+            self._account(batch.returns, [each for each in batch.returns if each.claim in done], batch.uncertain)
 
-    async def _finish(self, endings: list[Ending], freed: Sequence[int]) -> set[Claim]:
-        """Finish them all; where the database refuses the batch, find the ones it refuses and end those without what it
-        refused, so that no ending is lost for a value that cannot be stored.
+    async def _finish(self, endings: list[Ending], freed: Sequence[int]) -> list[Ending]:
+        """Finish them all, and return those that were written, as they were written: where the database refuses the batch,
+        the ones it refuses are found and end without what it refused, so that no ending is lost for a value.
         """
         try:
-            return await self._wire.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
+            done = await self._wire.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
+            return [ending for ending in endings if ending.claim in done]
         except REFUSED as refused:
             if len(endings) == 1:
-                return await self._finish_bare(endings[0], freed, refused)
+                bare = _bare(endings[0], refused)
+                done = await self._wire.fetch(queries.finish([bare], worker_id=self._worker_id, freed=freed))
+                return [bare] if done else []
         half = len(endings) // 2
-        done = await self._finish(endings[:half], ())
-        return done | await self._finish(endings[half:], freed)
+        return await self._finish(endings[:half], ()) + await self._finish(endings[half:], freed)
 
-    async def _finish_bare(self, ending: Ending, freed: Sequence[int], refused: psycopg.Error) -> set[Claim]:
-        log.error("the database refused a result", run_id=ending.claim.run_id, why=type(refused).__name__)
-        error = codec.dumps_error("result_refused", f"The database could not store the result: {refused}")
-        bare = Ending(ending.claim, RunState.FAILED, "null", error)
-        return await self._wire.fetch(queries.finish([bare], worker_id=self._worker_id, freed=freed))
-
-    def _account(self, outcomes: Sequence[Outcome], done: set[Claim], uncertain: bool) -> None:
-        lost = [] if uncertain else [outcome for outcome in outcomes if outcome.claim not in done]
-        self.tally.add(outcomes, lost)
-        for outcome in lost:
-            run_id, attempt = outcome.claim
-            log.warning("claim lost: another worker owns this run now", run_id=run_id, attempt=attempt)
+    def _account(self, outcomes: Sequence[Outcome], written: Sequence[Outcome], uncertain: bool) -> None:
+        if len(written) < len(outcomes):
+            done = {outcome.claim for outcome in written}
+            missing = [outcome for outcome in outcomes if outcome.claim not in done]
+            if uncertain:
+                written = [*written, *missing]
+            else:
+                self.tally.lost += len(missing)
+                for outcome in missing:
+                    run_id, attempt = outcome.claim
+                    log.warning("claim lost: another worker owns this run now", run_id=run_id, attempt=attempt)
+        self.tally.add(written)
         ended = [outcome.claim.run_id for outcome in outcomes if isinstance(outcome, Ending)]
         if ended:
             self._announce(ended)
+
+
+def _bare(ending: Ending, refused: Exception) -> Ending:
+    log.error("the database refused a result", run_id=ending.claim.run_id, why=type(refused).__name__)
+    error = codec.dumps_error("result_refused", f"The database could not store the result: {refused}")
+    return Ending(ending.claim, RunState.FAILED, error=error)
 
 
 def _size(batch: _Batch) -> int:

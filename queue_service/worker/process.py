@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Collection, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from typing import Any
 
 import msgspec
@@ -34,6 +33,7 @@ from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher, Tally
 from queue_service.worker.keeper import Keeper
 from queue_service.worker.leases import Leases
+from queue_service.worker.threads import Threads
 
 log = get_logger(__name__)
 
@@ -108,7 +108,7 @@ class _Parts:
         app, settings = worker.app, worker.settings
         self._settings = settings
         self._group = asyncio.TaskGroup()
-        self._threads = ThreadPoolExecutor(min(sum(worker.queues.values()), 1_000), "queue_service handler")
+        self._threads = Threads()
         self._claiming = Wire(app.conninfo, application="queue_service claimer")
         self._finishing = Wire(app.conninfo, application="queue_service finisher")
         leases = Leases()
@@ -143,7 +143,6 @@ class _Parts:
         )
         self._sweeper = Sweeper(app.fetch, app.notify, max_losses=settings.max_losses, grace=settings.lease / 3)
         self._pruner = Pruner(app.pool, retention=settings.retention)
-        self._background: list[asyncio.Task[Any]] = []
         self._slots: set[asyncio.Task[None]] = set()
 
     async def run(self, *, once: bool, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
@@ -151,30 +150,54 @@ class _Parts:
         # Before anything can end: a partition is attached without trouble while nothing is written where it will be.
         await self._pruner.once()
         try:
-            async with self._group as group:
-                for part in (
-                    self._keeper.run(),
-                    self._listen(),
-                    every(settings.sweep_interval, self._sweeper.once, name="sweeper"),
-                    every(settings.retention / 100, self._pruner.once, name="pruner"),
-                ):
-                    self._background.append(group.create_task(part))
-                finishing = group.create_task(self.finisher.run())
-                claiming = group.create_task(self.claimer.run(once=once))
+            async with self._group, self._closing_slots():
+                background = [
+                    self._start(self._keeper.run()),
+                    self._start(self._listen()),
+                    self._start(every(settings.sweep_interval, self._sweeper.once, name="sweeper")),
+                    self._start(every(settings.retention / 100, self._pruner.once, name="pruner")),
+                ]
+                finishing = self._start(self.finisher.run())
+                claiming = self._start(self.claimer.run(once=once))
                 await _first(claiming, stop.wait())
                 await self._drain(stop_now)
                 await claiming
                 self.finisher.close()
                 await finishing
-                for task in (*self._slots, *self._background):
+                self._close_slots()
+                for task in (*self._slots, *background):
                     task.cancel()
         except* Exception as group_error:  # noqa: BLE001 - raised again, out of its group
             # One part failed and the others were cancelled for it: its error is the one to tell.
             raise group_error.exceptions[0] from None
         finally:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads.close()
             await self._claiming.close()
             await self._finishing.close()
+
+    def _start(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        async def watched() -> None:
+            async with self._closing_slots(only_on_error=True):
+                await part
+
+        return self._group.create_task(watched())
+
+    @contextlib.asynccontextmanager
+    async def _closing_slots(self, *, only_on_error: bool = False) -> AsyncIterator[None]:
+        """Let the slots know that a cancellation is now meant for themselves, before anyone cancels them."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not only_on_error:
+                self._close_slots()
+            raise
+        except BaseException:
+            self._close_slots()
+            raise
+
+    def _close_slots(self) -> None:
+        for executor in self.executors.values():
+            executor.closing = True
 
     async def _drain(self, stop_now: asyncio.Event) -> None:
         """Stop claiming, hand back what was not begun, wait for the handlers, then cancel those that are left."""
@@ -222,7 +245,7 @@ class _Parts:
                 executor.lose(lease)
 
     def _spawn(self, slot: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._group.create_task(slot)
+        task = self._start(slot)
         self._slots.add(task)
         return task
 

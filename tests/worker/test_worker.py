@@ -1,7 +1,14 @@
 from __future__ import annotations
 
-from queue_service import App, RunState
-from tests.support import working
+import asyncio
+from typing import Any
+
+import pytest
+
+from queue_service import App, RunState, Worker
+from queue_service.db.pool import Connection
+from queue_service.errors import ConfigError
+from tests.support import eventually, one, rows, working
 
 
 async def test_a_run_is_executed_and_its_result_is_read(app: App) -> None:
@@ -13,3 +20,93 @@ async def test_a_run_is_executed_and_its_result_is_read(app: App) -> None:
     async with working(app):
         done = await app.wait(run_id, timeout=10)
     assert (done.state, done.result, done.attempt) == (RunState.SUCCEEDED, 42, 1)
+
+
+async def test_a_thousand_runs_are_each_executed_once(app: App, conn: Connection) -> None:
+    executed: list[int] = []
+
+    @app.task
+    async def note(n: int) -> None:
+        executed.append(n)
+        if n % 3 == 0:
+            await asyncio.sleep(0)
+
+    await app.enqueue_many("note", [{"n": n} for n in range(1_000)])
+    tally = await Worker(app, {"default": 20}).run(once=True)
+    assert sorted(executed) == list(range(1_000))
+    assert (tally.succeeded, tally.failed, tally.returned, tally.lost) == (1_000, 0, 0, 0)
+    assert await one(conn, "select count(*) from queue_service.finished_runs where state = 'succeeded'") == 1_000
+    assert await one(conn, "select count(*) from queue_service.runs") == 0
+    assert await one(conn, "select count(*) from queue_service.leases") == 0
+
+
+async def test_once_ends_on_an_empty_queue(app: App) -> None:
+    tally = await asyncio.wait_for(Worker(app).run(once=True), 20)
+    assert tally.succeeded == 0
+
+
+async def test_once_works_off_what_the_handlers_enqueue(app: App) -> None:
+    depths: list[int] = []
+
+    @app.task
+    async def descend(depth: int) -> None:
+        depths.append(depth)
+        if depth:
+            await app.enqueue("descend", {"depth": depth - 1})
+
+    await app.enqueue("descend", {"depth": 5})
+    await Worker(app).run(once=True)
+    assert depths == [5, 4, 3, 2, 1, 0]
+
+
+async def test_once_leaves_runs_that_are_due_later(app: App) -> None:
+    @app.task
+    async def noop() -> None: ...
+
+    later = await app.enqueue("noop", {}, delay=3_600)
+    now = await app.enqueue("noop", {})
+    tally = await Worker(app).run(once=True)
+    assert tally.succeeded == 1
+    assert (await app.wait(now, timeout=5)).state is RunState.SUCCEEDED
+    waiting = await app.get(later)
+    assert waiting is not None
+    assert waiting.state is RunState.QUEUED
+
+
+async def test_a_worker_is_in_the_roster_while_it_runs(app: App, conn: Connection) -> None:
+    async with working(app, {"a": 1, "b": 2}, name="here") as worker:
+        listed = await rows(conn, "select id, name, queues from queue_service.workers")
+        assert listed == [(worker.id, "here", {"a": 1, "b": 2})]
+    assert await rows(conn, "select id from queue_service.workers") == []
+
+
+async def test_a_worker_says_that_it_is_alive(app: App, conn: Connection) -> None:
+    async with working(app):
+        await conn.execute("update queue_service.workers set seen_at = seen_at - interval '1 h'")
+        await eventually(
+            lambda: one(conn, "select seen_at > clock_timestamp() - interval '1 minute' from queue_service.workers")
+        )
+
+
+async def test_one_worker_object_runs_once_at_a_time_and_may_run_again(app: App) -> None:
+    async with working(app) as worker:
+        with pytest.raises(ConfigError, match="running already"):
+            await worker.run()
+    tally = await worker.run(once=True)
+    assert tally.succeeded == 0
+
+
+async def test_a_worker_keeps_no_connection_after_it_stopped(app: App, conn: Connection) -> None:
+    ours = "application_name in ('queue_service claimer', 'queue_service finisher', 'queue_service keeper')"
+    count = f"select count(*) from pg_stat_activity where datname = current_database() and {ours}"
+    async with working(app):
+        await eventually(lambda: one(conn, f"select ({count}) >= 2"))
+    await eventually(lambda: one(conn, f"select ({count}) = 0"))
+
+
+@pytest.mark.parametrize(
+    "queues", [{"": 1}, {"a": 0}, {"a": -1}, {"a": 1.5}, {"a": True}, {"a": "3"}, {"a": 10**6}, {None: 1}]
+)
+async def test_queues_that_make_no_sense_are_refused(app: App, queues: dict[Any, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Worker(app, queues)

@@ -1,0 +1,147 @@
+"""The loader of `.sql` files, and rules that every statement of ours keeps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import queue_service
+from queue_service.db.query import nothing
+from queue_service.db.statements import Statements, parse
+
+PACKAGE = Path(queue_service.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.sql"))
+
+_WRITES = re.compile(
+    r"\b(?:insert\s+into|update|delete\s+from|merge\s+into|truncate)\s+(?:only\s+)?queue_service\.(\w+)"
+)
+_PLACEHOLDER = re.compile(r"%%|%\((\w+)\)s")
+
+
+class Found(NamedTuple):
+    file: Path
+    name: str
+    contract: list[str]
+    declared: set[str]
+    text: str
+
+
+def written(text: str) -> set[str]:
+    """The tables a statement inserts into, updates or deletes from."""
+    return set(_WRITES.findall(text.lower()))
+
+
+def everything() -> list[Found]:
+    found = []
+    for file in FILES:
+        source = file.read_text(encoding="utf-8")
+        texts = parse(source)
+        for name, body in re.findall(r"^-- name: (\w+)\n((?:--.*\n)*)", source, re.MULTILINE):
+            lines = [line.removeprefix("--").strip() for line in body.splitlines()]
+            declared = [line.removeprefix("writes:") for line in lines if line.startswith("writes:")]
+            assert len(declared) <= 1, f"{file}: {name} says twice what it writes"
+            tables = {table.strip() for table in declared[0].split(",")} if declared else set()
+            contract = [line for line in lines if not line.startswith("writes:")]
+            found.append(Found(file, name, contract, tables, texts[name]))
+    return found
+
+
+STATEMENTS = everything()
+each_statement = pytest.mark.parametrize(
+    "found", STATEMENTS, ids=[f"{s.file.parent.name}-{s.name}" for s in STATEMENTS]
+)
+
+
+def test_a_name_starts_a_statement_and_comments_are_left_out() -> None:
+    texts = parse(
+        "-- About this file.\n\n"
+        "-- name: first\n-- Its contract.\nselect 1\n  -- a remark\n  from t;\n\n"
+        "-- name: second\nselect '-- kept'\n"
+    )
+    assert texts == {"first": "select 1\n  from t", "second": "select '-- kept'"}
+
+
+def test_a_define_stands_for_its_lines_in_every_statement() -> None:
+    texts = parse(
+        "-- define: both\na,\n    b\n\n-- define: last\nc\n\n"
+        "-- name: one\nselect {both} from t where x = '{other}'\n\n-- name: two\nselect {both}, {last}\n"
+    )
+    assert texts == {"one": "select a,\n    b from t where x = '{other}'", "two": "select a,\n    b, c"}
+
+
+def test_a_define_at_the_end_of_the_file_is_read_too() -> None:
+    assert parse("-- name: one\nselect {x}\n\n-- define: x\n1") == {"one": "select 1"}
+
+
+def test_two_statements_with_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="statement 'twice' is defined twice"):
+        parse("-- name: twice\nselect 1\n\n-- name: once\nselect 2\n\n-- name: twice\nselect 3\n")
+
+
+def test_a_statement_nobody_wrote_is_a_key_error() -> None:
+    with pytest.raises(KeyError, match="nothing_like_it"):
+        Statements("queue_service.db").query("nothing_like_it", nothing)
+
+
+def test_a_query_carries_its_text_and_parameters() -> None:
+    query = Statements("queue_service.queues").query("pause", nothing, name="mail")
+    assert query.text.startswith("insert into queue_service.queues")
+    assert query.params == {"name": "mail"}
+
+
+def test_writes_are_recognised_in_every_form() -> None:
+    text = """
+        with a as (DELETE FROM queue_service.runs where true), b as (insert  into
+            queue_service.leases (x) values (1) on conflict (x) do update set x = 2)
+        update queue_service.queues set x = 1 from queue_service.workers for update of runs
+    """
+    assert written(text) == {"runs", "leases", "queues"}
+    assert written("select 1 from queue_service.runs for update") == set()
+
+
+def test_every_file_of_statements_is_looked_at() -> None:
+    assert {file.parent.name for file in FILES} >= {"db", "queues", "roster", "runs"}
+    assert len(STATEMENTS) == sum(len(parse(file.read_text(encoding="utf-8"))) for file in FILES) > 25
+    for file in FILES:
+        marks = re.findall(r"^[ \t]*--[ \t]*name\b.*$", file.read_text(encoding="utf-8"), re.MULTILINE | re.IGNORECASE)
+        assert all(re.fullmatch(r"-- name: \w+", mark) for mark in marks), marks
+
+
+@each_statement
+def test_a_statement_has_a_contract(found: Found) -> None:
+    assert len(" ".join(found.contract)) > 15
+    assert found.contract[0][0].isupper()
+    assert found.contract[-1].endswith(".")
+
+
+@each_statement
+def test_a_statement_says_exactly_which_tables_it_writes(found: Found) -> None:
+    assert found.declared == written(found.text)
+
+
+@each_statement
+def test_a_statement_names_tables_with_their_schema(found: Found) -> None:
+    tables = r"(?:runs|leases|finished_runs|queues|workers)"
+    assert not re.search(rf"\b(?:into|update|from|join)\s+{tables}\b", found.text.lower())
+
+
+@each_statement
+def test_a_statement_has_every_define_filled_in_and_every_percent_doubled(found: Found) -> None:
+    assert not re.search(r"\{\w+\}", found.text)
+    assert "%" not in _PLACEHOLDER.sub("", found.text)
+
+
+@each_statement
+def test_a_statement_is_one_and_does_not_end_its_transaction(found: Found) -> None:
+    bare = re.sub(r"'(?:[^']|'')*'", "''", found.text)
+    assert ";" not in bare
+    assert not re.search(r"\b(?:begin|commit|rollback|savepoint)\b", bare.lower())
+
+
+@each_statement
+def test_a_statement_is_used_beside_its_file(found: Found) -> None:
+    users = "".join(file.read_text(encoding="utf-8") for file in found.file.parent.glob("*.py"))
+    assert f'"{found.name}"' in users

@@ -1,0 +1,313 @@
+"""Tasks: what can be registered, which parameter is ours to fill, and what a payload must look like for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import queue_service
+from queue_service import App, Cancel, Retry, Run, RunState, Snooze
+from queue_service.errors import ConfigError, PayloadRefused
+from queue_service.tasks import LONGEST, Task, duration
+
+if TYPE_CHECKING:
+    from nowhere import OnlyForTypeCheckers  # type: ignore[import-not-found]
+
+
+@pytest.fixture
+def app() -> App:
+    """An App that is never opened."""
+    return App("postgresql://nobody@localhost/nothing")
+
+
+class Sent:
+    """Stands in for `App.enqueue`."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, dict[str, Any]]] = []
+
+    async def __call__(self, task: str, payload: Mapping[str, Any], /) -> int:
+        self.runs.append((task, dict(payload)))
+        return len(self.runs)
+
+
+def task_of(function: Callable[..., Any], sent: Sent | None = None) -> Task[..., Any]:
+    return Task(
+        function, name="t", queue="default", timeout=None, retry=Retry(), enqueue=sent if sent is not None else Sent()
+    )
+
+
+def a_run(payload: dict[str, Any]) -> Run:
+    now = datetime.now(UTC)
+    return Run(
+        id=1, queue="default", task="t", state=RunState.RUNNING, payload=payload, attempt=1, failures=0, losses=0,
+        priority=0, created_at=now, run_at=now,
+    )  # fmt: skip
+
+
+def test_a_function_is_registered_under_its_own_name_with_the_defaults(app: App) -> None:
+    @app.task
+    def send() -> None: ...
+
+    assert app.tasks["send"] is send
+    assert (send.name, send.queue, send.timeout, send.retry) == ("send", "default", None, Retry(max_attempts=3))
+
+
+def test_a_task_may_say_name_queue_timeout_and_retry(app: App) -> None:
+    @app.task(name="mail.send", queue="mail", timeout=2.5, retry=Retry(max_attempts=7))
+    def send() -> None: ...
+
+    assert list(app.tasks) == ["mail.send"]
+    assert len(app.tasks) == 1
+    assert (send.queue, send.timeout, send.retry.max_attempts) == ("mail", timedelta(seconds=2.5), 7)
+
+
+def test_a_task_can_still_be_called(app: App) -> None:
+    @app.task
+    def double(n: int) -> int:
+        return 2 * n
+
+    assert double(21) == 42
+
+
+async def test_an_async_task_can_still_be_awaited(app: App) -> None:
+    @app.task
+    async def double(n: int) -> int:
+        return 2 * n
+
+    assert double.is_async
+    assert await double(21) == 42
+
+
+def test_two_functions_that_want_one_name_are_refused_with_both_places(app: App) -> None:
+    def first() -> None: ...
+    def second() -> None: ...
+
+    app.task(name="same")(first)
+    with pytest.raises(ConfigError, match=r"Two functions want the task name 'same': .*first and .*second\. Give one"):
+        app.task(name="same")(second)
+    assert app.tasks["same"].function is first
+
+
+def test_one_function_may_be_registered_twice_and_under_two_names(app: App) -> None:
+    def first() -> None: ...
+
+    app.task(first)
+    app.task(queue="other")(first)
+    app.task(name="again")(first)
+    assert {name: task.queue for name, task in app.tasks.items()} == {"first": "other", "again": "default"}
+
+
+def test_apps_do_not_share_their_tasks(app: App) -> None:
+    app.task(name="mine")(print_nothing)
+    assert "mine" not in App("postgresql://nobody@localhost/nothing").tasks
+
+
+def print_nothing() -> None: ...
+
+
+def annotated(run: Run, n: int) -> None: ...
+def annotated_under_another_name(n: int, job: Run) -> None: ...
+def keyword_only(n: int, *, current: Run) -> None: ...
+def unannotated(n, run):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    ...
+
+
+def by_package(job: queue_service.Run, n: int) -> None: ...
+def beside_a_name_for_checkers(job: Run, n: OnlyForTypeCheckers) -> None: ...
+def beside_one_by_package(job: queue_service.Run, n: OnlyForTypeCheckers) -> None: ...
+async def a_coroutine(run: Run, n: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (annotated, "run"),
+        (annotated_under_another_name, "job"),
+        (keyword_only, "current"),
+        (unannotated, "run"),
+        (by_package, "job"),
+        (beside_a_name_for_checkers, "job"),
+        (beside_one_by_package, "job"),
+        (a_coroutine, "run"),
+    ],
+)
+def test_the_parameter_for_the_run_is_found_and_filled(function: Callable[..., Any], name: str) -> None:
+    task = task_of(function)
+    assert task.run_parameter == name
+    run = a_run({"n": 1})
+    assert task.arguments(run) == {"n": 1, name: run}
+    task.check({"n": 1})
+    with pytest.raises(PayloadRefused):
+        task.check({"n": 1, name: 2})
+    with pytest.raises(PayloadRefused):
+        task.check({})
+
+
+def test_annotations_that_are_no_strings_are_read_too() -> None:
+    def handler(job, n):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        ...
+
+    handler.__annotations__ = {"job": Run, "n": int}
+    assert task_of(handler).run_parameter == "job"
+
+
+def run_of_another_kind(run: int) -> None: ...
+def no_run(runner: int, rerun: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "payload"), [(run_of_another_kind, {"run": 1}), (no_run, {"runner": 1, "rerun": ""})]
+)
+def test_a_parameter_that_is_only_named_alike_belongs_to_the_payload(
+    function: Callable[..., Any], payload: dict[str, Any]
+) -> None:
+    task = task_of(function)
+    assert task.run_parameter is None
+    task.check(payload)
+    assert task.arguments(a_run(payload)) == payload
+
+
+@pytest.mark.parametrize("annotation", ["int[str]", "datetime.nothing", "int | 'str'", "not a type"])
+def test_an_annotation_that_cannot_be_evaluated_is_no_obstacle(annotation: str) -> None:
+    def handler(run: Run, n: int) -> None: ...
+
+    handler.__annotations__["n"] = annotation
+    task = task_of(handler)
+    assert task.run_parameter == "run"
+    task.check({"n": 1})
+
+
+def plain(to: str, subject: str = "hello") -> None: ...
+def rest(to: str, **more: Any) -> None: ...
+def nothing() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "payload"),
+    [
+        (plain, {"to": "a"}),
+        (plain, {"to": "a", "subject": "b"}),
+        (plain, {"subject": "b", "to": "a"}),
+        (rest, {"to": "a", "anything": 1}),
+        (rest, {"to": "a"}),
+        (nothing, {}),
+    ],
+)
+def test_a_payload_that_fits_is_taken(function: Callable[..., Any], payload: dict[str, Any]) -> None:
+    task_of(function).check(payload)
+
+
+@pytest.mark.parametrize(
+    ("function", "payload", "said"),
+    [
+        (plain, {}, "missing a required argument: 'to'"),
+        (plain, {"to": "a", "cc": "b"}, "unexpected keyword argument 'cc'"),
+        (plain, {"subject": "b"}, "missing a required argument: 'to'"),
+        (rest, {"anything": 1}, "missing a required argument: 'to'"),
+        (rest, {"more": 1}, "missing a required argument: 'to'"),
+        (nothing, {"x": 1}, "unexpected keyword argument 'x'"),
+        (plain, {1: 2}, "keywords must be strings"),
+    ],
+)
+def test_a_payload_that_does_not_fit_is_refused_with_the_signature(
+    function: Callable[..., Any], payload: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(PayloadRefused) as refused:
+        task_of(function).check(payload)
+    assert str(refused.value).startswith("Task 't'(")
+    assert said in str(refused.value)
+
+
+def positional(n: int, /) -> None: ...
+def starred(*n: int) -> None: ...
+
+
+@pytest.mark.parametrize("function", [positional, starred])
+def test_a_parameter_that_has_no_name_for_a_payload_is_refused(function: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"'t' takes .*n: int.* by position"):
+        task_of(function)
+
+
+async def test_arguments_become_a_payload_by_name() -> None:
+    sent = Sent()
+    assert await task_of(plain, sent).enqueue("a", subject="b") == 1
+    assert await task_of(plain, sent).enqueue("a") == 2
+    assert await task_of(rest, sent).enqueue("a", x=1, y=2) == 3
+    assert await task_of(annotated, sent).enqueue(5) == 4
+    assert sent.runs == [
+        ("t", {"to": "a", "subject": "b"}),
+        ("t", {"to": "a"}),
+        ("t", {"to": "a", "x": 1, "y": 2}),
+        ("t", {"n": 5}),
+    ]
+
+
+async def test_arguments_that_do_not_fit_are_refused_before_anything_is_sent() -> None:
+    sent = Sent()
+    with pytest.raises(PayloadRefused, match="cannot be called so: too many positional arguments"):
+        await task_of(plain, sent).enqueue("a", "b", "c")
+    with pytest.raises(PayloadRefused, match="unexpected keyword argument 'run'"):
+        await task_of(annotated, sent).enqueue(n=1, run=2)
+    assert sent.runs == []
+
+
+@pytest.mark.parametrize("attempts", [0, -1, True, 1.5, "3", None, math.nan])
+def test_a_number_of_attempts_that_is_none_is_refused(attempts: Any) -> None:
+    with pytest.raises(ConfigError, match="max_attempts must be a whole number from 1"):
+        Retry(max_attempts=attempts)
+
+
+@pytest.mark.parametrize("value", [3, "3", {"max_attempts": 3}])
+def test_a_retry_that_is_none_is_refused(app: App, value: Any) -> None:
+    with pytest.raises(ConfigError, match="retry"):
+        app.task(retry=value)(print_nothing)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, timedelta(0), math.nan, math.inf, True, "5s", timedelta(days=99_999)])
+def test_a_timeout_that_is_none_is_refused(app: App, timeout: Any) -> None:
+    with pytest.raises(ConfigError, match="timeout"):
+        app.task(timeout=timeout)(print_nothing)
+    assert len(app.tasks) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, timedelta(0)), (1.5, timedelta(seconds=1.5)), (timedelta(hours=1), timedelta(hours=1)), (LONGEST, LONGEST)],
+)
+def test_a_duration_may_be_seconds_or_a_timedelta(value: timedelta | float, expected: timedelta) -> None:
+    assert duration(value, "delay") == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [-1, -0.001, timedelta(microseconds=-1), math.nan, math.inf, -math.inf, 1e300, 10**400, -(10**400), True, "1", None,
+     timedelta.max, timedelta.min, LONGEST + timedelta(seconds=1), LONGEST.total_seconds() + 1],
+    ids=lambda value: repr(value)[:24],
+)  # fmt: skip
+def test_a_duration_that_is_none_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^delay "):
+        duration(value, "delay")
+
+
+def test_a_positive_duration_is_longer_than_nothing() -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        duration(0, "timeout", positive=True)
+    with pytest.raises(ConfigError, match="must be positive"):
+        duration(1e-9, "timeout", positive=True)
+
+
+@pytest.mark.parametrize("delay", [-1, math.nan, "soon", None])
+def test_a_snooze_for_no_time_is_refused(delay: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Snooze\(delay\)"):
+        Snooze(delay)
+
+
+def test_what_a_handler_may_return_says_what_it_was_told() -> None:
+    assert Snooze(90).delay == timedelta(seconds=90)
+    assert Cancel("not needed").reason == "not needed"
+    assert Cancel().reason

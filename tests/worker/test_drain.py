@@ -1,0 +1,335 @@
+"""Stopping: handlers end, or their runs go back, and nothing is charged for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from queue_service import App, Run, RunState, Worker
+from queue_service.db.pool import Connection
+from queue_service.settings import load
+from tests.support import enqueued, eventually, one, rows, working
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(database: str) -> Iterator[Start]:
+    """Starts `queue-service worker` as a process, with quick clocks."""
+    started: list[subprocess.Popen[bytes]] = []
+    paces = {"LEASE": "2s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "DRAIN_TIMEOUT": "60s"}
+    quick = {f"QUEUE_SERVICE_{name}": value for name, value in paces.items()}
+
+    def begin(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "queue_service", "worker", "-a", "tests.worker.tasks_for_tests:app"]
+        env = {**os.environ, **quick, "QUEUE_SERVICE_DATABASE_URL": database, **environment}
+        started.append(
+            subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+async def exit_code(process: subprocess.Popen[bytes]) -> int:
+    await eventually(lambda: process.poll() is not None, within=30)
+    assert process.returncode is not None
+    return process.returncode
+
+
+async def begun(directory: Path, count: int = 1) -> None:
+    started = directory / "started"
+    await eventually(lambda: started.exists() and len(started.read_text().splitlines()) >= count, within=30)
+
+
+# In this process
+
+
+async def test_stop_lets_handlers_end(app: App) -> None:
+    started, release = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def wait() -> str:
+        started.set()
+        await release.wait()
+        return "to the end"
+
+    run_id = await app.enqueue("wait", {})
+    worker = Worker(app)
+    running = asyncio.create_task(worker.run())
+    await asyncio.wait_for(started.wait(), 10)
+    worker.stop()
+    worker.stop()
+    later = await app.enqueue("wait", {})
+    assert not running.done()
+    release.set()
+    tally = await asyncio.wait_for(running, 10)
+    run = await app.get(run_id)
+    assert run is not None
+    assert (run.state, run.result) == (RunState.SUCCEEDED, "to the end")
+    assert (tally.succeeded, tally.returned, tally.lost) == (1, 0, 0)
+    untouched = await app.get(later)
+    assert untouched is not None
+    assert (untouched.state, untouched.attempt) == (RunState.QUEUED, 0)
+
+
+@pytest.mark.parametrize("how", ["the drain timeout passes", "now", "stop and then now"])
+async def test_handlers_that_do_not_end_are_cancelled_and_their_runs_handed_back(
+    app: App, conn: Connection, how: str
+) -> None:
+    started: list[int] = []
+    cancelled: list[int] = []
+
+    @app.task
+    async def wait(n: int) -> None:
+        started.append(n)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(n)
+
+    await app.enqueue_many("wait", [{"n": n} for n in range(3)])
+    before = await rows(conn, "select id, run_at from queue_service.runs order by id")
+    drain = "200ms" if how == "the drain timeout passes" else "1h"
+    settings = load({"QUEUE_SERVICE_DRAIN_TIMEOUT": drain, "QUEUE_SERVICE_POLL_INTERVAL": "100ms"})
+    worker = Worker(app, {"default": 3}, settings=settings)
+    running = asyncio.create_task(worker.run())
+    await eventually(lambda: len(started) == 3)
+    if how != "now":
+        worker.stop()
+    if how != "the drain timeout passes":
+        worker.stop(now=True)
+    tally = await asyncio.wait_for(running, 15)
+    assert sorted(cancelled) == [0, 1, 2]
+    after = await rows(conn, "select id, run_at, state, failures, losses from queue_service.runs order by id")
+    assert after == [(*row, "queued", 0, 0) for row in before]
+    assert (tally.returned, tally.failed, tally.lost) == (3, 0, 0)
+    assert await one(conn, "select count(*) from queue_service.leases") == 0
+
+
+async def test_what_was_claimed_ahead_is_handed_back_at_once(app: App, conn: Connection) -> None:
+    release = asyncio.Event()
+    blocked: list[int] = []
+
+    @app.task
+    async def short_then_slow(n: int) -> None:
+        if n >= 2_000:
+            blocked.append(n)
+            await release.wait()
+        elif n % 50 == 0:
+            await asyncio.sleep(0)
+
+    await app.enqueue_many("short_then_slow", [{"n": n} for n in range(4_000)])
+    worker = Worker(app, {"default": 2})
+    running = asyncio.create_task(worker.run())
+    await eventually(lambda: len(blocked) == 2)
+    held = await one(conn, "select count(*) from queue_service.runs where state = 'running'")
+    assert held > 2
+    worker.stop()
+    await eventually(lambda: one(conn, "select count(*) = 2 from queue_service.runs where state = 'running'"))
+    assert not running.done()
+    release.set()
+    tally = await asyncio.wait_for(running, 15)
+    assert tally.lost == 0
+    assert tally.returned >= held - 2
+    assert await rows(
+        conn, "select distinct state, failures, losses from queue_service.runs"
+    ) == [("queued", 0, 0)]  # fmt: skip
+    assert await one(
+        conn, "select (select count(*) from queue_service.runs) + (select count(*) from queue_service.finished_runs)"
+    ) == 4_000  # fmt: skip
+
+
+async def test_a_run_handed_back_by_one_worker_is_finished_by_the_next(app: App) -> None:
+    patient = asyncio.Event()
+
+    @app.task
+    async def wait(run: Run) -> int:
+        if run.attempt == 1:
+            patient.set()
+            await asyncio.Event().wait()
+        return run.attempt
+
+    run_id = await app.enqueue("wait", {}, max_attempts=1)
+    async with working(app) as worker:
+        await asyncio.wait_for(patient.wait(), 10)
+        worker.stop(now=True)
+    async with working(app):
+        run = await app.wait(run_id, timeout=10)
+    assert (run.result, run.failures, run.losses) == (2, 0, 0)
+
+
+async def test_a_handler_that_ends_well_while_it_is_being_cancelled_keeps_its_result(app: App) -> None:
+    started = asyncio.Event()
+
+    @app.task
+    async def tidy() -> str:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return "tidied up"
+        return "never"
+
+    run_id = await app.enqueue("tidy", {})
+    async with working(app) as worker:
+        await asyncio.wait_for(started.wait(), 10)
+        worker.stop(now=True)
+    run = await app.get(run_id)
+    assert run is not None
+    assert (run.state, run.result) == (RunState.SUCCEEDED, "tidied up")
+
+
+async def test_stop_may_come_from_another_thread(app: App) -> None:
+    worker = Worker(app)
+    running = asyncio.create_task(worker.run())
+    await eventually(lambda: worker.id is not None)
+    thread = threading.Thread(target=worker.stop)
+    thread.start()
+    await asyncio.wait_for(running, 10)
+    thread.join()
+
+
+async def test_cancelling_the_worker_itself_ends_it_and_its_run_is_rescued(app: App) -> None:
+    started = asyncio.Event()
+
+    @app.task
+    async def wait(run: Run) -> str:
+        if run.attempt == 1:
+            started.set()
+            await asyncio.Event().wait()
+        return "rescued"
+
+    run_id = await app.enqueue("wait", {})
+    running = asyncio.create_task(Worker(app).run())
+    await asyncio.wait_for(started.wait(), 10)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, 10)
+    async with working(app):
+        run = await app.wait(run_id, timeout=15)
+    assert run.result == "rescued"
+
+
+# As a process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_handlers_end_and_exits_with_zero(
+    start: Start, conn: Connection, tmp_path: Path, number: signal.Signals
+) -> None:
+    run_id = await enqueued(conn, "hold", payload=f'{{"directory": "{tmp_path}"}}')
+    process = start("-q", "default:2")
+    await begun(tmp_path)
+    process.send_signal(number)
+    await eventually(lambda: one(conn, "select count(*) = 1 from queue_service.runs where state = 'running'"))
+    assert process.poll() is None
+    (tmp_path / "release").touch()
+    assert await exit_code(process) == 0
+    state = await one(conn, "select state from queue_service.finished_runs where id = %s", run_id)
+    assert state == "succeeded"
+    assert await one(conn, "select count(*) from queue_service.workers") == 0
+    _, errors = process.communicate()
+    assert b"Stopping." in errors
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_cancels_handlers_and_hands_their_runs_back(
+    start: Start, conn: Connection, tmp_path: Path, number: signal.Signals
+) -> None:
+    for _ in range(3):
+        await enqueued(conn, "hold", payload=f'{{"directory": "{tmp_path}"}}')
+    process = start("-q", "default:2")
+    await begun(tmp_path, 2)
+    process.send_signal(number)
+    assert process.stderr is not None
+    os.set_blocking(process.stderr.fileno(), False)
+    said = bytearray()
+
+    def heard() -> bool:
+        said.extend(process.stderr.read() or b"" if process.stderr else b"")
+        return b"Signal again" in said
+
+    await eventually(heard)
+    process.send_signal(number)
+    assert await exit_code(process) == 0
+    left = await rows(conn, "select distinct state, failures, losses from queue_service.runs")
+    assert left == [("queued", 0, 0)]
+    assert await one(conn, "select count(*) from queue_service.runs") == 3
+
+
+async def test_a_drain_timeout_given_on_the_command_line_holds(
+    start: Start, conn: Connection, tmp_path: Path
+) -> None:
+    await enqueued(conn, "hold", payload=f'{{"directory": "{tmp_path}"}}')
+    process = start("--drain-timeout", "100ms")
+    await begun(tmp_path)
+    process.terminate()
+    assert await exit_code(process) == 0
+    assert await rows(conn, "select state, failures, losses from queue_service.runs") == [("queued", 0, 0)]
+
+
+async def test_once_exits_with_zero_when_all_went_well(start: Start, conn: Connection) -> None:
+    for n in range(20):
+        await enqueued(conn, "double", payload=f'{{"n": {n}}}')
+    assert await exit_code(start("--once")) == 0
+    results = await rows(conn, "select result from queue_service.finished_runs order by id")
+    assert results == [(2 * n,) for n in range(20)]
+
+
+async def test_once_exits_with_five_when_runs_failed(start: Start, conn: Connection) -> None:
+    await enqueued(conn, "double", payload='{"n": 1}')
+    await enqueued(conn, "fail")
+    assert await exit_code(start("--once")) == 5
+    assert await one(conn, "select count(*) from queue_service.finished_runs") == 2
+
+
+async def test_a_worker_needs_five_connections_at_any_concurrency(
+    start: Start, conn: Connection, tmp_path: Path
+) -> None:
+    count = (
+        "select count(*) from pg_stat_activity where datname = current_database() and backend_type = 'client backend' "
+        "and pid <> pg_backend_pid()"
+    )
+    for _ in range(200):
+        await enqueued(conn, "hold", payload=f'{{"directory": "{tmp_path}"}}')
+    process = start("-q", "default:200")
+    most = 0
+
+    async def look() -> None:
+        nonlocal most
+        most = max(most, await one(conn, count))
+
+    started = tmp_path / "started"
+
+    async def all_begun() -> bool:
+        await look()
+        return started.exists() and len(started.read_text().splitlines()) == 200
+
+    await eventually(all_begun, within=30)
+    await conn.execute(
+        "insert into queue_service.runs (queue, task, payload) "
+        "select 'default', 'double', jsonb_build_object('n', n) from generate_series(1, 3000) as n"
+    )
+    (tmp_path / "release").touch()
+
+    async def all_ended() -> bool:
+        await look()
+        return bool(await one(conn, "select count(*) = 3200 from queue_service.finished_runs"))
+
+    await eventually(all_ended, within=40)
+    process.terminate()
+    assert await exit_code(process) == 0
+    assert 4 <= most <= 5

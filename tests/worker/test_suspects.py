@@ -1,0 +1,200 @@
+"""Runs that lost a worker: executed alone, so that one that kills its worker takes nobody with it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from queue_service import App, RunState, Worker
+from queue_service.db.pool import Connection
+from tests.support import enqueued, eventually, one, rows, working
+
+
+async def suspects(conn: Connection, task: str, count: int) -> list[int]:
+    """Runs that lost a worker before."""
+    ids = [await enqueued(conn, task) for _ in range(count)]
+    await conn.execute("update queue_service.runs set losses = 1 where id = any(%s)", [ids])
+    return ids
+
+
+async def test_a_suspect_runs_alone(app: App, conn: Connection) -> None:
+    running: set[str] = set()
+    company: list[set[str]] = []
+
+    @app.task
+    async def ordinary(n: int) -> None:
+        running.add(f"ordinary {n}")
+        await asyncio.sleep(0.005)
+        running.discard(f"ordinary {n}")
+
+    @app.task
+    async def suspect() -> None:
+        assert "suspect" not in running
+        running.add("suspect")
+        for _ in range(20):
+            company.append(running - {"suspect"})
+            await asyncio.sleep(0.001)
+        running.discard("suspect")
+
+    await app.enqueue_many("ordinary", [{"n": n} for n in range(1_000)])
+    ids = await suspects(conn, "suspect", 5)
+    async with working(app, {"default": 5}):
+        runs = [await app.wait(run_id, timeout=30) for run_id in ids]
+        await eventually(lambda: one(conn, "select count(*) = 1005 from queue_service.finished_runs"), within=30)
+    assert [(run.state, run.losses) for run in runs] == [(RunState.SUCCEEDED, 1)] * 5
+    assert len(company) == 100
+    assert [each for each in company if each] == []
+
+
+async def test_a_suspect_is_not_claimed_together_with_others(app: App, conn: Connection) -> None:
+    held: list[int] = []
+
+    @app.task
+    async def suspect() -> None:
+        held.append(await one(conn, "select max(cardinality(run_ids)) from queue_service.leases"))
+
+    await suspects(conn, "suspect", 10)
+    await Worker(app).run(once=True)
+    assert held == [1] * 10
+
+
+async def test_a_slow_suspect_does_not_hold_up_the_others_for_long(app: App, conn: Connection) -> None:
+    release, started = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def suspect() -> None:
+        started.set()
+        await release.wait()
+
+    @app.task
+    async def ordinary() -> None: ...
+
+    (run_id,) = await suspects(conn, "suspect", 1)
+    async with working(app):
+        await asyncio.wait_for(started.wait(), 10)
+        await app.wait(await app.enqueue("ordinary", {}), timeout=15)
+        release.set()
+        assert (await app.wait(run_id, timeout=15)).state is RunState.SUCCEEDED
+
+
+async def test_a_slow_ordinary_run_does_not_hold_up_a_suspect_for_ever(app: App, conn: Connection) -> None:
+    release, started = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def ordinary() -> None:
+        started.set()
+        await release.wait()
+
+    @app.task
+    async def suspect() -> None: ...
+
+    slow = await app.enqueue("ordinary", {})
+    async with working(app):
+        await asyncio.wait_for(started.wait(), 10)
+        (run_id,) = await suspects(conn, "suspect", 1)
+        assert (await app.wait(run_id, timeout=15)).state is RunState.SUCCEEDED
+        release.set()
+        await app.wait(slow, timeout=15)
+
+
+async def test_many_suspects_do_not_starve_ordinary_runs(app: App, conn: Connection) -> None:
+    order: list[str] = []
+
+    @app.task
+    async def suspect() -> None:
+        order.append("suspect")
+        await asyncio.sleep(0.01)
+
+    @app.task
+    async def ordinary() -> None:
+        order.append("ordinary")
+        await asyncio.sleep(0.01)
+
+    await suspects(conn, "suspect", 100)
+    await app.enqueue_many("ordinary", [{}] * 10)
+    async with working(app, {"default": 2}):
+        await eventually(lambda: len(order) == 110, within=40)
+    last = max(index for index, name in enumerate(order) if name == "ordinary")
+    assert order[:last].count("suspect") <= 60
+
+
+async def test_once_works_off_suspects_too(app: App, conn: Connection) -> None:
+    @app.task
+    async def suspect() -> None: ...
+
+    await suspects(conn, "suspect", 30)
+    tally = await Worker(app).run(once=True)
+    assert tally.succeeded == 30
+
+
+async def test_suspects_of_a_paused_queue_and_of_unknown_tasks_are_left_alone(app: App, conn: Connection) -> None:
+    @app.task
+    async def suspect() -> None: ...
+
+    await suspects(conn, "suspect", 2)
+    await suspects(conn, "somewhere_else", 2)
+    await app.pause("default")
+    assert (await Worker(app).run(once=True)).succeeded == 0
+    await app.resume("default")
+    assert (await Worker(app).run(once=True)).succeeded == 2
+
+
+async def test_a_run_that_kills_its_worker_ends_failed_and_takes_nobody_with_it(
+    database: str, conn: Connection, tmp_path: Path
+) -> None:
+    """Worker processes die of it one after another, until it has lost three."""
+    path = tmp_path / "witness"
+    poison = await enqueued(conn, "poison", payload=f'{{"path": "{path}"}}')
+    for _ in range(60):
+        await enqueued(conn, "witness", payload=f'{{"path": "{path}", "seconds": 0.05}}')
+    deaths = 0
+    process = _start(database)
+    try:
+
+        async def over() -> bool:
+            nonlocal process, deaths
+            if process.poll() is not None:
+                assert process.returncode == 9
+                deaths += 1
+                process = _start(database)
+            return bool(await one(conn, "select count(*) = 61 from queue_service.finished_runs"))
+
+        await eventually(over, within=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert deaths == 3
+    ((state, error, losses, failures),) = await rows(
+        conn, "select state, error, losses, failures from queue_service.finished_runs where id = %s", poison
+    )
+    assert (state, error["reason"], losses, failures) == ("failed", "worker_lost", 3, 0)
+    innocents = await rows(
+        conn, "select distinct state, losses, failures from queue_service.finished_runs where id <> %s", poison
+    )
+    assert set(innocents) <= {("succeeded", 0, 0), ("succeeded", 1, 0)}
+    lines = [line.split() for line in path.read_text().splitlines()]
+    unfinished = _unfinished_at_deaths(lines)
+    assert len(unfinished) == 3
+    # Nothing but the poison was running when it struck for the second and the third time.
+    assert unfinished[1:] == [0, 0]
+
+
+def _unfinished_at_deaths(lines: list[list[str]]) -> list[int]:
+    """For each process that died of the poison: how many runs it had begun and not ended."""
+    counts = []
+    for pid in [line[3] for line in lines if line[0] == "poison"]:
+        of_process = [line for line in lines if line[3] == pid]
+        begun = {line[1] for line in of_process if line[0] == "begun"}
+        counts.append(len(begun - {line[1] for line in of_process if line[0] == "ended"}))
+    return counts
+
+
+def _start(database: str) -> subprocess.Popen[bytes]:
+    paces = ["--lease", "500ms", "--poll-interval", "50ms", "--sweep-interval", "50ms", "--log-level", "error"]
+    command = [sys.executable, "-m", "queue_service", "worker", "-a", "tests.worker.tasks_for_tests:app", "-q", "default:4"]
+    return subprocess.Popen(
+        [*command, *paces, "--database-url", database], env={**os.environ}, stderr=subprocess.DEVNULL
+    )
