@@ -44,9 +44,10 @@ def read_enqueued(payload: str) -> tuple[str, int] | None:
     """The queue and priority, or None for a payload that is not ours: any role may NOTIFY any channel."""
     priority, _, queue = payload.partition(" ")
     try:
-        return (queue, int(priority)) if queue else None
+        number = int(priority)
     except ValueError:
         return None
+    return (queue, number) if queue and -(2**15) <= number < 2**15 else None
 
 
 def about_runs(channel: str, ids: Iterable[int]) -> Notice:

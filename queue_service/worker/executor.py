@@ -74,7 +74,8 @@ class Executor:
         self._spawn = spawn
         self._room = room
         self._waiting: deque[Held] = deque()
-        self._running: dict[int, _Execution] = {}
+        # Not by run id: a run that was lost may be claimed here again while its first handler is still ending.
+        self._running: dict[Held, _Execution] = {}
         self._idle: list[asyncio.Future[None]] = []
         self._slots = 0
         # Set when the worker ends: from then on a slot that is cancelled is meant itself.
@@ -118,8 +119,7 @@ class Executor:
 
     def cancel(self, run_id: int) -> None:
         """Someone asked for this run to be cancelled; nothing happens if it is not here."""
-        execution = self._running.get(run_id)
-        if execution is not None:
+        for execution in [execution for execution in self._running.values() if execution.held.run.id == run_id]:
             self._interrupt(execution, Cause.CANCELLED)
         for held in [held for held in self._waiting if held.run.id == run_id]:
             self._waiting.remove(held)
@@ -183,7 +183,7 @@ class Executor:
 
     async def _execute(self, held: Held, slot: asyncio.Task[Any]) -> Outcome:
         run = held.run
-        execution = self._running[run.id] = _Execution(held, slot)
+        execution = self._running[held] = _Execution(held, slot)
         try:
             return self._outcome(run, await _watched(self._call(self._tasks[run.task], run), self._rouse))
         except BaseException as error:
@@ -193,7 +193,7 @@ class Executor:
                 return self._failure(run, error)
             return _cancelled(run) if execution.cause is Cause.CANCELLED else Return(run.claim)
         finally:
-            del self._running[run.id]
+            del self._running[held]
 
     async def _absorb(self, slot: asyncio.Task[Any]) -> None:
         """Undo a cancellation that has been dealt with: ours, or one that the handler aimed at its own task. Left

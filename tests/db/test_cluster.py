@@ -185,8 +185,7 @@ def other(place: Path) -> Iterator[Callable[..., User]]:
 
     yield one
     for user in users:
-        if user.process.poll() is None:
-            user.kill()
+        user.kill()
 
 
 def test_a_new_directory_becomes_a_cluster_without_a_port(make: Callable[..., Cluster], place: Path) -> None:

@@ -97,12 +97,12 @@ def test_lines_of_other_libraries_look_the_same(capsys: pytest.CaptureFixture[st
 def test_an_exception_is_part_of_its_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(level="info", fmt="json")
     try:
-        os.environ["gone"]
+        os.environ["GONE"]
     except KeyError:
         logs.get_logger("queue_service.somewhere").exception("it broke")
     [line] = printed(capsys)
     assert (line["event"], line["level"]) == ("it broke", "error")
-    assert "KeyError: 'gone'" in line["exception"]
+    assert "KeyError: 'GONE'" in line["exception"]
 
 
 @pytest.mark.usefixtures("tree")
@@ -135,7 +135,7 @@ def test_on_a_terminal_auto_means_console(capsys: pytest.CaptureFixture[str], mo
 def test_an_exception_is_shown_on_the_console(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(level="info", fmt="console")
     try:
-        os.environ["gone"]
+        os.environ["GONE"]
     except KeyError:
         logs.get_logger("queue_service.somewhere").exception("it broke")
     shown = capsys.readouterr().err
