@@ -113,7 +113,8 @@ class Cluster:
                 f"The embedded cluster cannot be put at {self.path}: {refused.strerror}. Name another place with "
                 "file:PATH or QUEUE_SERVICE_DATA_DIR."
             ) from None
-        strangers = {entry.name for entry in self.path.iterdir()} - {"data", "data.new", "lock", "users", "keep"}
+        ours = {"data", "lock", "users", "keep"}
+        strangers = {entry.name for entry in self.path.iterdir() if not entry.name.startswith("data.new")} - ours
         if strangers and not self.data.exists():
             raise EmbeddedUnavailable(
                 f"{self.path} is not empty and holds no embedded cluster (it has {min(strangers)!r}). "
@@ -121,9 +122,10 @@ class Cluster:
             )
 
     def _initdb(self) -> None:
-        new = self.path / "data.new"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(mode=0o700)
+        for left_over in self.path.glob("data.new*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        # A name of its own: an initdb whose caller was killed may still be writing into the one before.
+        new = Path(tempfile.mkdtemp(prefix="data.new", dir=self.path))
         if _is_root():
             user = _unprivileged()
             os.chown(new, user.pw_uid, user.pw_gid)

@@ -35,19 +35,16 @@ def place() -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="qs-"))
     made.chmod(0o711)
     yield made
-    for pidfile in made.rglob("postmaster.pid"):
-        _end(int(pidfile.read_text().split()[0]))
+    # Servers, and what outlived a process that a test killed.
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(made) in argument for argument in process.info["cmdline"] or ()):
+            with suppress(psutil.NoSuchProcess):
+                family = [process, *process.children(recursive=True)]
+                for member in family:
+                    with suppress(psutil.NoSuchProcess):
+                        member.kill()
+                psutil.wait_procs(family, timeout=10)
     shutil.rmtree(made, ignore_errors=True)
-
-
-def _end(pid: int) -> None:
-    try:
-        process = psutil.Process(pid)
-        if process.name().startswith("postgres"):
-            process.kill()
-            process.wait(10)
-    except psutil.NoSuchProcess:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -525,7 +522,13 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(place: Path) -> N
 def test_variables_of_postgres_do_not_lead_astray(
     make: Callable[..., Cluster], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"PGDATA": "/nowhere", "PGPORT": "1", "PGHOST": "nowhere", "PGUSER": "nobody"}.items():
+    for name, value in {
+        "PGDATA": "/nowhere",
+        "PGPORT": "1",
+        "PGHOST": "nowhere",
+        "PGUSER": "nobody",
+        "PGDATABASE": "nothing",
+    }.items():
         monkeypatch.setenv(name, value)
     cluster = make()
     assert ask(cluster.use(), "select current_user") == "postgres"

@@ -1,0 +1,162 @@
+"""Worker processes are killed under load, again and again: no run is lost, and none is finished twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from queue_service.db.pool import Connection
+from tests.support import eventually, one, rows
+
+RUNS = 4_000
+KILLS = 8
+WORKERS = 3
+SECONDS = 0.02
+
+pytestmark = pytest.mark.chaos
+
+HELD = (
+    "select count(*) from queue_service.runs where lease_id in (select leases.id from queue_service.leases "
+    "join queue_service.workers on workers.id = worker_id where name = %s)"
+)
+
+
+class Process:
+    """A worker process, known in the roster by its name."""
+
+    def __init__(self, database: str, number: int) -> None:
+        self.name = f"worker {number}"
+        paces = ["--lease", "1s", "--poll-interval", "100ms", "--sweep-interval", "200ms", "--max-losses", "100"]
+        command = [sys.executable, "-m", "queue_service", "worker", "-a", "tests.worker.tasks_for_tests:app"]
+        more = ["-q", "default:8", "--name", self.name, "--database-url", database, "--log-level", "error"]
+        self._process = subprocess.Popen([*command, *paces, *more], stderr=subprocess.DEVNULL, env={**os.environ})
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def freeze(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def terminate(self) -> int:
+        self._process.terminate()
+        return self._process.wait(30)
+
+
+async def test_killed_workers_lose_nothing_and_finish_nothing_twice(
+    database: str, conn: Connection, tmp_path: Path
+) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    dice = random.Random(seed)  # noqa: S311
+    witness = tmp_path / "witness"
+    workers = [Process(database, number) for number in range(WORKERS)]
+    harvest: list[int] = []
+    try:
+        await _enqueue(conn, witness, RUNS // 2)
+        for number in range(KILLS):
+            victim = workers.pop(dice.randrange(WORKERS))
+            harvest.append(await _kill_while_it_holds_claims(conn, victim))
+            workers.append(Process(database, WORKERS + number))
+            await _enqueue(conn, witness, RUNS // 2 // KILLS)
+        await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.runs"), within=60)
+        assert all(worker.is_alive for worker in workers)
+        assert [worker.terminate() for worker in workers] == [0] * WORKERS
+    finally:
+        for worker in workers:
+            worker.kill()
+
+    finished = await rows(conn, "select id, attempt, losses, state, result from queue_service.finished_runs")
+    lines = [line.split() for line in witness.read_text().splitlines()]
+    begun = Counter((int(run_id), int(attempt)) for verb, run_id, attempt, _ in lines if verb == "begun")
+    ended = Counter((int(run_id), int(attempt)) for verb, run_id, attempt, _ in lines if verb == "ended")
+    rescued = sum(losses > 0 for _, _, losses, _, _ in finished)
+    lost = RUNS - len({run_id for run_id, *_ in finished})
+    twice = len(finished) - len({run_id for run_id, *_ in finished})
+    print(
+        f"\nseed {seed} | runs {RUNS} | kills {KILLS}, holding {harvest} | rescued {rescued} | "
+        f"begun {begun.total()} | ended {ended.total()} | lost {lost} | finished twice {twice}"
+    )
+    assert (lost, twice) == (0, 0)
+    assert await one(conn, "select count(*) from queue_service.leases") == 0
+    assert {state for _, _, _, state, _ in finished} == {"succeeded"}
+    assert all(result == run_id for run_id, _, _, _, result in finished)
+    # No claim was ever given to two: each attempt began at most once, and the one that counted had come to its end.
+    assert max(begun.values()) == 1
+    assert all((run_id, attempt) in ended for run_id, attempt, *_ in finished)
+    # Every attempt but the last ended with its worker, and each loss was charged.
+    assert all(attempt == losses + 1 for _, attempt, losses, _, _ in finished)
+    assert all(count > 0 for count in harvest)
+    assert 0 < rescued < RUNS // 2
+
+
+async def _enqueue(conn: Connection, witness: Path, count: int) -> None:
+    await conn.execute(
+        "insert into queue_service.runs (queue, task, payload) "
+        "select 'default', 'witness', jsonb_build_object('path', %s::text, 'seconds', %s::float8) "
+        "from generate_series(1, %s)",
+        [str(witness), SECONDS, count],
+    )
+
+
+async def _kill_while_it_holds_claims(conn: Connection, victim: Process) -> int:
+    """How many runs it held. It is stopped first, so that what it holds stays the same between the look and the kill."""
+
+    async def killed() -> int:
+        assert victim.is_alive
+        if not await one(conn, HELD, victim.name):
+            return 0
+        victim.freeze()
+        held: int = await one(conn, HELD, victim.name)
+        if held:
+            victim.kill()
+        else:
+            victim.thaw()
+        return held
+
+    found: int = await eventually(killed, within=30)
+    return found
+
+
+async def test_a_worker_that_slept_past_its_leases_changes_nothing_when_it_wakes(
+    database: str, conn: Connection, tmp_path: Path
+) -> None:
+    witness = tmp_path / "witness"
+    sleeper = Process(database, 1)
+    other = None
+    try:
+        await _enqueue(conn, witness, 400)
+        await eventually(lambda: one(conn, HELD, sleeper.name), within=30)
+        sleeper.freeze()
+        held = await one(conn, HELD, sleeper.name)
+        other = Process(database, 2)
+        # While it sleeps, what it held is taken from it and finished by the other.
+        await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.runs"), within=60)
+        sleeper.thaw()
+        await _enqueue(conn, witness, 400)
+        await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.runs"), within=60)
+        assert (sleeper.terminate(), other.terminate()) == (0, 0)
+    finally:
+        sleeper.kill()
+        if other is not None:
+            other.kill()
+    finished = await rows(conn, "select id, attempt, losses, state, result from queue_service.finished_runs")
+    rescued = sum(losses > 0 for _, _, losses, _, _ in finished)
+    print(f"\nheld {held} when it fell asleep | rescued {rescued} | finished {len(finished)}")
+    assert len(finished) == len({run_id for run_id, *_ in finished}) == 800
+    assert 0 < rescued <= held
+    assert all((state, result) == ("succeeded", run_id) for run_id, _, _, state, result in finished)
+    assert all(attempt == losses + 1 for _, attempt, losses, _, _ in finished)
