@@ -86,7 +86,7 @@ async def test_killed_workers_lose_nothing_and_finish_nothing_twice(
     rescued = sum(losses > 0 for _, _, losses, _, _ in finished)
     lost = RUNS - len({run_id for run_id, *_ in finished})
     twice = len(finished) - len({run_id for run_id, *_ in finished})
-    print(
+    print(  # noqa: T201 - the counts are what this is about
         f"\nseed {seed} | runs {RUNS} | kills {KILLS}, holding {harvest} | rescued {rescued} | "
         f"begun {begun.total()} | ended {ended.total()} | lost {lost} | finished twice {twice}"
     )
@@ -155,7 +155,7 @@ async def test_a_worker_that_slept_past_its_leases_changes_nothing_when_it_wakes
             other.kill()
     finished = await rows(conn, "select id, attempt, losses, state, result from queue_service.finished_runs")
     rescued = sum(losses > 0 for _, _, losses, _, _ in finished)
-    print(f"\nheld {held} when it fell asleep | rescued {rescued} | finished {len(finished)}")
+    print(f"\nheld {held} when it fell asleep | rescued {rescued} | finished {len(finished)}")  # noqa: T201
     assert len(finished) == len({run_id for run_id, *_ in finished}) == 800
     assert 0 < rescued <= held
     assert all((state, result) == ("succeeded", run_id) for run_id, _, _, state, result in finished)

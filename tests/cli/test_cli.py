@@ -125,7 +125,9 @@ def test_every_command_is_there() -> None:
 def test_the_help_names_every_command_and_the_exit_codes() -> None:
     text = succeeded(call("--help")).stdout
     assert all(re.search(rf"^  {name}\s+\S", text, re.MULTILINE) for name in COMMANDS)
-    assert "0 ok, 1 failed, 2 usage, 3 database unreachable, 4 schema behind, 5 runs failed" in re.sub(r"\s+", " ", text)
+    assert "0 ok, 1 failed, 2 usage, 3 database unreachable, 4 schema behind, 5 runs failed" in re.sub(
+        r"\s+", " ", text
+    )
     assert succeeded(call("-h")).stdout == text
 
 
@@ -151,7 +153,9 @@ def test_the_variables_that_are_shown_work(invoke: Invoke) -> None:
         succeeded(invoke("enqueue", "double", f'{{"n": {n}}}'))
     listed = invoke("runs", "list", "--json", QUEUE_SERVICE_RUNS_LIST_LIMIT="2")
     assert len(json.loads(succeeded(listed).stdout)) == 2
-    shown = re.search(r"--json +Print JSON.*?env var: +(\w+)", succeeded(call("enqueue", "--help")).stdout, re.DOTALL)
+    shown = re.search(
+        r"--json +Print JSON.*?env\s+var:\s+(\w+)", succeeded(call("enqueue", "--help")).stdout, re.DOTALL
+    )
     assert shown is not None
     queued = invoke("enqueue", "double", **{"QUEUE_SERVICE_ENQUEUE_QUEUE": "elsewhere", shown[1]: "true"})
     shown = json.loads(succeeded(invoke("runs", "show", str(new_id(queued)), "--json")).stdout)
@@ -563,9 +567,7 @@ def test_a_concurrency_that_makes_no_sense_is_refused(database: str, queue: str)
     assert "Traceback" not in finished.stderr
 
 
-def test_a_worker_takes_its_app_from_the_working_directory(
-    database: str, tmp_path: Path
-) -> None:
+def test_a_worker_takes_its_app_from_the_working_directory(database: str, tmp_path: Path) -> None:
     (tmp_path / "my_tasks.py").write_text(
         textwrap.dedent(
             """
@@ -588,7 +590,9 @@ def test_a_worker_takes_its_app_from_the_working_directory(
 
 def test_a_worker_works_on_the_queues_it_is_given_and_no_others(database: str) -> None:
     for queue in ("a", "b:2", "default"):
-        rows(database, "insert into queue_service.runs (queue, task, payload) values (%s, 'double', '{\"n\": 1}')", queue)
+        rows(
+            database, "insert into queue_service.runs (queue, task, payload) values (%s, 'double', '{\"n\": 1}')", queue
+        )
     worked = process("worker", "-a", TASKS, "--once", "-q", "a", "-q", "b:2:3", "--database-url", database)
     assert worked.returncode == 0, worked.stderr
     assert rows(database, "select queue from queue_service.finished_runs order by queue") == [("a",), ("b:2",)]
@@ -616,11 +620,13 @@ def test_once_exits_with_five_if_the_database_refused_a_result(database: str, tm
 
 
 def test_a_log_in_json_is_one_object_a_line_on_standard_error(database: str) -> None:
-    worked = process("worker", "-a", TASKS, "--once", "--database-url", database, "--log-format", "json", "--name", "me")
+    worked = process(
+        "worker", "-a", TASKS, "--once", "--database-url", database, "--log-format", "json", "--name", "me"
+    )
     assert worked.returncode == 0
     assert worked.stdout == ""
     events = [json.loads(line) for line in worked.stderr.splitlines() if line.startswith("{")]
-    assert [event["event"] for event in events][0] == "worker started"
+    assert events[0]["event"] == "worker started"
     assert {event["level"] for event in events} == {"info"}
     quiet = process("worker", "-a", TASKS, "--once", "--database-url", database, "--log-level", "error")
     assert "worker started" not in quiet.stderr

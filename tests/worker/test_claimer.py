@@ -301,7 +301,15 @@ async def test_notices_that_make_no_sense_are_ignored(app: App, conn: Connection
     async with working(app):
         await listening(conn)
         for channel in ("queue_service_runs", "queue_service_cancel", "queue_service_finished"):
-            for payload in ("", "x", "1", "99999999999999999999 default", "-1 nowhere", "1,,2", "99999999999999999999999"):
+            for payload in (
+                "",
+                "x",
+                "1",
+                "99999999999999999999 default",
+                "-1 nowhere",
+                "1,,2",
+                "99999999999999999999999",
+            ):
                 await conn.execute("select pg_notify(%s, %s)", [channel, payload])
         run = await app.wait(await app.enqueue("healthy", {}), timeout=10)
     assert run.result == "well"

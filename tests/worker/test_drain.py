@@ -270,9 +270,7 @@ async def test_a_second_signal_cancels_handlers_and_hands_their_runs_back(
     assert await one(conn, "select count(*) from queue_service.runs") == 3
 
 
-async def test_a_drain_timeout_given_on_the_command_line_holds(
-    start: Start, conn: Connection, tmp_path: Path
-) -> None:
+async def test_a_drain_timeout_given_on_the_command_line_holds(start: Start, conn: Connection, tmp_path: Path) -> None:
     await enqueued(conn, "hold", payload=f'{{"directory": "{tmp_path}"}}')
     process = start("--drain-timeout", "100ms")
     await begun(tmp_path)

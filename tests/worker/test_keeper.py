@@ -44,7 +44,7 @@ async def test_a_handler_that_blocks_the_loop_for_many_leases_loses_nothing(
         with psycopg.connect(database, autocommit=True) as another:
             while time.monotonic() < deadline:
                 sweeps.extend(swept.run_id for swept in fetch_sync(another, queries.sweep(limit=20, max_losses=3)))
-                pause()  # noqa: ASYNC251 - blocking is the point
+                pause()
         return "through"
 
     @app.task

@@ -77,7 +77,7 @@ async def test_terminated_connections_under_load_cost_nothing(app: App, conn: Co
         await eventually(lambda: one(conn, "select count(*) = 3000 from queue_service.finished_runs"), within=60)
         await assert_each_finished_once(conn, 3_000)
         assert worker.tally.failed == 0
-    print(f"terminated {terminated}, executed {sum(executed.values())} times")
+    print(f"terminated {terminated}, executed {sum(executed.values())} times")  # noqa: T201
     assert sum(terminated) >= 20
     assert len(executed) == 3_000
     losses = await one(conn, "select sum(losses) from queue_service.finished_runs")
@@ -200,7 +200,9 @@ async def test_a_server_out_of_reach_is_told_and_exits_with_three(where: str) ->
 
 
 async def test_a_wrong_password_is_not_shown(server: str) -> None:
-    code, errors = _command("postgresql://me:secretive@127.0.0.1:1/nowhere", "worker", "-a", "tests.worker.tasks_for_tests:app")
+    code, errors = _command(
+        "postgresql://me:secretive@127.0.0.1:1/nowhere", "worker", "-a", "tests.worker.tasks_for_tests:app"
+    )
     assert code == 3
     assert "secretive" not in errors
 

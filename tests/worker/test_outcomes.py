@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ async def executed(app: App, run_id: int, concurrency: int = 10) -> Run:
 
 
 async def make_due(conn: Connection, run_id: int) -> None:
-    await conn.execute("update queue_service.runs set run_at = clock_timestamp() - interval '1 s' where id = %s", [run_id])
+    await conn.execute(
+        "update queue_service.runs set run_at = clock_timestamp() - interval '1 s' where id = %s", [run_id]
+    )
 
 
 def reason(run: Run) -> Any:
@@ -62,7 +65,7 @@ def message(run: Run) -> str:
     "value",
     [
         None, 0, "", False, [], {}, 1.5, "text", -(2**63), 2**63 - 1, 10**400, [1, [2, {"a": None}]], {"a": {"b": [True]}},
-        "Grüße, 世界 🐘", "quote \" backslash \\ tab \t", "%s %(x)s {}", [None] * 300,
+        "Grüße, 世界 🐘", 'quote " backslash \\ tab \t', "%s %(x)s {}", [None] * 300,
     ],
 )  # fmt: skip
 async def test_a_result_is_kept_as_it_was(app: App, value: Any) -> None:
@@ -479,12 +482,13 @@ async def test_a_sync_handler_abandoned_by_its_timeout_does_not_stand_in_the_way
     [
         ("NUL \x00!", "NUL \ufffd!"),
         ("lone \ud800!", "lone \ufffd!"),
-        ("lone \udfff!", "lone \ufffd!"),
+        ("lone " + chr(0xDFFF), "lone \ufffd"),
         (float("nan"), None),
         ([float("inf"), -float("inf"), 1.0], [None, None, 1.0]),
         ({"a\x00": ["\x00", {"b": "\ud900"}]}, {"a\ufffd": ["\ufffd", {"b": "\ufffd"}]}),
         (("a\x00", "b"), ["a\ufffd", "b"]),
         (Holder("NUL \x00"), {"text": "NUL \ufffd"}),
+        ([Holder("lone \ud800")] * 3, [{"text": "lone \ufffd"}] * 3),
     ],
 )
 async def test_what_jsonb_refuses_is_replaced_in_results(app: App, value: Any, stored: Any) -> None:
@@ -494,11 +498,6 @@ async def test_what_jsonb_refuses_is_replaced_in_results(app: App, value: Any, s
 
     run = await executed(app, await app.enqueue("give", {}))
     assert (run.state, run.result) == (RunState.SUCCEEDED, stored)
-
-
-class Hostile(dict[str, Any]):
-    def items(self) -> Any:
-        raise KeyError("no looking")
 
 
 def deep(levels: int) -> list[Any]:
@@ -512,11 +511,11 @@ def deep(levels: int) -> list[Any]:
     "value",
     [
         object(), lambda: 1, 1j, {1j: 1}, b"\xff" * 500_000, "x" * 300_000, deep(500), deep(100_000),
-        Holder("lone \ud800"), Hostile(a="\x00"), msgspec.Raw(b"{this is no JSON"), msgspec.Raw(b"1},{\"result\":2"),
+        msgspec.Raw(b"{this is no JSON"), msgspec.Raw(b'1},{"result":2'),
     ],
     ids=[
         "object", "function", "complex", "odd key", "long bytes", "long", "deep", "very deep",
-        "surrogate in a dataclass", "hostile", "raw text", "raw text that would shift the others",
+        "raw text", "raw text that would shift the others",
     ],
 )  # fmt: skip
 async def test_a_result_that_cannot_be_stored_ends_its_run_once_and_loses_nothing(app: App, value: Any) -> None:
@@ -688,10 +687,8 @@ async def test_a_handler_that_ends_well_in_spite_of_a_cancellation_keeps_its_res
     @app.task
     async def stubborn() -> str:
         started.set()
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            pass
         return "came through"
 
     @app.task(retry=NEVER_AGAIN, timeout=0.05)

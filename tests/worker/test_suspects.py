@@ -194,7 +194,16 @@ def _unfinished_at_deaths(lines: list[list[str]]) -> list[int]:
 
 def _start(database: str) -> subprocess.Popen[bytes]:
     paces = ["--lease", "500ms", "--poll-interval", "50ms", "--sweep-interval", "50ms", "--log-level", "error"]
-    command = [sys.executable, "-m", "queue_service", "worker", "-a", "tests.worker.tasks_for_tests:app", "-q", "default:4"]
+    command = [
+        sys.executable,
+        "-m",
+        "queue_service",
+        "worker",
+        "-a",
+        "tests.worker.tasks_for_tests:app",
+        "-q",
+        "default:4",
+    ]
     return subprocess.Popen(
         [*command, *paces, "--database-url", database], env={**os.environ}, stderr=subprocess.DEVNULL
     )
