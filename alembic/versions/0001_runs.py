@@ -48,7 +48,9 @@ create table queue_service.runs (
     autovacuum_vacuum_cost_limit = 2000
 );
 
-create index runs_claim_idx on queue_service.runs (queue, priority desc, run_at, id);
+-- id + 0, so that this index cannot serve `id = any(…)`: since Postgres 18 a btree can skip over leading columns, and a
+-- planner that believes the table empty would as soon walk all of this one as look into runs_pkey.
+create index runs_claim_idx on queue_service.runs (queue, priority desc, run_at, (id + 0));
 create unique index runs_singleton_idx on queue_service.runs (queue, singleton_key) where singleton_key is not null;
 create index runs_expiry_idx on queue_service.runs (expires_at) where expires_at is not null;
 create index runs_suspect_idx on queue_service.runs (run_at) where losses > 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 
 HEAD = "0001"
 
+# Alembic keeps its context in globals of the process; across processes the lock in the database decides.
+_ALEMBIC = threading.Lock()
 _PACKAGED = Path(__file__).parent / "_alembic"
 _REPOSITORY = Path(__file__).parent.parent.parent / "alembic"
 
@@ -60,7 +63,8 @@ def _run(conninfo: str, verb: str, *arguments: str) -> None:
     from alembic import command
 
     try:
-        getattr(command, verb)(_config(conninfo), *arguments)
+        with _ALEMBIC:
+            getattr(command, verb)(_config(conninfo), *arguments)
     except sqlalchemy.exc.OperationalError as lost:
         raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost
 

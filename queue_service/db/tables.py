@@ -56,7 +56,7 @@ runs = Table(
     CheckConstraint("(state = 'running') = (lease_id is not null)", name="runs_lease_check"),
     CheckConstraint("jsonb_typeof(payload) = 'object'", name="runs_payload_check"),
 )
-Index("runs_claim_idx", runs.c.queue, runs.c.priority.desc(), runs.c.run_at, runs.c.id)
+Index("runs_claim_idx", runs.c.queue, runs.c.priority.desc(), runs.c.run_at, text("(id + 0)"))
 Index(
     "runs_singleton_idx",
     runs.c.queue,

@@ -16,13 +16,13 @@ returning true
 -- name: listed
 -- Queues that have a row or a live run. Names are found by hopping along the claim index, one descent each.
 with recursive used (name) as (
-    (select queue from queue_service.runs order by queue, priority desc, run_at, id limit 1)
+    (select queue from queue_service.runs order by queue, priority desc, run_at, id + 0 limit 1)
     union all
     select following.queue
       from used
      cross join lateral (
         select runs.queue from queue_service.runs where runs.queue > used.name
-         order by runs.queue, runs.priority desc, runs.run_at, runs.id limit 1
+         order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as following
 )
 select coalesce(used.name, queues.name), queues.paused_at

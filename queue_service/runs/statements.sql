@@ -3,7 +3,8 @@
 --
 -- The planner's picture of `runs` is always out of date (vacuum may find it empty a moment before a million rows come),
 -- and with zero rows expected it will read the whole table as the outer side of a join. So `runs` is never joined:
--- it is reached by `id = any(array)` or by an ordered walk along the claim index with a limit, and nothing else.
+-- it is reached by `id = any(array)` or by an ordered walk along the claim index with a limit, and nothing else. That
+-- index holds `id + 0`, so that the first can never be served by the second.
 
 -- define: history_columns
 id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, losses, max_attempts, priority, state,
@@ -108,7 +109,7 @@ with recursive lane (queue, priority) as (
      cross join lateral (
         select runs.priority from queue_service.runs
          where runs.queue = asked.queue
-         order by runs.queue, runs.priority desc, runs.run_at, runs.id limit 1
+         order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as top
      where not exists (select from queue_service.queues where name = asked.queue and paused_at is not null)
     union all
@@ -117,7 +118,7 @@ with recursive lane (queue, priority) as (
      cross join lateral (
         select runs.priority from queue_service.runs
          where runs.queue = lane.queue and runs.priority < lane.priority
-         order by runs.queue, runs.priority desc, runs.run_at, runs.id limit 1
+         order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as below
 )
 select moment.now, due.queue, due.priority, due.run_at, due.id
@@ -131,7 +132,7 @@ select moment.now, due.queue, due.priority, due.run_at, due.id
            and runs.run_at <= (select clock_timestamp())
            and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
            and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-         order by runs.run_at, runs.id limit 1
+         order by runs.run_at, runs.id + 0 limit 1
      ) as first
   ) as due on true
 
@@ -147,11 +148,11 @@ with picked as materialized (
      cross join lateral (
         select runs.id from queue_service.runs
          where runs.queue = %(queue)s and runs.priority = floor.priority
-           and (runs.run_at, runs.id) >= (floor.run_at, floor.id)
+           and (runs.run_at, runs.id + 0) >= (floor.run_at, floor.id)
            and runs.run_at <= (select clock_timestamp())
            and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
            and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-         order by runs.run_at, runs.id
+         order by runs.run_at, runs.id + 0
          limit %(limit)s
            for update skip locked
      ) as candidate
@@ -161,11 +162,12 @@ with picked as materialized (
 
 -- name: claim_suspect
 -- Take one due run that lost a worker before. It comes alone, so that a run that kills its worker kills nothing else.
+-- `queue || ''` keeps the planner from the claim index, where it would read whole queues to find the few suspects.
 -- writes: runs, leases
 with picked as materialized (
     select runs.id from queue_service.runs
      where runs.losses > 0 and runs.run_at <= (select clock_timestamp())
-       and runs.state = 'queued' and runs.queue = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
+       and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
        and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
        and not exists (select from queue_service.queues where name = runs.queue and paused_at is not null)
      order by runs.run_at
@@ -178,7 +180,7 @@ with picked as materialized (
 select exists (
     select from queue_service.runs
      where runs.losses > 0 and runs.run_at <= (select clock_timestamp())
-       and runs.state = 'queued' and runs.queue = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
+       and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
        and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
        and not exists (select from queue_service.queues where name = runs.queue and paused_at is not null)
 )
@@ -411,4 +413,4 @@ select (select count(*) from (select from queue_service.runs where queue = %(que
            and state = 'running'),
        (select min(run_at) from (select run_at from queue_service.runs where queue = %(queue)s and state = 'queued'
                                     and run_at <= clock_timestamp()
-                                  order by queue, priority desc, run_at, id limit 1) as first)
+                                  order by queue, priority desc, run_at, id + 0 limit 1) as first)
