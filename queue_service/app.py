@@ -81,6 +81,8 @@ class App:
         """Register a function as a task, under its own name unless `name` says another. The name is what is stored: keep
         it when the function moves. `timeout` bounds one attempt; `retry` says how often a raising handler is tried.
         """
+        if retry is not None and not isinstance(retry, Retry):
+            raise ConfigError(f"retry must be a Retry, such as Retry(max_attempts=5), not {retry!r}.")
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
             task: Task[..., Any] = Task(

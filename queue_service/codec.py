@@ -41,9 +41,9 @@ def dumps(value: Any, *, what: str, limit: int) -> str:
         )
     # msgspec writes NaN and the infinities as null, and NUL as an escape that jsonb refuses. Both leave a trace in the
     # text, so that a walk through the value is only paid for when there may be something to find.
+    _refuse_depth(encoded, what)
     if b"null" in encoded or b"\\u0000" in encoded:
         _refuse_unstorable(msgspec.to_builtins(value, str_keys=True), what)
-    _refuse_depth(encoded, what)
     return encoded.decode()
 
 
@@ -65,6 +65,8 @@ def dumps_result(value: Any, *, limit: int) -> str:
             cleaned = sanitised(msgspec.to_builtins(value, str_keys=True))
         except RecursionError:
             raise PayloadRefused(f"The result is nested deeper than {MAX_DEPTH} levels.") from None
+        except (TypeError, ValueError, OverflowError) as refused:
+            raise PayloadRefused(f"The result is not JSON: {refused}.") from None
         return dumps(cleaned, what="result", limit=limit)
 
 
@@ -134,7 +136,11 @@ def _refuse_depth(encoded: bytes, what: str) -> None:
     # Counting brackets is exact enough as a gate: only a text with that many can be that deep.
     if encoded.count(b"{") + encoded.count(b"[") <= MAX_DEPTH:
         return
-    if _depth(msgspec.json.decode(encoded)) > MAX_DEPTH:
+    try:
+        deep = _depth(msgspec.json.decode(encoded)) > MAX_DEPTH
+    except RecursionError:
+        deep = True
+    if deep:
         raise PayloadRefused(f"The {what} is nested deeper than {MAX_DEPTH} levels. Flatten it.")
 
 

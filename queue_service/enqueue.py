@@ -148,13 +148,15 @@ def new_runs(
     if unknown:
         name = min(unknown)
         raise ConfigError(f"enqueue_many has no option {name!r}.{nearest(name, SHARED)}")
+    _check_text(task, "task", MAX_TASK)
     known = tasks.get(task)
     texts = []
     for payload in payloads:
         texts.append(codec.dumps_object(payload, what="payload", limit=payload_limit))
         if known is not None:
             known.check(payload)
-    queue = options.get("queue") or (known.queue if known is not None else None)
+    queue = options.get("queue")
+    queue = known.queue if queue is None and known is not None else queue
     # Checked as a run with an empty payload, which no signature is held against here.
     return new_run(Tasks(), payload_limit, task, {}, **{**options, "queue": queue}), texts
 
@@ -249,3 +251,5 @@ def _check_moment(moment: object) -> None:
             f"run_at={moment.isoformat()} has no time zone, so it names no moment. "
             "Use datetime.now(timezone.utc) and the like."
         )
+    if not 1900 < moment.year < 8999:
+        raise ConfigError(f"run_at={moment.isoformat()} is too far away. Use a year from 1901 to 8998.")

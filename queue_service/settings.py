@@ -26,7 +26,10 @@ def parse_duration(text: str) -> timedelta:
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         raise ConfigError(f"{text!r} is not a duration. Write 500ms, 30s, 5m, 2h or 14d.")
-    return timedelta(seconds=float(match[1]) * _UNITS[match[2]])
+    try:
+        return timedelta(seconds=float(match[1]) * _UNITS[match[2]])
+    except OverflowError:
+        raise ConfigError(f"{text[:40]!r} is longer than any duration can be.") from None
 
 
 def format_duration(value: timedelta) -> str:
@@ -36,6 +39,10 @@ def format_duration(value: timedelta) -> str:
         if seconds and seconds % _UNITS[unit] == 0:
             return f"{seconds / _UNITS[unit]:.0f}{unit}"
     return f"{seconds:g}s" if seconds >= 1 or not seconds else f"{seconds * 1000:g}ms"
+
+
+def parse_path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
 
 
 def default_data_dir() -> Path:
@@ -54,7 +61,7 @@ def _setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    data_dir: Path = _setting(default_data_dir, Path, "directory of the embedded cluster")
+    data_dir: Path = _setting(default_data_dir, parse_path, "directory of the embedded cluster")
     pool_size: int = _setting(4, int, "most connections of an App, besides those of a worker")
     payload_limit: int = _setting(256 * 1024, int, "largest payload, metadata or result, in bytes")
     lease: timedelta = _setting(timedelta(seconds=30), parse_duration, "how long a claim outlives its worker")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +23,7 @@ def duration(value: timedelta | float, what: str, *, positive: bool = False) -> 
     if isinstance(value, bool) or not isinstance(value, (timedelta, int, float)):
         raise ConfigError(f"{what} must be a timedelta or a number of seconds, not {type(value).__name__}.")
     if isinstance(value, (int, float)):
-        if not math.isfinite(value) or abs(value) > LONGEST.total_seconds():
+        if not -LONGEST.total_seconds() <= value <= LONGEST.total_seconds():
             raise ConfigError(f"{what} is {value} seconds; it must be finite and at most {LONGEST.days} days.")
         value = timedelta(seconds=value)
     if value < timedelta(0) or (positive and not value):
@@ -167,7 +166,7 @@ class Decorator(Protocol):
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(function, eval_str=True)
-    except NameError:
+    except Exception:  # noqa: BLE001 - evaluating an annotation runs whatever it says
         # An annotation that only a type checker can resolve. The names of the parameters are all that is needed.
         return inspect.signature(function)
 

@@ -39,10 +39,13 @@ create table queue_service.runs (
     constraint runs_pkey primary key (id),
     constraint runs_state_check check (state in ('queued', 'running')),
     constraint runs_lease_check check ((state = 'running') = (lease_id is not null)),
-    constraint runs_payload_check check (jsonb_typeof(payload) = 'object')
+    constraint runs_payload_check check (jsonb_typeof(payload) = 'object'),
+    -- What Python cannot read would stop every worker that meets it.
+    constraint runs_times_check check (run_at > '1900-01-01Z' and run_at < '9000-01-01Z' and expires_at < '9200-01-01Z')
 ) with (
-    -- Room on each page for the second version of every row that a batch claims: 6 us a claim against 11 without.
-    fillfactor = 50,
+    -- Room on each page for the second, slightly larger version of every row that a batch claims: 6 us a claim
+    -- against 11 without.
+    fillfactor = 45,
     autovacuum_vacuum_threshold = 1000,
     autovacuum_vacuum_scale_factor = 0.01,
     autovacuum_vacuum_cost_limit = 2000

@@ -8,11 +8,14 @@ to stay. Local sockets only: no port is opened.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import pwd
+import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +34,8 @@ log = get_logger(__name__)
 START_TIMEOUT = 60
 # sun_path is 108 bytes on Linux and 104 on macOS, and the server adds `/.s.PGSQL.5432.lock`.
 _SOCKET_DIR_LIMIT = 80
+# What neither the list of socket directories nor the command line of the server could misread.
+_PLAIN = re.compile(r"[\w/. ~+@%:-]+")
 
 
 class Cluster:
@@ -76,16 +81,24 @@ class Cluster:
         """Make the cluster if it is new and start its server; with `keep` it runs on until `stop`."""
         self._prepare_directory()
         with self._locked():
+            joined = self._users is None
             if self._users is None:
                 self._users = (self.path / "users").open("ab")
                 fcntl.flock(self._users, fcntl.LOCK_SH)
-            if keep:
-                (self.path / "keep").touch()
-            if not (self.data / "PG_VERSION").exists():
-                self._initdb()
-            self._check_version()
-            if not self.is_running():
-                self._start()
+            try:
+                if keep:
+                    (self.path / "keep").touch()
+                if not (self.data / "PG_VERSION").exists():
+                    self._initdb()
+                self._check_version()
+                self._forget_stale_pid()
+                if not self.is_running():
+                    self._start()
+            except BaseException:
+                if joined:
+                    self._users.close()
+                    self._users = None
+                raise
 
     def stop(self) -> bool:
         """Stop the server, whoever uses it. False if it was not running."""
@@ -106,6 +119,10 @@ class Cluster:
         return [str(self._programs / "psql"), self.conninfo]
 
     def _prepare_directory(self) -> None:
+        if set(str(self.path)) & set('"$`\\\n'):
+            raise EmbeddedUnavailable(
+                f"The server cannot be started under {str(self.path)!r}: a shell would misread it."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as refused:
@@ -115,7 +132,9 @@ class Cluster:
             ) from None
         ours = {"data", "lock", "users", "keep"}
         strangers = {entry.name for entry in self.path.iterdir() if not entry.name.startswith("data.new")} - ours
-        if strangers and not self.data.exists():
+        made = (self.data / "PG_VERSION").exists()
+        strangers |= {"data"} if self.data.exists() and not made else set()
+        if strangers and not made:
             raise EmbeddedUnavailable(
                 f"{self.path} is not empty and holds no embedded cluster (it has {min(strangers)!r}). "
                 "Name an empty or new directory."
@@ -151,10 +170,7 @@ class Cluster:
     def _start(self) -> None:
         sockets = self._socket_dir()
         if sockets != self.data:
-            sockets.mkdir(mode=0o700, exist_ok=True)
-            owner = self.data.stat()
-            if (sockets.stat().st_uid, owner.st_uid) != (owner.st_uid, owner.st_uid):
-                os.chown(sockets, owner.st_uid, owner.st_gid)
+            self._make_socket_dir(sockets)
         if _is_root():
             _let_through([self.data, self._programs / "postgres"])
         settings = {"listen_addresses": "", "unix_socket_directories": str(sockets), "port": "5432"} | self._settings
@@ -184,10 +200,34 @@ class Cluster:
         self._run("pg_ctl", "-D", str(self.data), "-m", "fast", "-w", "-t", str(START_TIMEOUT), "stop")
 
     def _socket_dir(self) -> Path:
-        if len(os.fsencode(self.data)) <= _SOCKET_DIR_LIMIT:
+        if len(os.fsencode(self.data)) <= _SOCKET_DIR_LIMIT and _PLAIN.fullmatch(str(self.data)):
             return self.data
         digest = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:12]
-        return Path(tempfile.gettempdir()) / f"queue_service-{digest}"
+        # Not where TMPDIR says: every process has to look in the same place.
+        return Path("/tmp") / f"queue_service-{digest}"  # noqa: S108 - made and checked by _make_socket_dir
+
+    def _make_socket_dir(self, sockets: Path) -> None:
+        """Ours alone: in a directory that anyone may write to, a link or a foreign directory may wait under this name."""
+        owner = self.data.stat()
+        with contextlib.suppress(FileExistsError):
+            sockets.mkdir(mode=0o700)
+            os.chown(sockets, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        found = sockets.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != owner.st_uid or found.st_mode & 0o077:
+            raise EmbeddedUnavailable(
+                f"{sockets} is not a directory of the server's own, and its socket cannot be put there. Remove it."
+            )
+
+    def _forget_stale_pid(self) -> None:
+        """After a crash, the process id in postmaster.pid may by now be somebody else's; pg_ctl would take it for ours."""
+        pid_file = self.data / "postmaster.pid"
+        try:
+            pid = abs(int(pid_file.read_text().split()[0]))
+            name = Path(f"/proc/{pid}/comm").read_text()
+        except (OSError, ValueError, IndexError):
+            return
+        if "postgres" not in name:
+            pid_file.unlink()
 
     def _run(self, program: str, *arguments: str, owner: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a program as the owner of the cluster, since Postgres refuses to run as root. Output goes to a file:
@@ -204,7 +244,14 @@ class Cluster:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.path / "lock").open("ab") as lock:
+        try:
+            lock = (self.path / "lock").open("ab")
+        except OSError as refused:
+            raise EmbeddedUnavailable(
+                f"The embedded cluster at {self.path} belongs to another user ({refused.strerror}). "
+                "Use it as that user, or name another place with file:PATH."
+            ) from None
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,19 @@ def sql() -> None:
 
 def _run(conninfo: str, verb: str, *arguments: str) -> None:
     import sqlalchemy
+    from alembic.util import CommandError
 
     from alembic import command
 
     try:
         with _ALEMBIC:
             getattr(command, verb)(_config(conninfo), *arguments)
+    except CommandError as refused:
+        # The database names a revision that is not among ours.
+        unknown = re.search(r"Can't locate revision identified by '([^']*)'", str(refused))
+        if unknown is None:
+            raise
+        raise SchemaMismatch(unknown[1], HEAD, newer=True) from None
     except sqlalchemy.exc.OperationalError as lost:
         raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost
 

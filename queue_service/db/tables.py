@@ -55,6 +55,9 @@ runs = Table(
     CheckConstraint("state in ('queued', 'running')", name="runs_state_check"),
     CheckConstraint("(state = 'running') = (lease_id is not null)", name="runs_lease_check"),
     CheckConstraint("jsonb_typeof(payload) = 'object'", name="runs_payload_check"),
+    CheckConstraint(
+        "run_at > '1900-01-01Z' and run_at < '9000-01-01Z' and expires_at < '9200-01-01Z'", name="runs_times_check"
+    ),
 )
 Index("runs_claim_idx", runs.c.queue, runs.c.priority.desc(), runs.c.run_at, text("(id + 0)"))
 Index(

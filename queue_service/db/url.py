@@ -15,7 +15,11 @@ from queue_service.errors import ConfigError
 # Those that say where the server is. PGPASSWORD or PGSSLMODE alone choose nothing.
 PG_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE")
 
-_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+._-]*):")
+# What libpq itself marks as not to be shown, and what it merely forgot to mark.
+_SECRET = {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"} | {
+    option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults() if option.dispchar == b"*"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,12 @@ def parse(text: str, *, source: str) -> Server | EmbeddedCluster:
 def masked(conninfo: str) -> str:
     """The connection string for people: without its password, and without anything else that is secret."""
     parts = conninfo_to_dict(conninfo)
-    shown = {key: ("***" if key in {"password", "sslpassword"} else value) for key, value in parts.items()}
+    shown = {key: ("***" if key in _SECRET else value) for key, value in parts.items()}
     return make_conninfo("", **shown) or "the server named by the PG* variables"
 
 
 def _path(text: str) -> Path:
-    if not text:
+    if not text.strip("/"):
         raise ConfigError("file: needs a path after it, such as file:./postgres.")
     return Path(text).expanduser().absolute()
 

@@ -197,7 +197,7 @@ def test_no_sequence_of_operations_loses_or_doubles_a_run(machine: type[Lifecycl
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40,
+            max_examples=100,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

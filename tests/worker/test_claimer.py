@@ -38,31 +38,29 @@ async def listening(conn: Connection) -> None:
 # How many
 
 
-async def test_slow_handlers_hold_no_more_runs_than_they_have_slots(app: App, conn: Connection) -> None:
-    turn = asyncio.Semaphore(0)
+@pytest.mark.parametrize("busy", [False, True], ids=["quiet", "while others enqueue"])
+async def test_slow_handlers_hold_no_more_runs_than_they_have_slots(app: App, conn: Connection, busy: bool) -> None:
     begun: list[int] = []
 
     @app.task
     async def slow(n: int) -> None:
         begun.append(n)
-        await turn.acquire()
+        await asyncio.sleep(0.2)
 
-    await app.enqueue_many("slow", [{"n": n} for n in range(60)])
-    async with working(app, {"default": 2}), working(app, {"default": 2}):
-        await eventually(lambda: len(begun) == 4)
-        most = Counter[int]()
-        for done in range(1, 21):
-            turn.release()
-            await eventually(lambda: len(begun) == 4 + done)  # noqa: B023
+    await app.enqueue_many("slow", [{"n": n} for n in range(500)])
+    most = Counter[int]()
+    async with working(app, {"default": 2}) as first, working(app, {"default": 2}) as second:
+        while len(begun) < 40:
+            if busy:
+                await app.enqueue("slow", {"n": -1})
             for worker_id, held in await rows(
                 conn,
                 "select worker_id, count(*) from queue_service.leases join queue_service.runs on lease_id = leases.id "
                 "where state = 'running' group by worker_id",
             ):
                 most[worker_id] = max(most[worker_id], held)
-        for _ in range(60):
-            turn.release()
-        await eventually(lambda: one(conn, "select count(*) = 60 from queue_service.finished_runs"))
+        first.stop()
+        second.stop()
     assert len(most) == 2
     # Two in its slots, and one or two more that the other worker would have to wait for.
     assert max(most.values()) <= 4
