@@ -79,7 +79,11 @@ class Cluster:
 
     def start(self, *, keep: bool = False) -> None:
         """Make the cluster if it is new and start its server; with `keep` it runs on until `stop`."""
-        self._prepare_directory()
+        with self._refused_in_words():
+            self._prepare_directory()
+            self._start_as_user(keep=keep)
+
+    def _start_as_user(self, *, keep: bool) -> None:
         with self._locked():
             joined = self._users is None
             if self._users is None:
@@ -244,16 +248,19 @@ class Cluster:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        with (self.path / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _refused_in_words(self) -> Iterator[None]:
         try:
-            lock = (self.path / "lock").open("ab")
-        except OSError as refused:
+            yield
+        except PermissionError as refused:
             raise EmbeddedUnavailable(
                 f"The embedded cluster at {self.path} belongs to another user ({refused.strerror}). "
                 "Use it as that user, or name another place with file:PATH."
             ) from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
 
 def _is_root() -> bool:

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from queue_service import App, RunState
+from queue_service.db import channels
+from queue_service.db.channels import Notice
+from queue_service.db.execute import fetch
+from queue_service.db.listener import Gap, Listener
+from queue_service.db.pool import Connection, Pool, Wire
+from queue_service.db.query import Query, nothing, scalar
+from queue_service.errors import DatabaseUnavailable, RunUnknown
+from queue_service.runs import queries
+from queue_service.runs.model import Ending
+from queue_service.services.pruner import AHEAD, Pruned, Pruner
+from queue_service.services.sweeper import Swept, Sweeper
+from tests.support import claimed, enqueued, eventually, lapse, one, rows
+
+KILL = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s and datname = current_database()"
+
+
+class TestSweeper:
+    async def test_a_lost_workers_runs_are_queued_again_and_told_of(self, app: App, conn: Connection) -> None:
+        told: list[Notice] = []
+        await enqueued(conn)
+        await claimed(conn)
+        sweeper = Sweeper(app.fetch, told.extend, max_losses=3)
+        assert await sweeper.once() == Swept(0, 0, 0)
+        await lapse(conn)
+        assert await sweeper.once() == Swept(1, 0, 0)
+        assert await rows(conn, "select state, losses, attempt from queue_service.runs") == [("queued", 1, 1)]
+        assert told == [channels.enqueued("default", 0)]
+
+    async def test_at_the_limit_of_losses_a_run_ends_failed_for_that_reason(self, app: App, conn: Connection) -> None:
+        run_id = await enqueued(conn)
+        sweeper = Sweeper(app.fetch, lambda _: None, max_losses=3)
+        for loss in range(3):
+            lease = timedelta(seconds=30)
+            suspect = queries.claim_suspect(["default"], ["noop"], worker_id=1, lease=lease)
+            assert len(await (fetch(conn, suspect) if loss else claimed(conn))) == 1
+            await lapse(conn)
+            await sweeper.once()
+        run = await app.get(run_id)
+        assert run is not None
+        assert run.error is not None
+        assert (run.state, run.losses, run.failures, run.error["reason"]) == (RunState.FAILED, 3, 0, "worker_lost")
+
+    async def test_a_lost_run_that_was_to_be_cancelled_ends_cancelled(self, app: App, conn: Connection) -> None:
+        run_id = await enqueued(conn)
+        await claimed(conn)
+        await app.cancel(run_id)
+        await lapse(conn)
+        assert (await Sweeper(app.fetch, lambda _: None, max_losses=3).once()).ended == 1
+        run = await app.get(run_id)
+        assert run is not None
+        assert run.state is RunState.CANCELLED
+
+    async def test_many_leases_are_taken_in_bounded_passes(self, app: App, conn: Connection) -> None:
+        for _ in range(45):
+            await enqueued(conn)
+            await claimed(conn, limit=1)
+        await lapse(conn)
+        assert (await Sweeper(app.fetch, lambda _: None, max_losses=3).once()).requeued == 45
+        assert await one(conn, "select count(*) from queue_service.leases") == 0
+
+    async def test_runs_that_were_not_started_in_time_end_expired(self, app: App, conn: Connection) -> None:
+        run_id = await enqueued(conn, expires_in=timedelta(hours=1))
+        await conn.execute("update queue_service.runs set expires_at = clock_timestamp() - interval '1 s'")
+        assert await claimed(conn) == []
+        assert await Sweeper(app.fetch, lambda _: None, max_losses=3).once() == Swept(0, 0, 1)
+        run = await app.get(run_id)
+        assert run is not None
+        assert run.state is RunState.EXPIRED
+
+    async def test_after_an_outage_the_living_have_the_first_word(self, app: App, conn: Connection) -> None:
+        await enqueued(conn)
+        await claimed(conn)
+        await lapse(conn)
+        broken = True
+
+        async def fetched(query: Query[object]) -> object:
+            if broken:
+                raise DatabaseUnavailable("gone")
+            return await app.fetch(query)
+
+        patient = Sweeper(fetched, lambda _: None, max_losses=3, grace=timedelta(minutes=1))
+        with pytest.raises(DatabaseUnavailable):
+            await patient.once()
+        broken = False
+        assert await patient.once() == Swept(0, 0, 0)
+        assert (await Sweeper(app.fetch, lambda _: None, max_losses=3).once()).requeued == 1
+
+
+class TestPruner:
+    def make(self, app: App, days: int = 14) -> Pruner:
+        return Pruner(app.pool, retention=timedelta(days=days))
+
+    async def test_partitions_are_made_ahead_once(self, app: App) -> None:
+        first, second = await self.make(app).once(), await self.make(app).once()
+        today = datetime.now(UTC).date()
+        assert first.made == [f"finished_runs_{today + timedelta(days=n):%Y%m%d}" for n in range(AHEAD + 1)]
+        assert (first.dropped, second) == ([], Pruned([], []))
+
+    async def test_what_the_default_partition_caught_moves_along(self, app: App, conn: Connection) -> None:
+        await enqueued(conn)
+        ((run, lease),) = await claimed(conn)
+        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED, "1")], worker_id=1, freed=[lease]))
+        assert await one(conn, "select count(*) from queue_service.finished_runs_default") == 1
+        await self.make(app).once()
+        assert await one(conn, "select count(*) from queue_service.finished_runs_default") == 0
+        found = await app.get(run.id)
+        assert found is not None
+        assert found.result == 1
+
+    async def test_partitions_past_retention_are_dropped(self, app: App, conn: Connection) -> None:
+        await conn.execute(
+            "create table queue_service.finished_runs_20200101 partition of queue_service.finished_runs "
+            "for values from ('2020-01-01Z') to ('2020-01-02Z')"
+        )
+        assert (await self.make(app).once()).dropped == ["finished_runs_20200101"]
+
+    async def test_two_at_once_do_the_work_once(self, app: App) -> None:
+        done = await asyncio.gather(self.make(app).once(), self.make(app).once())
+        assert sorted(len(each.made) for each in done) == [0, AHEAD + 1]
+
+    async def test_a_busy_table_is_left_for_the_next_pass(
+        self, app: App, session: Callable[[], Awaitable[Connection]]
+    ) -> None:
+        busy = await session()
+        async with busy.transaction():
+            await busy.execute("lock table queue_service.finished_runs_default in row exclusive mode")
+            assert await self.make(app).once() == Pruned([], [])
+        assert len((await self.make(app).once()).made) == AHEAD + 1
+
+
+class TestListener:
+    async def test_it_says_when_notices_may_have_been_missed(self, database: str, conn: Connection) -> None:
+        listener = Listener(database, ["one", "two"])
+        heard = listener.notices()
+        assert await anext(heard) == Gap()
+        await conn.execute("notify one, 'a'")
+        assert await anext(heard) == Notice("one", "a")
+        await conn.execute(KILL.encode(), ["queue_service listener"])
+        assert await anext(heard) == Gap()
+        await conn.execute("notify two, 'b'")
+        assert await anext(heard) == Notice("two", "b")
+        await heard.aclose()  # type: ignore[attr-defined]
+        assert not listener.connected
+
+
+class TestWaiting:
+    async def test_a_waiter_reads_an_ending_that_came_before(self, app: App) -> None:
+        run_id = await app.enqueue("noop", {})
+        await app.cancel(run_id)
+        assert (await app.wait(run_id, timeout=10)).state is RunState.CANCELLED
+
+    async def test_a_waiter_reads_an_ending_that_comes_later(self, app: App) -> None:
+        run_id = await app.enqueue("noop", {})
+        waiters = [asyncio.create_task(app.wait(run_id, timeout=10)) for _ in range(3)]
+        await asyncio.sleep(0)
+        await app.cancel(run_id)
+        assert [(await waiter).state for waiter in waiters] == 3 * [RunState.CANCELLED]
+
+    async def test_an_ending_without_a_notice_is_found_by_polling(self, app: App, conn: Connection) -> None:
+        run_id = await app.enqueue("noop", {})
+        waiter = asyncio.create_task(app.wait(run_id, timeout=10))
+        await eventually(lambda: one(conn, KILL, "queue_service listener"))
+        await fetch(conn, queries.cancel(run_id))
+        assert (await waiter).state is RunState.CANCELLED
+
+    async def test_a_run_nobody_knows_is_said(self, app: App) -> None:
+        with pytest.raises(RunUnknown, match="no run 999"):
+            await app.wait(999, timeout=10)
+
+    async def test_a_waiter_goes_on_after_its_time(self, app: App) -> None:
+        run_id = await app.enqueue("noop", {})
+        with pytest.raises(TimeoutError, match="did not end within 0.05 s"):
+            await app.wait(run_id, timeout=0.05)
+
+
+class TestConnections:
+    async def test_what_the_database_is_set_to_does_not_change_what_a_statement_means(
+        self, database: str, conn: Connection
+    ) -> None:
+        name = await one(conn, "select current_database()")
+        for setting in ("default_transaction_isolation = serializable", "synchronous_commit = off", "jit = on"):
+            await conn.execute(f"alter database {name} set {setting}".encode())
+        wire = Wire(database, application="test")
+        shown = {
+            setting: await wire.fetch(Query(f"show {setting}", scalar))
+            for setting in ("transaction_isolation", "synchronous_commit", "jit", "statement_timeout")
+        }
+        await wire.close()
+        assert shown == {
+            "transaction_isolation": "read committed", "synchronous_commit": "on", "jit": "off",
+            "statement_timeout": "30s",
+        }  # fmt: skip
+
+    async def test_a_passed_deadline_is_an_error_and_the_connection_is_not_used_again(self, conn: Connection) -> None:
+        with pytest.raises(DatabaseUnavailable, match=r"within 0\.05 s"):
+            await fetch(conn, Query("select pg_sleep(30)", nothing), deadline=0.05)
+        assert conn.closed
+
+    async def test_a_wire_is_whole_again_after_its_backend_was_killed(self, database: str, conn: Connection) -> None:
+        wire = Wire(database, application="doomed")
+        assert await wire.fetch(Query("select 1", scalar)) == 1
+        await eventually(lambda: one(conn, KILL, "doomed"))
+        with pytest.raises(DatabaseUnavailable):
+            await wire.fetch(Query("select 2", scalar))
+        assert await wire.fetch(Query("select 3", scalar)) == 3
+        await wire.close()
+
+    async def test_a_pool_of_one_serves_many_callers(self, database: str) -> None:
+        pool = Pool(database, size=1)
+        await pool.open()
+        answers = await asyncio.gather(*(pool.fetch(Query(f"select {n}", scalar)) for n in range(50)))
+        assert answers == list(range(50))
+        async with pool.connection() as lent:
+            waiting = asyncio.create_task(pool.fetch(Query("select 50", scalar)))
+            await asyncio.sleep(0)
+            await lent.execute("select 1")
+        assert await waiting == 50
+        await pool.close()
