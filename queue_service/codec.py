@@ -24,12 +24,16 @@ MAX_ERROR_TEXT = 8_000
 
 _encode = msgspec.json.Encoder().encode
 loads = msgspec.json.Decoder().decode
+# Reads over a value without building it.
+_check_syntax = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def dumps(value: Any, *, what: str, limit: int) -> str:
     """`value` as JSON text, or PayloadRefused saying which part cannot be stored. `limit` is in bytes."""
     try:
         encoded = _encode(value)
+        # msgspec.Raw goes in as it is, and is joined with others into one array: it must be one JSON value.
+        _check_syntax(encoded)
     except (TypeError, ValueError, OverflowError) as refused:
         raise PayloadRefused(f"The {what} is not JSON: {refused}. Pass dicts, lists, strings, numbers, None.") from None
     except RecursionError:

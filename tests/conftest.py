@@ -51,7 +51,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     if given:
         yield given
     elif kind == "container":
-        from testcontainers.postgres import PostgresContainer  # noqa: PLC0415
+        from testcontainers.postgres import PostgresContainer
 
         with PostgresContainer("postgres:18") as container:
             yield container.get_connection_url(driver=None)

@@ -25,7 +25,7 @@ def config() -> None:
 @command
 def show(as_json: bool, database_url: str | None) -> None:
     """Each setting, its value, its variable, and what it means. Passwords are masked."""
-    settings = settings_module.load(os.environ)
+    settings: settings_module.Settings = click.get_current_context().obj
     database = url.choose(database_url, os.environ, settings.data_dir)
     rows: list[tuple[str, Any, str, str]] = [
         ("database_url", str(database), "QUEUE_SERVICE_DATABASE_URL", "which database, and who said so")

@@ -28,7 +28,7 @@ def migrate(revision: str, database_url: str | None) -> None:
     """Bring the schema to this version's revision. Safe to run from many places at once."""
     with _Reached(database_url) as conninfo:
         have = _current(conninfo)
-        if revision != "head" and have is not None and revision < have:
+        if have is not None and (revision == "base" or revision < have):
             schema.downgrade(conninfo, revision)
         else:
             schema.upgrade(conninfo, revision)

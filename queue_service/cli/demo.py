@@ -93,14 +93,18 @@ async def _demo(conninfo: str, files: Sequence[str]) -> Verdict:
     async with App(conninfo, settings=settings) as app:
         ids = await app.enqueue_many("checksum", [{"path": path} for path in files], queue="demo")
         click.echo(f"enqueued {len(ids):,} runs, ids {ids[0]} to {ids[-1]}")
-        doomed, survivor = _start_worker(conninfo, "doomed"), _start_worker(conninfo, "survivor")
+        workers = [_start_worker(conninfo, "doomed")]
         try:
-            held = await _kill_holding(app, doomed, "doomed")
-            click.echo(f"killed worker {doomed.pid} with SIGKILL while it held {held} claims")
-            await _until_ended(app, ids, survivor)
+            await _stop_holding(app, workers[0], "doomed")
+            workers.append(_start_worker(conninfo, "survivor"))
+            held = await _held_by(app, "doomed")
+            workers[0].kill()
+            click.echo(f"killed worker {workers[0].pid} with SIGKILL while it held {held} claims")
+            await _until_ended(app, ids, workers[1])
         finally:
-            for worker in (doomed, survivor):
-                worker.kill() if worker is doomed else worker.terminate()
+            for worker in workers:
+                worker.send_signal(signal.SIGCONT)
+                worker.terminate()
                 worker.wait()
         return _verdict(files, await _results(app, ids))
 
@@ -124,23 +128,21 @@ def _start_worker(conninfo: str, name: str) -> subprocess.Popen[bytes]:
     )
 
 
-async def _kill_holding(app: App, worker: subprocess.Popen[bytes], name: str) -> int:
-    """SIGKILL the worker at a moment when it holds claims. It is stopped first, so that what it holds cannot change
-    between the look and the kill.
-    """
+async def _stop_holding(app: App, worker: subprocess.Popen[bytes], name: str) -> None:
+    """SIGSTOP the worker at a moment when it holds claims, so that what it holds cannot change until it is killed."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         _check_alive(worker)
         if await _held_by(app, name):
             worker.send_signal(signal.SIGSTOP)
-            held = await _held_by(app, name)
-            if held:
-                worker.kill()
-                worker.wait()
-                return await _held_by(app, name)
+            if await _held_by(app, name):
+                return
             worker.send_signal(signal.SIGCONT)
+        depth = await app.fetch(queries.depth("demo"))
+        if not depth.due + depth.running:
+            break
         await asyncio.sleep(0.001)
-    raise QueueServiceError("The worker that was to be killed never held a claim. The directory may be too small.")
+    raise QueueServiceError("The worker was done before it could be killed. Name a directory with more files.")
 
 
 async def _held_by(app: App, name: str) -> int:

@@ -66,6 +66,7 @@ def command(function: F) -> F:
     def wrapped(*args: Any, log_level: str | None, log_format: str | None, debug: bool, **kwargs: Any) -> Any:
         try:
             settings = settings_module.load(os.environ, log_level=log_level, log_format=log_format)
+            click.get_current_context().obj = settings
             logs.configure(level=settings.log_level, fmt=settings.log_format)
             return function(*args, **kwargs)
         except QueueServiceError as error:

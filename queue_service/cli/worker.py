@@ -81,9 +81,9 @@ async def _work(worker: Worker, *, once: bool) -> Tally:
 
 
 def _queue(text: str) -> tuple[str, int]:
-    name, _, concurrency = text.rpartition(":")
-    if not name:
+    if ":" not in text:
         return text, DEFAULT_CONCURRENCY
-    if not concurrency.isdigit():
-        raise ConfigError(f"-q {text}: {concurrency!r} is no concurrency. Write NAME or NAME:10.")
+    name, _, concurrency = text.rpartition(":")
+    if not name or not concurrency.isdigit():
+        raise ConfigError(f"-q {text}: this names no queue with a concurrency. Write NAME or NAME:10.")
     return name, int(concurrency)

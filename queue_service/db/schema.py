@@ -10,7 +10,7 @@ from typing import Any
 from psycopg import errors as pg
 
 from queue_service.db.pool import Connection, options
-from queue_service.errors import DatabaseUnavailable, SchemaMismatch
+from queue_service.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
 
 HEAD = "0001"
 
@@ -72,6 +72,8 @@ def _run(conninfo: str, verb: str, *arguments: str) -> None:
         unknown = re.search(r"Can't locate revision identified by '([^']*)'", str(refused))
         if unknown is None:
             raise
+        if unknown[1] in arguments:
+            raise ConfigError(f"There is no revision {unknown[1]!r}. This version goes up to {HEAD}.") from None
         raise SchemaMismatch(unknown[1], HEAD, newer=True) from None
     except sqlalchemy.exc.OperationalError as lost:
         raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -65,10 +66,19 @@ def invoke(database: str) -> Invoke:
 
 
 def process(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a process of its own. One that hangs is interrupted, so that it puts away what it started."""
     command = [sys.executable, "-m", "queue_service", *arguments]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=100, check=False, cwd=cwd
-    )
+    with subprocess.Popen(
+        command, env={**os.environ, **environment}, cwd=cwd, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as started:  # fmt: skip
+        try:
+            out, errors = started.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            started.send_signal(signal.SIGINT)
+            out, errors = started.communicate(timeout=30)
+            pytest.fail(f"{arguments} hung. It said:\n{out}\n{errors}")
+        return subprocess.CompletedProcess(command, started.returncode, out, errors)
 
 
 def rows(database: str, query: str, *params: object) -> list[tuple[Any, ...]]:
@@ -256,7 +266,7 @@ def test_migrate_goes_down_and_up_again(empty_database: str) -> None:
 
 
 def test_migrate_to_a_revision_that_is_not_there_is_told(invoke: Invoke) -> None:
-    assert "nonsense" in said(invoke("db", "migrate", "--to", "nonsense"), 1)
+    assert "nonsense" in said(invoke("db", "migrate", "--to", "nonsense"), 2)
 
 
 def test_check_exits_with_one_where_a_table_differs(database: str, invoke: Invoke) -> None:
@@ -692,6 +702,14 @@ def test_the_demo_on_a_small_directory_loses_nothing(tmp_path: Path) -> None:
     assert "lost 0" in ended.stdout
     assert "wrong 0" in ended.stdout
     assert re.search(r"files 400 \| done 400 ", ended.stdout)
+
+
+def test_the_demo_needs_no_more_than_a_handful_of_files(tmp_path: Path) -> None:
+    for n in range(5):
+        (tmp_path / f"{n}.bin").write_bytes(os.urandom(100))
+    ended = process("demo", str(tmp_path))
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    assert "files 5 | done 5 " in ended.stdout
 
 
 def test_the_demo_on_an_empty_directory_says_so(tmp_path: Path) -> None:

@@ -91,5 +91,7 @@ def test_no_test_sleeps_to_wait() -> None:
     allowed = {"support.py"}
     for path in (ROOT / "tests").rglob("*.py"):
         if path.name not in allowed and path != Path(__file__):
-            waits = re.findall(r"(?:asyncio|time)\.sleep\((?!0\))[^#\n]*$", path.read_text(), re.MULTILINE)
+            waits = re.findall(
+                r"^    (?:    )?(?:await )?(?:asyncio|time)\.sleep\((?!0\))[^#\n]*$", path.read_text(), re.MULTILINE
+            )
             assert waits == [], f"{path.relative_to(ROOT)} sleeps; wait on a condition, or say why in a comment"

@@ -187,7 +187,9 @@ def enqueue_both(enqueue: Any, enqueue_many: Any, conn: Any) -> Any:
 
 @pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])
 class TestInTheCallersTransaction:
-    async def test_of_an_async_psycopg_connection(self, app: App, database: str, conn: Connection, commit: bool) -> None:
+    async def test_of_an_async_psycopg_connection(
+        self, app: App, database: str, conn: Connection, commit: bool
+    ) -> None:
         async with await psycopg.AsyncConnection.connect(database) as mine:
             for call in enqueue_both(app.enqueue, app.enqueue_many, mine):
                 await call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -38,8 +38,8 @@ class Collision:
 
 
 @pytest.fixture
-async def collide(session: Callable[[], Awaitable[Connection]]) -> AsyncIterator[Collision]:
-    yield Collision(await session(), await session(), await session())
+async def collide(session: Callable[[], Awaitable[Connection]]) -> Collision:
+    return Collision(await session(), await session(), await session())
 
 
 async def assert_sound(conn: Connection) -> None:

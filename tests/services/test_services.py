@@ -17,7 +17,7 @@ from queue_service.errors import DatabaseUnavailable, RunUnknown
 from queue_service.runs import queries
 from queue_service.runs.model import Ending
 from queue_service.services.pruner import AHEAD, Pruned, Pruner
-from queue_service.services.sweeper import Swept, Sweeper
+from queue_service.services.sweeper import Sweeper, Swept
 from tests.support import claimed, enqueued, eventually, lapse, one, rows
 
 KILL = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s and datname = current_database()"
@@ -178,7 +178,7 @@ class TestWaiting:
 
     async def test_a_waiter_goes_on_after_its_time(self, app: App) -> None:
         run_id = await app.enqueue("noop", {})
-        with pytest.raises(TimeoutError, match="did not end within 0.05 s"):
+        with pytest.raises(TimeoutError, match=r"did not end within 0\.05 s"):
             await app.wait(run_id, timeout=0.05)
 
 

@@ -78,10 +78,11 @@ async def test_stop_lets_handlers_end(app: App) -> None:
     run = await app.get(run_id)
     assert run is not None
     assert (run.state, run.result) == (RunState.SUCCEEDED, "to the end")
-    assert (tally.succeeded, tally.returned, tally.lost) == (1, 0, 0)
+    assert (tally.succeeded, tally.lost) == (1, 0)
+    # It may have been claimed, by a claim that was under way, but then it was handed back.
     untouched = await app.get(later)
     assert untouched is not None
-    assert (untouched.state, untouched.attempt) == (RunState.QUEUED, 0)
+    assert (untouched.state, untouched.failures, untouched.losses) == (RunState.QUEUED, 0, 0)
 
 
 @pytest.mark.parametrize("how", ["the drain timeout passes", "now", "stop and then now"])

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from queue_service import App, RunState, Worker
+from queue_service import App, Run, RunState, Worker
+from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError
-from tests.support import eventually, one, rows, working
+from queue_service.runs import queries
+from queue_service.runs.model import Ending
+from queue_service.services.pruner import Pruner
+from tests.support import blocked, claimed, enqueued, eventually, one, rows, working
 
 
 async def test_a_run_is_executed_and_its_result_is_read(app: App) -> None:
@@ -102,6 +108,41 @@ async def test_a_worker_keeps_no_connection_after_it_stopped(app: App, conn: Con
     async with working(app):
         await eventually(lambda: one(conn, f"select ({count}) >= 2"))
     await eventually(lambda: one(conn, f"select ({count}) = 0"))
+
+
+async def test_a_finished_run_is_seen_at_the_moment_its_partition_is_attached(
+    app: App, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    """A worker that starts moves what has ended today into a partition of its own. Whoever looks meanwhile must wait for
+    it at a place where what comes out is what there is then."""
+
+    @app.task
+    async def noop() -> None: ...
+
+    holder, reader, waiter, witness = [await session() for _ in range(4)]
+    run_id = await enqueued(witness)
+    ((claimed_run, _),) = await claimed(witness)
+    await fetch(witness, queries.finish([Ending(claimed_run.claim, RunState.SUCCEEDED)], worker_id=1))
+    async with holder.transaction():
+        await holder.execute("select from queue_service.finished_runs_default")
+        pruning = asyncio.create_task(Pruner(app.pool, retention=timedelta(days=14)).once())
+        await eventually(
+            lambda: one(
+                witness,
+                "select count(*) > 0 from pg_locks join pg_database on pg_database.oid = database "
+                "where datname = current_database() and not granted",
+            )
+        )
+        looks = [
+            asyncio.create_task(fetch(reader, queries.get(run_id))),
+            asyncio.create_task(fetch(waiter, queries.endings([run_id]))),
+        ]
+        for waits in (reader, waiter):
+            await eventually(lambda: blocked(witness, waits))  # noqa: B023
+    assert (await pruning).made
+    found, endings = [await look for look in looks]
+    assert isinstance(found, Run)
+    assert endings == {run_id: RunState.SUCCEEDED}
 
 
 @pytest.mark.parametrize(
