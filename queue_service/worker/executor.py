@@ -31,6 +31,8 @@ log = get_logger(__name__)
 # Claimed ahead of free slots: what the queue was last seen to work off in this time, and no more.
 AHEAD = 0.05
 MAX_AHEAD = 2_000
+# How long the speed of a queue is observed at least, where its slots are worked over quickly and where they are not.
+BRISK, SLOW = 0.005, 0.2
 # Runs claimed ahead are handed back when none has begun or ended for this long.
 STALLED = 1.0
 # Handlers that never wait would keep the loop from everything else; after this many, a slot lets others go first.
@@ -254,12 +256,12 @@ class Executor:
     def _measure(self) -> None:
         """Follow the speed at which this queue is worked off, and with it how far to claim ahead."""
         then, completed = self._measured
-        now = time.monotonic()
-        if now - then < 0.005:
+        now, ended = time.monotonic(), self.completed - completed
+        # Two slow handlers that end together are no speed: either each slot was worked twice over, or some time passed.
+        if now - then < (BRISK if ended > 2 * self.concurrency + 20 else SLOW):
             return
-        rate = (self.completed - completed) / (now - then)
         self._measured = (now, self.completed)
-        self._ahead = (self._ahead + min(MAX_AHEAD, int(rate * AHEAD)) + 1) // 2 if rate else 0
+        self._ahead = (self._ahead + min(MAX_AHEAD, int(ended / (now - then) * AHEAD))) // 2
 
 
 @types.coroutine

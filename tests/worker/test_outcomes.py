@@ -762,7 +762,7 @@ async def test_a_later_run_of_higher_priority_passes_a_backlog_of_slow_runs(app:
     @app.task
     async def slow(name: str) -> None:
         order.append(name)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # the work of a slow handler
 
     await app.enqueue_many("slow", [{"name": "low"}] * 100)
     overtaken: list[int] = []
@@ -788,7 +788,7 @@ async def test_a_backlog_of_short_runs_does_not_hide_a_higher_priority(app: App)
         order.append(n)
         if n == 100:
             await app.enqueue("short", {"n": -1}, priority=1)
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)  # the work of a short handler
 
     await app.enqueue_many("short", [{"n": n} for n in range(1_000)])
     await Worker(app, {"default": 1}).run(once=True)
