@@ -51,6 +51,8 @@ def demo(directory: Path | None, database_url: str | None) -> None:
     Runs on a Postgres of its own in a temporary directory, unless --database-url names another.
     """
     begun = time.monotonic()
+    # Ended as by Ctrl-C: the server, the workers and their directory are cleared away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = directory is not None
     directory = (directory or Path(sysconfig.get_path("stdlib"))).absolute()
     files = _files(directory, besides=() if chosen else ("site-packages", "__pycache__"))

@@ -53,8 +53,6 @@ class Pruner:
                 return await self._partitions(conn)
 
     async def _partitions(self, conn: Connection) -> Pruned:
-        made: list[str] = []
-        dropped: list[str] = []
         try:
             async with conn.transaction():
                 # Attaching locks the default partition against writers: better to give up than to stand in their way.
@@ -63,21 +61,27 @@ class Pruner:
                 mine, now = await cursor.fetchone() or (False, datetime.now(UTC))
                 if not mine:
                     return Pruned([], [])
-                today = now.astimezone(UTC).date()
-                have = await _existing(conn)
-                for day in (today + timedelta(days=offset) for offset in range(AHEAD + 1)):
-                    if day not in have:
-                        await conn.execute(_make(day))
-                        made.append(_name(day))
-                for day in sorted(day for day in have if day < today - self._retention):
+                due, old = self._outstanding(now.astimezone(UTC).date(), await _existing(conn))
+                if due or old:
+                    # Attaching lets readers in, who were planned without the new partition, and who would look for what
+                    # has just moved there in vain.
+                    await conn.execute("lock table queue_service.finished_runs in access exclusive mode")
+                for day in due:
+                    await conn.execute(_make(day))
+                for day in old:
                     await conn.execute(sql.SQL("drop table queue_service.{}").format(sql.Identifier(_name(day))))
-                    dropped.append(_name(day))
         except pg.LockNotAvailable:
             log.info("history is busy; its partitions wait for the next pass")
             return Pruned([], [])
-        if made or dropped:
-            log.info("history partitions", made=made, dropped=dropped)
-        return Pruned(made, dropped)
+        pruned = Pruned([_name(day) for day in due], [_name(day) for day in old])
+        if due or old:
+            log.info("history partitions", **pruned._asdict())
+        return pruned
+
+    def _outstanding(self, today: date, have: set[date]) -> tuple[list[date], list[date]]:
+        """The days that need a partition, and those whose partition is past retention."""
+        wanted = {today + timedelta(days=offset) for offset in range(AHEAD + 1)}
+        return sorted(wanted - have), sorted(day for day in have if day < today - self._retention)
 
 
 async def _existing(conn: Connection) -> set[date]:

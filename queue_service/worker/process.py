@@ -39,6 +39,8 @@ log = get_logger(__name__)
 
 VERSION = "0.1.0"
 MAX_CONCURRENCY = 100_000
+# A worker that ends does not wait for a server that is gone only to strike its own name out.
+LEAVE_DEADLINE = 2.0
 
 
 class Worker:
@@ -81,8 +83,9 @@ class Worker:
                 try:
                     await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
-                    with contextlib.suppress(DatabaseUnavailable):
-                        await self.app.fetch(roster.leave(self.id))
+                    with contextlib.suppress(DatabaseUnavailable, TimeoutError):
+                        async with asyncio.timeout(LEAVE_DEADLINE):
+                            await self.app.fetch(roster.leave(self.id))
                 log.info("worker stopped", worker_id=self.id, **_counts(parts.finisher.tally))
                 return parts.finisher.tally
         finally:
