@@ -45,7 +45,7 @@ async def test_slow_handlers_hold_no_more_runs_than_they_have_slots(app: App, co
     @app.task
     async def slow(n: int) -> None:
         begun.append(n)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # the handler's work
 
     await app.enqueue_many("slow", [{"n": n} for n in range(500)])
     most = Counter[int]()
@@ -196,7 +196,7 @@ async def test_a_freed_slot_takes_the_next_run_without_a_poll(patient: App) -> N
     @patient.task
     async def note(n: int) -> None:
         begun.append(n)
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)  # the handler's work
 
     await patient.enqueue_many("note", [{"n": n} for n in range(200)])
     async with working(patient, {"default": 1}):

@@ -29,7 +29,7 @@ async def test_a_handler_that_blocks_the_loop_for_many_leases_loses_nothing(
     app: App, database: str, how: str, conn: Connection
 ) -> None:
     def sleep_on() -> None:
-        time.sleep(0.02)
+        time.sleep(0.02)  # the handler's work
 
     def compute() -> None:
         sum(range(300_000))

@@ -64,7 +64,7 @@ async def test_terminated_connections_under_load_cost_nothing(app: App, conn: Co
 
     @app.task(retry=Retry(max_attempts=1))
     async def note(n: int) -> int:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)  # the handler's work
         executed[n] += 1
         return n
 
@@ -95,7 +95,7 @@ async def test_a_worker_survives_a_restart_of_the_server(own_cluster: Cluster) -
         if n == 400:
             waiting.set()
             await release.wait()
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)  # the handler's work
         return n
 
     async with app, working(app, {"default": 5}) as worker:

@@ -27,7 +27,7 @@ async def test_a_suspect_runs_alone(app: App, conn: Connection) -> None:
     @app.task
     async def ordinary(n: int) -> None:
         running.add(f"ordinary {n}")
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # the handler's work
         running.discard(f"ordinary {n}")
 
     @app.task
@@ -106,12 +106,12 @@ async def test_many_suspects_do_not_starve_ordinary_runs(app: App, conn: Connect
     @app.task
     async def suspect() -> None:
         order.append("suspect")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # the handler's work
 
     @app.task
     async def ordinary() -> None:
         order.append("ordinary")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # the handler's work
 
     await suspects(conn, "suspect", 100)
     await app.enqueue_many("ordinary", [{}] * 10)
