@@ -49,7 +49,7 @@ class Copy:
     """Rows in COPY's text format, for `statement`."""
 
     statement: str
-    data: bytes
+    data: str
 
 
 Step = Query[Any] | Copy
@@ -202,7 +202,7 @@ def enqueue_many(first: NewRun, payloads: Sequence[str], told: channels.Notice |
     )  # fmt: skip
     middle = "\t".join(map(_copy_text, shared))
     rows = [f"{run_id}\t{middle}\t{_escaped(payload)}\n" for run_id, payload in zip(ids, payloads, strict=True)]
-    yield Copy(f"copy queue_service.runs ({_COLUMNS}) from stdin", "".join(rows).encode())
+    yield Copy(f"copy queue_service.runs ({_COLUMNS}) from stdin", "".join(rows))
     if told is not None:
         yield channels.notify([told], alone=False)
     return list(ids)

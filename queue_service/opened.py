@@ -70,7 +70,7 @@ class Opened:
     async def fetch(self, query: Query[T]) -> T:
         return await self.pool.fetch(query)
 
-    async def copy(self, statement: str, data: bytes) -> None:
+    async def copy(self, statement: str, data: str) -> None:
         with translated():
             async with self.pool.connection() as conn, conn.cursor() as cursor, cursor.copy(statement.encode()) as copy:
                 await copy.write(data)

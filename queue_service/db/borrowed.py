@@ -24,14 +24,14 @@ class SyncBorrowed(Protocol):
     is_async: Literal[False]
 
     def fetch(self, query: Query[T]) -> T: ...
-    def copy(self, statement: str, data: bytes) -> None: ...
+    def copy(self, statement: str, data: str) -> None: ...
 
 
 class AsyncBorrowed(Protocol):
     is_async: Literal[True]
 
     async def fetch(self, query: Query[T]) -> T: ...
-    async def copy(self, statement: str, data: bytes) -> None: ...
+    async def copy(self, statement: str, data: str) -> None: ...
 
 
 def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
@@ -64,8 +64,8 @@ class _Psycopg:
     def fetch(self, query: Query[T]) -> T:
         return fetch_sync(self._conn, query)
 
-    def copy(self, statement: str, data: bytes) -> None:
-        with translated(), self._conn.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+    def copy(self, statement: str, data: str) -> None:
+        with translated(), psycopg.Cursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
             copy.write(data)
 
 
@@ -78,9 +78,9 @@ class _AsyncPsycopg:
     async def fetch(self, query: Query[T]) -> T:
         return await fetch(self._conn, query)
 
-    async def copy(self, statement: str, data: bytes) -> None:
+    async def copy(self, statement: str, data: str) -> None:
         with translated():
-            async with self._conn.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+            async with psycopg.AsyncCursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
                 await copy.write(data)
 
 
@@ -93,7 +93,7 @@ class _Alchemy:
     def fetch(self, query: Query[T]) -> T:
         return query.decode(_rows(self._conn.exec_driver_sql(query.text, dict(query.params))))
 
-    def copy(self, statement: str, data: bytes) -> None:
+    def copy(self, statement: str, data: str) -> None:
         self._conn.exec_driver_sql("select 1")  # begins the transaction as SQLAlchemy sees it
         _Psycopg(self._conn.connection.driver_connection).copy(statement, data)
 
@@ -108,7 +108,7 @@ class _AsyncAlchemy:
         conn = await self._connection()
         return query.decode(_rows(await conn.exec_driver_sql(query.text, dict(query.params))))
 
-    async def copy(self, statement: str, data: bytes) -> None:
+    async def copy(self, statement: str, data: str) -> None:
         conn = await self._connection()
         await conn.exec_driver_sql("select 1")
         raw = await conn.get_raw_connection()

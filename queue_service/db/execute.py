@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors as pg
+from psycopg.rows import tuple_row
 
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
@@ -32,8 +33,9 @@ async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline
     with translated():
         try:
             async with asyncio.timeout(deadline):
-                cursor = conn.cursor(binary=True)
-                await cursor.execute(query.text.encode(), query.params)
+                # Not conn.cursor(): a caller's connection may make cursors and rows of other kinds.
+                cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
+                await cursor.execute(query.text.encode(), query.params, binary=True)
                 rows = await cursor.fetchall() if cursor.description else []
         except TimeoutError:
             # Whether the statement ran is not known; the connection's state is not either. It must not be used again.
@@ -45,8 +47,8 @@ async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline
 def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:
     """As `fetch`, blocking; for a connection that belongs to the caller, whose own timeouts apply."""
     with translated():
-        cursor = conn.cursor(binary=True)
-        cursor.execute(query.text.encode(), query.params)
+        cursor = psycopg.Cursor(conn, row_factory=tuple_row)
+        cursor.execute(query.text.encode(), query.params, binary=True)
         rows = cursor.fetchall() if cursor.description else []
     return query.decode(rows)
 

@@ -299,14 +299,15 @@ with lapsed as materialized (
 select id, state, queue, priority from queued union all select id, state, queue, priority from ended
 
 -- name: expire
--- End queued runs whose time to start has passed, at most `limit` of them. Rows: run ids.
+-- End queued runs whose time to start has passed, at most `limit` of them. Rows: run ids. The guard is spelt with
+-- coalesce, or the index on expires_at could serve the outer look by id, and would be walked from end to end.
 -- writes: runs, finished_runs
 with gone as (
     delete from queue_service.runs
      where id = any(array(select id from queue_service.runs
                            where expires_at < (select clock_timestamp()) and state = 'queued'
                            order by expires_at limit %(limit)s for update skip locked))
-       and state = 'queued' and expires_at < clock_timestamp()
+       and state = 'queued' and coalesce(expires_at, 'infinity') < clock_timestamp()
     returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
               priority, 'expired', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
               timeout, metadata, null::jsonb,
