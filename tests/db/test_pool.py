@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+
+import psycopg
+import pytest
+from psycopg.pq import TransactionStatus
+
+from queue_service import App
+from queue_service.db.execute import fetch
+from queue_service.db.pool import Connection, Pool, Wire, connect
+from queue_service.db.query import Query, all_rows, nothing, scalar
+from queue_service.errors import DatabaseUnavailable, SchemaMismatch
+from queue_service.runs import queries
+from queue_service.runs.model import NewRun
+from tests.support import blocked, claimed, enqueued, eventually, lapse, one
+
+PID: Query[int] = Query("select pg_backend_pid()", scalar)
+SLEEP: Query[None] = Query("select pg_sleep(60)", nothing)
+
+
+@pytest.fixture
+async def wire(database: str) -> AsyncIterator[Wire]:
+    made = Wire(database, application="wire under test")
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def pool(database: str) -> AsyncIterator[Pool]:
+    made = Pool(database, size=2, application="pool under test")
+    await made.open()
+    yield made
+    await made.close()
+
+
+async def kill(conn: Connection, pid: int) -> None:
+    assert await one(conn, "select pg_terminate_backend(%s)", pid)
+    await eventually(lambda: one(conn, "select not exists (select from pg_stat_activity where pid = %s)", pid))
+
+
+class TestSession:
+    async def test_a_serializable_database_makes_no_statement_fail_that_loses_a_race(
+        self, database: str, conn: Connection
+    ) -> None:
+        name = await one(conn, "select current_database()")
+        await conn.execute(f"alter database {name} set default_transaction_isolation = 'serializable'".encode())
+        first, second = await connect(database), await connect(database)
+        new = NewRun("noop", "default", "{}", singleton_key="k")
+        await first.execute("begin")
+        stored = await fetch(first, queries.enqueue(new))
+        waiting = asyncio.ensure_future(fetch(second, queries.enqueue(new)))
+        await eventually(lambda: blocked(conn, second))
+        await first.execute("commit")
+        assert await waiting is None
+        assert await fetch(second, queries.singleton_holder("default", "k")) == stored
+        for each in (first, second):
+            await each.close()
+
+    @pytest.mark.parametrize("held", ["on", "remote_apply", "local", "off"])
+    async def test_commits_are_as_durable_as_the_database_says_and_never_less_than_on_disk(
+        self, database: str, conn: Connection, held: str
+    ) -> None:
+        name = await one(conn, "select current_database()")
+        await conn.execute(f"alter database {name} set synchronous_commit = '{held}'".encode())
+        fresh = await connect(database)
+        assert await one(fresh, "show synchronous_commit") == ("on" if held == "off" else held)
+        await fresh.close()
+
+    async def test_times_are_told_in_utc_whatever_the_database_prefers(self, database: str, conn: Connection) -> None:
+        name = await one(conn, "select current_database()")
+        await conn.execute(f"alter database {name} set timezone = 'Asia/Kathmandu'".encode())
+        await enqueued(conn)
+        fresh = await connect(database)
+        ((run, _),) = await claimed(fresh)
+        assert run.run_at.utcoffset() == timedelta(0)
+        await fresh.close()
+
+    async def test_it_is_in_autocommit_mode(self, conn: Connection) -> None:
+        await enqueued(conn)
+        assert conn.info.transaction_status is TransactionStatus.IDLE
+
+    async def test_an_address_where_nobody_answers_is_said(self) -> None:
+        with pytest.raises(DatabaseUnavailable, match="cannot be reached"):
+            await connect("host=127.0.0.1 port=1 dbname=x")
+
+
+class TestFetch:
+    async def test_a_passed_deadline_closes_the_connection_and_ends_the_statement(
+        self, conn: Connection, session: Callable[[], Awaitable[Connection]]
+    ) -> None:
+        slow = await session()
+        pid = slow.info.backend_pid
+        with pytest.raises(DatabaseUnavailable, match="did not answer within"):
+            await fetch(slow, SLEEP, deadline=0.05)
+        assert slow.closed
+        with pytest.raises(DatabaseUnavailable):
+            await fetch(slow, PID)
+        await eventually(
+            lambda: one(
+                conn, "select not exists (select from pg_stat_activity where pid = %s and state = 'active')", pid
+            )
+        )
+
+    async def test_the_servers_own_limit_is_an_outage_too_and_the_connection_goes_on(self, conn: Connection) -> None:
+        await conn.execute("set statement_timeout = '20ms'")
+        with pytest.raises(DatabaseUnavailable, match="gave up on a statement"):
+            await fetch(conn, SLEEP)
+        assert await fetch(conn, Query("select 1", scalar)) == 1
+
+    async def test_a_killed_backend_is_an_outage(
+        self, conn: Connection, session: Callable[[], Awaitable[Connection]]
+    ) -> None:
+        doomed = await session()
+        await kill(conn, doomed.info.backend_pid)
+        with pytest.raises(DatabaseUnavailable):
+            await fetch(doomed, PID)
+        assert doomed.closed
+
+    async def test_a_missing_schema_is_said(self, empty_database: str) -> None:
+        conn = await connect(empty_database)
+        with pytest.raises(SchemaMismatch):
+            await fetch(conn, queries.get(1))
+        await conn.close()
+
+    async def test_a_mistake_of_ours_passes_unchanged(self, conn: Connection) -> None:
+        with pytest.raises(psycopg.errors.SyntaxError):
+            await fetch(conn, Query("selec 1", scalar))
+
+    async def test_cancelling_the_caller_stores_nothing_and_leaves_no_transaction(
+        self, conn: Connection, session: Callable[[], Awaitable[Connection]]
+    ) -> None:
+        holder, slow = await session(), await session()
+        await enqueued(conn, singleton_key="k")
+        await holder.execute("begin")
+        await holder.execute("select from queue_service.runs for update")
+        call = asyncio.ensure_future(
+            fetch(slow, queries.replace(NewRun("noop", "default", '{"late": 1}', singleton_key="k")))
+        )
+        await eventually(lambda: blocked(conn, slow))
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await holder.execute("rollback")
+        assert await one(conn, "select payload from queue_service.runs") == {}
+        assert slow.closed or slow.info.transaction_status is TransactionStatus.IDLE
+
+
+class TestWire:
+    async def test_it_keeps_its_connection_from_call_to_call(self, wire: Wire) -> None:
+        assert await wire.fetch(PID) == await wire.fetch(PID)
+
+    async def test_a_killed_backend_fails_one_call_and_the_next_has_a_new_one(
+        self, wire: Wire, conn: Connection
+    ) -> None:
+        pid = await wire.fetch(PID)
+        await kill(conn, pid)
+        with pytest.raises(DatabaseUnavailable):
+            await wire.fetch(PID)
+        assert await wire.fetch(PID) != pid
+        assert await wire.fetch(Query("show plan_cache_mode", scalar)) == "force_generic_plan"
+
+    async def test_a_passed_deadline_fails_one_call_and_the_next_has_a_new_one(self, wire: Wire) -> None:
+        pid = await wire.fetch(PID)
+        with pytest.raises(DatabaseUnavailable):
+            await wire.fetch(SLEEP, deadline=0.05)
+        assert await wire.fetch(PID) != pid
+
+    async def test_closing_it_closes_the_connection_and_it_may_be_used_again(
+        self, wire: Wire, conn: Connection
+    ) -> None:
+        pid = await wire.fetch(PID)
+        await wire.close()
+        await eventually(lambda: one(conn, "select not exists (select from pg_stat_activity where pid = %s)", pid))
+        assert await wire.fetch(PID) != pid
+
+
+class TestPool:
+    async def test_a_killed_backend_fails_one_call_and_the_next_has_another(self, pool: Pool, conn: Connection) -> None:
+        pid = await pool.fetch(PID)
+        await kill(conn, pid)
+        with pytest.raises(DatabaseUnavailable):
+            await pool.fetch(PID)
+        assert await pool.fetch(PID) != pid
+
+    async def test_a_passed_deadline_costs_no_place_in_the_pool(self, pool: Pool) -> None:
+        for _ in range(3):
+            with pytest.raises(DatabaseUnavailable):
+                await pool.fetch(SLEEP, deadline=0.02)
+        assert len(await asyncio.gather(*(pool.fetch(PID) for _ in range(6)))) == 6
+
+    async def test_it_never_has_more_connections_than_its_size(self, pool: Pool) -> None:
+        pids = await asyncio.gather(
+            *(pool.fetch(Query("select pg_backend_pid(), pg_sleep(0.005)", scalar)) for _ in range(20))
+        )
+        assert 1 <= len(set(pids)) <= 2
+
+    async def test_a_cancelled_caller_gives_its_connection_back(self, pool: Pool, conn: Connection) -> None:
+        asleep = "select exists (select from pg_stat_activity where query = %s and wait_event = 'PgSleep')"
+        for _ in range(4):
+            call = asyncio.ensure_future(pool.fetch(SLEEP))
+            await eventually(lambda: one(conn, asleep, SLEEP.text))
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        assert len(await asyncio.gather(*(pool.fetch(PID) for _ in range(4)))) == 4
+
+    async def test_a_lent_connection_with_an_open_transaction_does_not_come_back_with_it(
+        self, pool: Pool, conn: Connection
+    ) -> None:
+        async with pool.connection() as lent:
+            await lent.execute("begin")
+            await enqueued(lent)
+        assert await one(conn, "select count(*) from queue_service.runs") == 0
+        status = await pool.fetch(Query("select pg_current_xact_id_if_assigned()::text", scalar))
+        assert status is None
+
+    async def test_what_lost_a_deadlock_is_sent_again(self, app: App, conn: Connection) -> None:
+        """Two that lock the same two runs in opposite order: one is refused by the server, and neither caller hears."""
+        first, second = await enqueued(conn), await enqueued(conn)
+        touch = "update queue_service.runs set metadata = '{{}}' where id = {} returning id"
+        await conn.execute("begin")
+        await conn.execute(touch.format(second).encode())
+        both: Query[object] = Query(
+            f"with a as ({touch.format(first)}), b as ({touch.format(second)}) select id from a union all select id from b",
+            all_rows,
+        )
+        calls = asyncio.ensure_future(app.fetch(both))
+        await eventually(
+            lambda: one(
+                conn,
+                "select exists (select from pg_stat_activity where cardinality(pg_blocking_pids(pid)) > 0 "
+                "and datname = current_database())",
+            )
+        )
+        try:
+            await conn.execute(touch.format(first).encode())
+            await conn.execute("commit")
+        except psycopg.errors.DeadlockDetected:
+            await conn.execute("rollback")
+        assert await calls is not None
+
+    async def test_sweeping_through_the_pool_sees_what_others_committed(self, pool: Pool, conn: Connection) -> None:
+        run_id = await enqueued(conn)
+        await claimed(conn)
+        assert await pool.fetch(queries.sweep(limit=1, max_losses=3)) == []
+        await lapse(conn)
+        assert [each.run_id for each in await pool.fetch(queries.sweep(limit=1, max_losses=3))] == [run_id]

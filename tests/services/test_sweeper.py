@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from queue_service import App, RunState
+from queue_service.db import channels
+from queue_service.db.channels import Notice
+from queue_service.db.execute import fetch
+from queue_service.db.pool import Connection
+from queue_service.db.query import Query
+from queue_service.errors import DatabaseUnavailable
+from queue_service.runs import queries
+from queue_service.services.sweeper import LEASES, RUNS, Sweeper, Swept
+from tests.support import claimed, enqueued, lapse, one, rows
+
+
+class Told:
+    """A sweeper that writes down what it asks and tells, and whose database may be gone."""
+
+    def __init__(self, app: App, **options: Any) -> None:
+        self.notices: list[Notice] = []
+        self.asked: list[Query[Any]] = []
+        self.is_gone = False
+        self._app = app
+        self.sweeper = Sweeper(self.fetch, self.notices.extend, **{"max_losses": 3} | options)
+
+    async def fetch(self, query: Query[Any]) -> Any:
+        self.asked.append(query)
+        if self.is_gone:
+            raise DatabaseUnavailable("gone")
+        return await self._app.fetch(query)
+
+
+@pytest.fixture
+async def told(app: App) -> Told:
+    return Told(app)
+
+
+async def test_nothing_that_lapsed_is_told_of_to_nobody(told: Told, conn: Connection) -> None:
+    await enqueued(conn)
+    await claimed(conn)
+    assert await told.sweeper.once() == Swept(0, 0, 0)
+    assert told.notices == []
+    assert await one(conn, "select state from queue_service.runs") == "running"
+
+
+async def test_each_lane_that_gets_runs_back_is_told_of_once(told: Told, conn: Connection) -> None:
+    for queue, priority in [("default", 0), ("default", 0), ("default", 5), ("other", 0)]:
+        await enqueued(conn, queue=queue, priority=priority)
+    await claimed(conn, priorities=(5, 0))
+    await claimed(conn, queue="other")
+    await lapse(conn)
+    assert await told.sweeper.once() == Swept(4, 0, 0)
+    expected = {channels.enqueued("default", 0), channels.enqueued("default", 5), channels.enqueued("other", 0)}
+    assert set(told.notices) == expected
+    assert len(told.notices) == 3
+
+
+async def test_those_that_ended_are_told_of_as_finished(told: Told, conn: Connection) -> None:
+    asked, often = await enqueued(conn), await enqueued(conn)
+    await claimed(conn)
+    await conn.execute("update queue_service.runs set losses = 2 where id = %s", [often])
+    await fetch(conn, queries.cancel(asked))
+    await lapse(conn)
+    assert await told.sweeper.once() == Swept(0, 2, 0)
+    ((channel, payload),) = told.notices
+    assert channel == channels.FINISHED
+    assert channels.read_run_ids(payload) == {asked, often}
+
+
+async def test_with_one_loss_allowed_the_first_ends_the_run(app: App, conn: Connection) -> None:
+    run_id = await enqueued(conn)
+    await claimed(conn)
+    await lapse(conn)
+    assert await Told(app, max_losses=1).sweeper.once() == Swept(0, 1, 0)
+    run = await app.get(run_id)
+    assert run is not None
+    assert (run.state, run.losses) == (RunState.FAILED, 1)
+
+
+async def test_leases_are_taken_in_bounded_passes_until_none_is_left(told: Told, conn: Connection) -> None:
+    count = 2 * LEASES + 1
+    for _ in range(count):
+        await enqueued(conn)
+        await claimed(conn, limit=1)
+    await lapse(conn)
+    assert await told.sweeper.once() == Swept(count, 0, 0)
+    assert [query.params["limit"] for query in told.asked] == [RUNS] + 4 * [LEASES]
+    assert await one(conn, "select count(*) from queue_service.leases") == 0
+
+
+async def test_expiries_are_taken_in_bounded_passes_and_told_of(told: Told, conn: Connection) -> None:
+    await conn.execute(
+        "insert into queue_service.runs (queue, task, payload, expires_at) select 'default', 'noop', '{}', "
+        "'2020-01-01Z' from generate_series(1, 2500)"
+    )
+    assert await told.sweeper.once() == Swept(0, 0, 2_500)
+    assert {notice.channel for notice in told.notices} == {channels.FINISHED}
+    assert len(told.notices) == 3
+    assert await rows(conn, "select state, count(*) from queue_service.finished_runs group by 1") == [
+        ("expired", 2_500)
+    ]
+
+
+class TestAfterAnOutage:
+    async def test_leases_have_their_grace_and_expiries_go_on(self, app: App, conn: Connection) -> None:
+        told = Told(app, grace=timedelta(minutes=1))
+        await enqueued(conn)
+        await claimed(conn)
+        await lapse(conn)
+        await enqueued(conn, expires_in=timedelta(hours=1))
+        await conn.execute("update queue_service.runs set expires_at = '2020-01-01Z' where state = 'queued'")
+        told.is_gone = True
+        with pytest.raises(DatabaseUnavailable):
+            await told.sweeper.once()
+        told.is_gone = False
+        assert await told.sweeper.once() == Swept(0, 0, 1)
+        assert await told.sweeper.once() == Swept(0, 0, 0)
+
+    async def test_when_the_grace_is_over_what_lapsed_is_taken(
+        self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [1_000.0]
+        monkeypatch.setattr("queue_service.services.sweeper.time.monotonic", lambda: now[0])
+        told = Told(app, grace=timedelta(seconds=10))
+        await enqueued(conn)
+        ((_, lease),) = await claimed(conn)
+        await enqueued(conn)
+        ((saved, other),) = await claimed(conn)
+        await lapse(conn)
+        told.is_gone = True
+        with pytest.raises(DatabaseUnavailable):
+            await told.sweeper.once()
+        told.is_gone = False
+        assert await told.sweeper.once() == Swept(0, 0, 0)
+        assert await fetch(conn, queries.extend([other], timedelta(minutes=1))) == {other}
+        now[0] += 9.9
+        assert await told.sweeper.once() == Swept(0, 0, 0)
+        now[0] += 0.2
+        assert await told.sweeper.once() == Swept(1, 0, 0)
+        assert await rows(conn, "select id from queue_service.leases") == [(other,)]
+        assert await rows(conn, "select id from queue_service.runs where state = 'running'") == [(saved.id,)]
+        assert lease != other
+
+    async def test_without_one_there_is_no_grace(self, app: App, conn: Connection) -> None:
+        told = Told(app, grace=timedelta(minutes=1))
+        await enqueued(conn)
+        await claimed(conn)
+        await lapse(conn)
+        assert await told.sweeper.once() == Swept(1, 0, 0)
