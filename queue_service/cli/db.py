@@ -7,13 +7,13 @@ import sys
 import click
 
 from queue_service import settings as settings_module
+from queue_service.app.opened import reach
 from queue_service.cli import render
 from queue_service.cli.options import command, json_option, run
 from queue_service.db import embedded, schema, url
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import connect
 from queue_service.errors import ConfigError, SchemaMismatch
-from queue_service.opened import reach
 
 
 @click.group()

@@ -19,11 +19,11 @@ from pathlib import Path
 import click
 
 from queue_service.app import App
+from queue_service.app.opened import reach
 from queue_service.cli import render
 from queue_service.cli.options import command, run
 from queue_service.db import schema, url
 from queue_service.errors import QueueServiceError
-from queue_service.opened import reach
 from queue_service.roster import queries as roster
 from queue_service.runs import queries
 from queue_service.runs.model import Run, RunState

@@ -9,10 +9,10 @@ from typing import IO, Any
 import click
 
 from queue_service.app import App
+from queue_service.app.enqueue import POLICIES
 from queue_service.cli import render
 from queue_service.cli.options import DURATION, app_option, command, json_option, load_app, with_app
 from queue_service.codec import loads
-from queue_service.enqueue import POLICIES
 from queue_service.errors import PayloadRefused, TaskUnknown
 
 BATCH = 5_000

@@ -20,10 +20,10 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from queue_service import App
+from queue_service.app.sync import SyncApp
 from queue_service.db import channels
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, DuplicateRun, SchemaMismatch
-from queue_service.sync import SyncApp
 from tests.support import claimed, one, rows
 
 TEXT = "tab\t back\\slash ünïcode \U0001f600"

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from queue_service.app.enqueue import MAX_QUEUE
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.enqueue import MAX_QUEUE
 
 QUEUES = st.text(min_size=1, max_size=MAX_QUEUE).filter(lambda queue: len(queue.encode()) <= MAX_QUEUE)
 PRIORITIES = st.integers(-(2**15), 2**15 - 1)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from queue_service import App
-from queue_service import enqueue as enqueueing
+from queue_service.app import enqueue as enqueueing
+from queue_service.app.enqueue import MAX_KEY, MAX_QUEUE, MAX_TASK
 from queue_service.db.channels import Notice
-from queue_service.enqueue import MAX_KEY, MAX_QUEUE, MAX_TASK
 from queue_service.errors import ConfigError, PayloadRefused, QueueServiceError
 from queue_service.runs.model import NewRun
 from queue_service.tasks import Tasks

@@ -11,20 +11,20 @@ from typing import Any, ParamSpec, Self, TypeVar, overload
 
 from psycopg import errors as pg
 
-from queue_service import enqueue as enqueueing
 from queue_service import settings as settings_module
+from queue_service.app import enqueue as enqueueing
+from queue_service.app.enqueue import OnConflict, Steps, drive, drive_sync
+from queue_service.app.opened import Opened
+from queue_service.app.sync import SyncApp
 from queue_service.db import channels, url
 from queue_service.db.borrowed import borrow
 from queue_service.db.pool import Pool
 from queue_service.db.query import Query
-from queue_service.enqueue import OnConflict, Steps, drive, drive_sync
 from queue_service.errors import ConfigError, DuplicateRun, RunUnknown
-from queue_service.opened import Opened
 from queue_service.queues import queries as queue_queries
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Run
 from queue_service.settings import Settings
-from queue_service.sync import SyncApp
 from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
 
 P = ParamSpec("P")

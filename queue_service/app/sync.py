@@ -11,14 +11,14 @@ from collections.abc import Coroutine, Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from queue_service import enqueue as enqueueing
+from queue_service.app import enqueue as enqueueing
+from queue_service.app.enqueue import OnConflict, drive_sync
 from queue_service.db.borrowed import borrow_sync
-from queue_service.enqueue import OnConflict, drive_sync
 from queue_service.errors import ConfigError
 from queue_service.runs.model import Run
 
 if TYPE_CHECKING:
-    from queue_service.app import App
+    from queue_service.app.app import App
 
 T = TypeVar("T")
 
