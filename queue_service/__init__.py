@@ -1,10 +1,25 @@
-"""A durable runs queue on Postgres."""
+"""A durable runs queue on Postgres, and turns that always end."""
 
 from queue_service.app import App
+from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Run, RunState
 from queue_service.tasks import Cancel, Retry, Snooze
+from queue_service.turns.model import Outcome, Turn, TurnFailure
 from queue_service.worker.process import Worker
 
 __version__ = "0.1.0"
 
-__all__ = ["App", "Cancel", "Retry", "Run", "RunState", "Snooze", "Worker"]
+__all__ = [
+    "App",
+    "Cancel",
+    "Event",
+    "Outcome",
+    "Retry",
+    "Run",
+    "RunState",
+    "Snooze",
+    "StreamState",
+    "Turn",
+    "TurnFailure",
+    "Worker",
+]

@@ -8,7 +8,10 @@
     ├── EmbeddedUnavailable      the bundled Postgres is not installed, or did not start
     ├── TaskUnknown              no task of that name is registered here
     ├── RunUnknown               no run has this id: it never existed, or its history was pruned
-    └── DuplicateRun             a live run holds the singleton key, and the caller asked to be told
+    ├── DuplicateRun             a live run holds the singleton key, and the caller asked to be told
+    ├── TurnUnknown              this turn was never armed, or was forgotten since
+    ├── TurnEnded                this turn has had its ending; it cannot be armed again
+    └── StreamEnded              this stream takes no more events
 
 Losing an election is not in the tree: it is a return value. Each class carries the exit code the command line uses for it.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class QueueServiceError(Exception):
@@ -86,7 +90,40 @@ class DuplicateRun(QueueServiceError):
         )
 
 
+class TurnUnknown(QueueServiceError, LookupError):
+    def __init__(self, deployment: str, message_id: str) -> None:
+        self.deployment = deployment
+        self.message_id = message_id
+        super().__init__(
+            f"There is no turn {message_id!r} of deployment {deployment!r}: it was never armed, or ended so long ago that "
+            "it was forgotten."
+        )
+
+
+class TurnEnded(QueueServiceError):
+    """The turn has had its ending. `outcome` is how it ended."""
+
+    def __init__(self, deployment: str, message_id: str, outcome: Any) -> None:
+        self.deployment = deployment
+        self.message_id = message_id
+        self.outcome = outcome
+        super().__init__(
+            f"Turn {message_id!r} of deployment {deployment!r} has ended with {_how(outcome)}. Nothing was armed: read "
+            "its outcome, or send the message under a new id."
+        )
+
+
+class StreamEnded(QueueServiceError):
+    def __init__(self, stream: str) -> None:
+        self.stream = stream
+        super().__init__(f"Stream {stream!r} has ended, and the event was not stored. Set its state to go on with it.")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause naming the closest known word, with a leading space, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _how(outcome: Any) -> str:
+    return f"{outcome.kind} {outcome.code}" if outcome.code else f"a {outcome.kind}"

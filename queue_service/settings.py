@@ -69,6 +69,10 @@ class Settings:
     sweep_interval: timedelta = _setting(timedelta(seconds=5), parse_duration, "how often lapsed leases are taken")
     drain_timeout: timedelta = _setting(timedelta(seconds=30), parse_duration, "grace for handlers when stopping")
     max_losses: int = _setting(3, int, "lost workers after which a run ends failed")
+    admission: timedelta = _setting(timedelta(minutes=5), parse_duration, "how long a turn may wait to be taken up")
+    execution: timedelta = _setting(
+        timedelta(minutes=1), parse_duration, "how long a turn outlives its last sign of life"
+    )
     retention: timedelta = _setting(timedelta(days=14), parse_duration, "how long finished runs are kept")
     log_level: str = _setting("info", str, "debug, info, warning or error")
     log_format: str = _setting("auto", str, "auto, console or json")
@@ -77,7 +81,7 @@ class Settings:
         for name in ("pool_size", "payload_limit", "max_losses"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("lease", "poll_interval", "sweep_interval"):
+        for name in ("lease", "poll_interval", "sweep_interval", "admission", "execution"):
             if getattr(self, name) < timedelta(milliseconds=10):
                 raise ConfigError(f"{name} must be at least 10ms, not {getattr(self, name)}.")
         if self.drain_timeout < timedelta(0) or self.retention < timedelta(days=1):

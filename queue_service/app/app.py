@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, overload
 
 from psycopg import errors as pg
 
 from queue_service import settings as settings_module
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.enqueue import OnConflict, Steps, drive, drive_sync
+from queue_service.app.events import Events
 from queue_service.app.opened import Opened
-from queue_service.app.sync import SyncApp
+from queue_service.app.turns import Turns
 from queue_service.db import channels, url
 from queue_service.db.borrowed import borrow
 from queue_service.db.pool import Pool
@@ -26,6 +28,9 @@ from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Run
 from queue_service.settings import Settings
 from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
+
+if TYPE_CHECKING:
+    from queue_service.app.sync import SyncApp
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,13 +49,17 @@ class App:
         self.settings = settings or settings_module.load(os.environ)
         self.database = url.choose(database, os.environ, self.settings.data_dir)
         self.tasks = Tasks()
+        self.turns = Turns(self)
+        self.events = Events(self)
+        # Names this process among those that hold connections; a process that starts again is another one.
+        self.identity = uuid.uuid4().hex
         self._open: Opened | None = None
         self._users = 0
 
     def _twin(self) -> App:
         """An App for the same database with the same tasks, and connections of its own."""
         twin = copy.copy(self)
-        vars(twin).update(_open=None, _users=0)
+        vars(twin).update(_open=None, _users=0, turns=Turns(twin), events=Events(twin))
         return twin
 
     # Tasks
@@ -125,20 +134,22 @@ class App:
     @property
     def sync(self) -> SyncApp:
         """The same methods, blocking, for code without an event loop: `with app.sync as q: q.enqueue(…)`."""
+        from queue_service.app.sync import SyncApp
+
         return SyncApp(self._twin())
 
     @property
     def conninfo(self) -> str:
         """How to reach the database this App is connected to."""
-        return self._opened.conninfo
+        return self.opened.conninfo
 
     async def fetch(self, query: Query[T]) -> T:
         """Run one query on a connection of the pool."""
-        return await self._opened.pool.fetch(query)
+        return await self.opened.pool.fetch(query)
 
     @property
     def pool(self) -> Pool:
-        return self._opened.pool
+        return self.opened.pool
 
     # Runs
 
@@ -195,13 +206,14 @@ class App:
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
         try:
             async with asyncio.timeout(seconds):
-                while True:
-                    if await self._opened.endings.wait(run_id) is None:
-                        raise RunUnknown(run_id)
-                    run = await self.fetch(queries.get(run_id))
-                    # None or live: it was deleted, or taken out of history and queued again, between the two looks.
-                    if run is not None and run.state.finished:
-                        return run
+                with self.opened.sweeping():
+                    while True:
+                        if await self.opened.endings.wait(run_id) is None:
+                            raise RunUnknown(run_id)
+                        run = await self.fetch(queries.get(run_id))
+                        # None or live: it was deleted, or taken out of history and queued again, between the two looks.
+                        if run is not None and run.state.finished:
+                            return run
         except TimeoutError:
             raise TimeoutError(f"Run {run_id} did not end within {seconds:g} s. It goes on; wait again.") from None
 
@@ -214,7 +226,7 @@ class App:
         answer = await self.fetch(queries.cancel(run_id))
         if answer is not None:
             channel = channels.CANCEL if answer == "requested" else channels.FINISHED
-            self._opened.notifier.send([channels.about_runs(channel, [run_id])])
+            self.opened.notifier.send([channels.about_runs(channel, [run_id])])
         return answer is not None
 
     async def retry(self, run_id: int) -> bool:
@@ -230,7 +242,7 @@ class App:
             holder = await self.fetch(queries.singleton_holder(run.queue, run.singleton_key))
             raise DuplicateRun(holder or run_id, run.singleton_key, why="so this one was not queued again") from None
         if lane is not None:
-            self._opened.notifier.send([channels.enqueued(*lane)])
+            self.opened.notifier.send([channels.enqueued(*lane)])
         return lane is not None
 
     async def delete(self, run_id: int) -> bool:
@@ -247,19 +259,19 @@ class App:
         """False: it was not paused."""
         resumed = await self.fetch(queue_queries.resume(queue))
         if resumed:
-            self._opened.notifier.send([channels.enqueued(queue, 0)])
+            self.opened.notifier.send([channels.enqueued(queue, 0)])
         return resumed
 
     def notify(self, notices: Iterable[channels.Notice]) -> None:
         """Send notices soon, coalesced with those of the rest of this process."""
-        self._opened.notifier.send(list(notices))
+        self.opened.notifier.send(list(notices))
 
     async def _store(self, store: Callable[[channels.Notice | None], Steps[T]], new: NewRun, conn: Any) -> T:
         notice = enqueueing.notice(new)
         if conn is None:
-            notifier = self._opened.notifier
+            notifier = self.opened.notifier
             rides = notice is not None and notifier.may_ride(notice.channel)
-            stored = await drive(store(notice if rides else None), self._opened)
+            stored = await drive(store(notice if rides else None), self.opened)
             if notice is not None and not rides:
                 notifier.send([notice])
             return stored
@@ -268,7 +280,8 @@ class App:
         return await drive(steps, borrowed) if borrowed.is_async else drive_sync(steps, borrowed)
 
     @property
-    def _opened(self) -> Opened:
+    def opened(self) -> Opened:
+        """What this App holds while it is open. ConfigError while it is not, after a fork, or on another event loop."""
         if self._open is None:
             raise ConfigError("This App is not connected. Use it inside `async with app:` (or `with app.sync as q:`).")
         self._open.check_caller()

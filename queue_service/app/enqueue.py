@@ -15,10 +15,11 @@ from queue_service import codec
 from queue_service.db import channels
 from queue_service.db.borrowed import AsyncBorrowed, SyncBorrowed
 from queue_service.db.query import Query
-from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, PayloadRefused, nearest
+from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, nearest
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
 from queue_service.tasks import Tasks, duration
+from queue_service.words import check_word
 
 OnConflict = Literal["return", "replace", "raise"]
 SHARED = frozenset(
@@ -33,8 +34,6 @@ T = TypeVar("T")
 
 MAX_QUEUE = 128
 MAX_TASK = 256
-# An index entry holds at most about 2,700 bytes.
-MAX_KEY = 1_024
 # A holder that ends between our insert and our look at it makes us try again; this many in a row is no coincidence.
 TRIES = 20
 
@@ -79,6 +78,11 @@ def drive_sync(steps: Steps[T], run: SyncBorrowed) -> T:
         return done.value  # type: ignore[no-any-return]
 
 
+async def drive_any(query: Query[T], run: AsyncBorrowed | SyncBorrowed) -> T:
+    """One query on a caller's connection, whichever kind it is."""
+    return await run.fetch(query) if run.is_async else run.fetch(query)
+
+
 def new_run(
     tasks: Tasks,
     payload_limit: int,
@@ -99,17 +103,17 @@ def new_run(
     organization_id: str | None = None,
 ) -> NewRun:
     """Check everything a caller can get wrong. A task that is not registered here may be known to a worker elsewhere."""
-    _check_text(task, "task", MAX_TASK)
+    check_word(task, "task", MAX_TASK)
     known = tasks.get(task)
     queue = queue if queue is not None else (known.queue if known is not None else "default")
-    _check_text(queue, "queue", MAX_QUEUE)
+    check_word(queue, "queue", MAX_QUEUE)
     for value, what in (
         (singleton_key, "singleton_key"),
         (ordering_key, "ordering_key"),
         (organization_id, "organization_id"),
     ):
         if value is not None:
-            _check_text(value, what, MAX_KEY)
+            check_word(value, what)
     _check_integer(priority, "priority", -(2**15), 2**15 - 1)
     if max_attempts is not None:
         _check_integer(max_attempts, "max_attempts", 1, 2**31 - 1)
@@ -148,7 +152,7 @@ def new_runs(
     if unknown:
         name = min(unknown)
         raise ConfigError(f"enqueue_many has no option {name!r}.{nearest(name, SHARED)}")
-    _check_text(task, "task", MAX_TASK)
+    check_word(task, "task", MAX_TASK)
     known = tasks.get(task)
     texts = []
     for payload in payloads:
@@ -223,19 +227,6 @@ def _escaped(text: str) -> str:
 
 def _interval(value: timedelta | None) -> str | None:
     return None if value is None else f"{value.total_seconds():.6f} seconds"
-
-
-def _check_text(value: object, what: str, limit: int) -> None:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{what} must be a text that is not empty, not {value!r}.")
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError:
-        raise PayloadRefused(f"{what} holds a lone surrogate, which is no character.") from None
-    if size > limit:
-        raise ConfigError(f"{what} is {size} bytes long; the limit is {limit}.")
-    if "\x00" in value:
-        raise PayloadRefused(f"{what} holds a NUL character, which Postgres cannot store.")
 
 
 def _check_integer(value: object, what: str, least: int, most: int) -> None:

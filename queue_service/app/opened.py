@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from queue_service.db import channels, embedded, schema
@@ -16,7 +18,10 @@ from queue_service.db.url import EmbeddedCluster, Server
 from queue_service.errors import ConfigError
 from queue_service.logs import get_logger
 from queue_service.services.endings import Endings
+from queue_service.services.fanout import Fanout
+from queue_service.services.loop import every
 from queue_service.services.notifier import Notifier
+from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
 
 T = TypeVar("T")
@@ -36,6 +41,15 @@ class Opened:
             Listener(conninfo, [channels.FINISHED]),
             poll_interval=settings.poll_interval.total_seconds(),
         )
+        self.fanout = Fanout(
+            self.pool.fetch,
+            Listener(conninfo, [channels.EVENTS]),
+            poll_interval=settings.poll_interval.total_seconds(),
+        )
+        self._sweeper = Sweeper(self.pool.fetch, self._tell, max_losses=settings.max_losses, grace=settings.lease / 3)
+        self._sweep_interval = settings.sweep_interval
+        self._sweeping: asyncio.Task[None] | None = None
+        self._waiters = 0
         self._cluster = cluster
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
@@ -61,11 +75,38 @@ class Opened:
         return opened
 
     async def close(self) -> None:
+        self._stop_sweeping()
+        await self.fanout.close()
         await self.endings.close()
         await self.notifier.close()
         await self.pool.close()
         if self._cluster is not None:
             await asyncio.to_thread(self._cluster.leave)
+
+    async def sweep_turns(self) -> int:
+        return await self._sweeper.turns()
+
+    @contextmanager
+    def sweeping(self) -> Iterator[None]:
+        """Sweep in this process for the length of the block: whoever waits needs no worker to be alive somewhere."""
+        self._waiters += 1
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = asyncio.create_task(every(self._sweep_interval, self._sweeper.once, name="sweeper"))
+            self._sweeping.add_done_callback(_report)
+        try:
+            yield
+        finally:
+            self._waiters -= 1
+            if not self._waiters:
+                self._stop_sweeping()
+
+    def _stop_sweeping(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
+
+    def _tell(self, notices: list[channels.Notice]) -> None:
+        self.notifier.send(notices)
 
     async def fetch(self, query: Query[T]) -> T:
         return await self.pool.fetch(query)
@@ -94,3 +135,8 @@ def reach(database: Server | EmbeddedCluster) -> tuple[str, Cluster | None]:
         return database.conninfo, None
     cluster = embedded.cluster(database.path)
     return cluster.use(), cluster
+
+
+def _report(sweeping: asyncio.Task[None]) -> None:
+    if not sweeping.cancelled() and sweeping.exception() is not None:
+        log.error("sweeping has failed; the next one who waits starts it again", why=repr(sweeping.exception()))

@@ -6,31 +6,156 @@ A call with `conn=` runs in the calling thread instead, on the caller's connecti
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
-from collections.abc import Coroutine, Iterable, Mapping
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
-from queue_service.app import enqueue as enqueueing
-from queue_service.app.enqueue import OnConflict, drive_sync
-from queue_service.db.borrowed import borrow_sync
+from queue_service.app.app import App
+from queue_service.app.events import Events
+from queue_service.app.turns import Turns
+from queue_service.db.borrowed import borrow
 from queue_service.errors import ConfigError
-from queue_service.runs.model import Run
+from queue_service.events.model import Event
 
-if TYPE_CHECKING:
-    from queue_service.app.app import App
-
+O = TypeVar("O")  # noqa: E741 - the object whose methods are made blocking
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class SyncApp:
+class Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self._loop is not None:
+            raise ConfigError("This is open already. Take another `app.sync` for a second use at the same time.")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="queue_service sync", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is not None and self._thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join()
+            loop.close()
+
+    @property
+    def is_running(self) -> bool:
+        return self._loop is not None
+
+    def call(self, call: Coroutine[Any, Any, T]) -> T:
+        if self._loop is None or threading.current_thread() is self._thread:
+            call.close()
+            raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+
+class Blocking(Generic[O]):
+    """An object whose methods are those of `asynchronous`, blocking."""
+
+    def __init__(self, asynchronous: O, loop: Loop) -> None:
+        self._asynchronous = asynchronous
+        self._loop = loop
+
+
+def blocking(method: Callable[Concatenate[O, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Blocking[O], P], T]:
+    """The blocking form of an asynchronous method, with its parameters and its documentation."""
+
+    @functools.wraps(method)
+    def call(self: Blocking[O], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        conn = kwargs.get("conn")
+        if conn is None:
+            return self._loop.call(method(self._asynchronous, *args, **kwargs))
+        if _is_asynchronous(conn):
+            raise ConfigError(
+                f"{type(conn).__name__} is asynchronous: use the App itself, not its `sync` twin, with it."
+            )
+        return _here(method(self._asynchronous, *args, **kwargs))
+
+    return call
+
+
+def _is_asynchronous(conn: object) -> bool:
+    try:
+        return borrow(conn).is_async
+    except ConfigError:
+        # No connection at all: the method refuses it, after it looked at its other arguments.
+        return False
+
+
+def _here(call: Coroutine[Any, Any, T]) -> T:
+    """Run in this thread what works on a blocking connection, and so has nothing to wait for."""
+    try:
+        call.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    raise AssertionError("a call on a blocking connection waited for an event loop")
+
+
+class SyncTurns(Blocking[Turns]):
+    """`app.turns`, blocking."""
+
+    arm = blocking(Turns.arm)
+    dispatch = blocking(Turns.dispatch)
+    extend = blocking(Turns.extend)
+    withhold = blocking(Turns.withhold)
+    restore = blocking(Turns.restore)
+    reset_admission = blocking(Turns.reset_admission)
+    commit_reply = blocking(Turns.commit_reply)
+    fail = blocking(Turns.fail)
+    fail_deployment = blocking(Turns.fail_deployment)
+    reject = blocking(Turns.reject)
+    discharge = blocking(Turns.discharge)
+    sweep = blocking(Turns.sweep)
+    is_live = blocking(Turns.is_live)
+    outcome = blocking(Turns.outcome)
+    wait = blocking(Turns.wait)
+    list = blocking(Turns.list)
+    tally = blocking(Turns.tally)
+
+
+class SyncEvents(Blocking[Events]):
+    """`app.events`, blocking."""
+
+    append = blocking(Events.append)
+    append_many = blocking(Events.append_many)
+    read = blocking(Events.read)
+    head = blocking(Events.head)
+    stream = blocking(Events.stream)
+    set_state = blocking(Events.set_state)
+    trim = blocking(Events.trim)
+
+    def follow(self, stream: str, *, after: int = 0) -> Iterator[Event]:
+        """As `Events.follow`: an iterator that waits for each next event."""
+        events = self._asynchronous.follow(stream, after=after)
+
+        async def following() -> Event | None:
+            return await anext(events, None)
+
+        async def close() -> None:
+            await events.aclose()
+
+        try:
+            while (event := self._loop.call(following())) is not None:
+                yield event
+        finally:
+            if self._loop.is_running:
+                self._loop.call(close())
+
+
+class SyncApp(Blocking[App]):
     """Use as `with app.sync as q:`. `app` is its own to open and close. May be used from any thread, but not from inside
     an event loop, which it would block."""
 
     def __init__(self, app: App) -> None:
-        self._app = app
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        super().__init__(app, Loop())
+        self.turns = SyncTurns(app.turns, self._loop)
+        self.events = SyncEvents(app.events, self._loop)
 
     def __enter__(self) -> Self:
         self.open()
@@ -40,80 +165,26 @@ class SyncApp:
         self.close()
 
     def open(self) -> None:
-        if self._loop is not None:
-            raise ConfigError("This is open already. Take another `app.sync` for a second use at the same time.")
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="queue_service sync", daemon=True)
-        self._thread.start()
+        self._loop.start()
         try:
-            self._call(self._app.open())
+            self._loop.call(self._asynchronous.open())
         except BaseException:
-            self._stop()
+            self._loop.stop()
             raise
 
     def close(self) -> None:
-        if self._loop is not None:
+        if self._loop.is_running:
             try:
-                self._call(self._app.close())
+                self._loop.call(self._asynchronous.close())
             finally:
-                self._stop()
+                self._loop.stop()
 
-    def enqueue(
-        self,
-        task: str,
-        payload: Mapping[str, Any],
-        /,
-        *,
-        on_conflict: OnConflict = "return",
-        conn: Any = None,
-        **options: Any,
-    ) -> int:
-        """As `App.enqueue`, with the same options."""
-        if conn is None:
-            return self._call(self._app.enqueue(task, payload, on_conflict=on_conflict, **options))
-        enqueueing.check_policy(on_conflict)
-        new = enqueueing.new_run(self._app.tasks, self._app.settings.payload_limit, task, payload, **options)
-        return drive_sync(enqueueing.enqueue(new, on_conflict, enqueueing.notice(new)), borrow_sync(conn))
-
-    def enqueue_many(
-        self, task: str, payloads: Iterable[Mapping[str, Any]], /, *, conn: Any = None, **options: Any
-    ) -> list[int]:
-        """As `App.enqueue_many`."""
-        if conn is None:
-            return self._call(self._app.enqueue_many(task, payloads, **options))
-        common, texts = enqueueing.new_runs(self._app.tasks, self._app.settings.payload_limit, task, payloads, options)
-        return drive_sync(enqueueing.enqueue_many(common, texts, enqueueing.notice(common)), borrow_sync(conn))
-
-    def wait(self, run_id: int, *, timeout: timedelta | float | None = None) -> Run:
-        return self._call(self._app.wait(run_id, timeout=timeout))
-
-    def get(self, run_id: int) -> Run | None:
-        return self._call(self._app.get(run_id))
-
-    def cancel(self, run_id: int) -> bool:
-        return self._call(self._app.cancel(run_id))
-
-    def retry(self, run_id: int) -> bool:
-        return self._call(self._app.retry(run_id))
-
-    def delete(self, run_id: int) -> bool:
-        return self._call(self._app.delete(run_id))
-
-    def pause(self, queue: str) -> bool:
-        return self._call(self._app.pause(queue))
-
-    def resume(self, queue: str) -> bool:
-        return self._call(self._app.resume(queue))
-
-    def _call(self, call: Coroutine[Any, Any, T]) -> T:
-        if self._loop is None or threading.current_thread() is self._thread:
-            call.close()
-            raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
-
-    def _stop(self) -> None:
-        loop, self._loop = self._loop, None
-        if loop is not None and self._thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            self._thread.join()
-            loop.close()
+    enqueue = blocking(App.enqueue)
+    enqueue_many = blocking(App.enqueue_many)
+    wait = blocking(App.wait)
+    get = blocking(App.get)
+    cancel = blocking(App.cancel)
+    retry = blocking(App.retry)
+    delete = blocking(App.delete)
+    pause = blocking(App.pause)
+    resume = blocking(App.resume)

@@ -48,13 +48,6 @@ def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
     raise ConfigError(f"conn={type(conn).__name__} cannot be used. Pass {_KINDS}.")
 
 
-def borrow_sync(conn: Any) -> SyncBorrowed:
-    borrowed = borrow(conn)
-    if borrowed.is_async:
-        raise ConfigError(f"{type(conn).__name__} is asynchronous: use the App itself, not its `sync` twin, with it.")
-    return borrowed
-
-
 class _Psycopg:
     is_async: Literal[False] = False
 

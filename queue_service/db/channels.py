@@ -3,11 +3,12 @@
 `runs`      `<priority> <queue>`        something was enqueued there
 `finished`  `<run id>,<run id>…` or `*`  these runs ended (`*`: too many to name, look again)
 `cancel`    `<run id>,…`                 someone asked to cancel these running runs
+`events`    `<seq> <stream>` or `*`      the stream has come to this event, or changed otherwise (`*`: look everywhere)
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from queue_service.db.query import Query, nothing
@@ -18,10 +19,12 @@ SQL = Statements("queue_service.db")
 RUNS = "queue_service_runs"
 FINISHED = "queue_service_finished"
 CANCEL = "queue_service_cancel"
+EVENTS = "queue_service_events"
 
 EVERYTHING = "*"
 # Postgres refuses payloads of 8,000 bytes and more.
 MAX_PAYLOAD = 7_900
+MANY_STREAMS = 50
 
 
 class Notice(NamedTuple):
@@ -48,6 +51,19 @@ def read_enqueued(payload: str) -> tuple[str, int] | None:
     except ValueError:
         return None
     return (queue, number) if queue and -(2**15) <= number < 2**15 else None
+
+
+def appended(heads: Mapping[str, int]) -> list[Notice]:
+    """Notices of streams that have come to these events; one for all where there are too many to name."""
+    if len(heads) > MANY_STREAMS:
+        return [Notice(EVENTS, EVERYTHING)]
+    return [Notice(EVENTS, f"{seq} {stream}") for stream, seq in heads.items()]
+
+
+def read_appended(payload: str) -> tuple[str, int] | None:
+    """The stream and its seq, or None for "look everywhere"."""
+    seq, _, stream = payload.partition(" ")
+    return (stream, int(seq)) if stream and seq.isdecimal() else None
 
 
 def about_runs(channel: str, ids: Iterable[int]) -> Notice:

@@ -51,6 +51,7 @@ runs = Table(
     Column("timeout", Interval),
     Column("metadata", JSONB),
     Column("error", JSONB),
+    Column("reserved_for", Text),
     PrimaryKeyConstraint("id", name="runs_pkey"),
     CheckConstraint("state in ('queued', 'running')", name="runs_state_check"),
     CheckConstraint("(state = 'running') = (lease_id is not null)", name="runs_lease_check"),
@@ -131,4 +132,101 @@ workers = Table(
     Column("started_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
     Column("seen_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
     PrimaryKeyConstraint("id", name="workers_pkey"),
+)
+
+turn_markers = Table(
+    "turn_markers",
+    metadata,
+    Column("deployment", Text, nullable=False),
+    Column("message_id", Text, nullable=False),
+    Column("deadline", _TIMESTAMPTZ, nullable=False),
+    Column("armed_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("admitted_at", _TIMESTAMPTZ),
+    Column("admission", Interval, nullable=False),
+    Column("execution", Interval, nullable=False),
+    Column("run_id", BigInteger),
+    Column("failure_code", Text),
+    Column("failure_reason", Text),
+    Column("stream", Text, nullable=False),
+    Column("platform", Text, nullable=False, server_default=text("'api'")),
+    Column("channel_id", Text),
+    Column("user_id", Text),
+    Column("organization_id", Text),
+    Column("metadata", JSONB, nullable=False, server_default=text("'{}'")),
+    PrimaryKeyConstraint("deployment", "message_id", name="turn_markers_pkey"),
+    CheckConstraint(
+        "deployment <> '' and message_id <> '' and stream <> '' and platform <> '' and channel_id <> '' "
+        "and user_id <> '' and organization_id <> ''",
+        name="turn_markers_words_check",
+    ),
+    CheckConstraint(
+        "deadline > '1900-01-01Z' and deadline < '9000-01-01Z' and admission > '0' and admission <= '36500 days' "
+        "and execution > '0' and execution <= '36500 days'",
+        name="turn_markers_deadline_check",
+    ),
+    CheckConstraint("failure_code is not null or failure_reason is null", name="turn_markers_failure_check"),
+    CheckConstraint("jsonb_typeof(metadata) = 'object'", name="turn_markers_metadata_check"),
+)
+Index("turn_markers_deadline_idx", turn_markers.c.deadline)
+
+turn_outcomes = Table(
+    "turn_outcomes",
+    metadata,
+    Column("deployment", Text, nullable=False),
+    Column("message_id", Text, nullable=False),
+    Column("stream", Text, nullable=False),
+    Column("armed_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("ended_at", _TIMESTAMPTZ),
+    Column("seq", BigInteger),
+    Column("kind", Text),
+    Column("code", Text),
+    PrimaryKeyConstraint("deployment", "message_id", name="turn_outcomes_pkey"),
+    CheckConstraint("kind in ('reply', 'error', 'discharged')", name="turn_outcomes_kind_check"),
+    CheckConstraint(
+        "(kind is null) = (ended_at is null) and (seq is null) = coalesce(kind = 'discharged', true) "
+        "and (code is null) = coalesce(kind <> 'error', true)",
+        name="turn_outcomes_ended_check",
+    ),
+)
+Index("turn_outcomes_armed_idx", turn_outcomes.c.armed_at)
+
+streams = Table(
+    "streams",
+    metadata,
+    Column("stream", Text, nullable=False),
+    Column("head", BigInteger, nullable=False, server_default=text("0")),
+    Column("state", Text, nullable=False, server_default=text("'created'")),
+    Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    PrimaryKeyConstraint("stream", name="streams_pkey"),
+    CheckConstraint("head >= 0", name="streams_head_check"),
+    CheckConstraint(
+        "state in ('created', 'starting', 'active', 'detached', 'suspended', 'closing', 'ended')",
+        name="streams_state_check",
+    ),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("stream", Text, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("terminal", Boolean, nullable=False, server_default=text("false")),
+    Column("kind", Text, nullable=False),
+    Column("body", JSONB, nullable=False),
+    PrimaryKeyConstraint("stream", "seq", name="events_pkey"),
+    CheckConstraint("seq > 0", name="events_seq_check"),
+    CheckConstraint("kind <> '' and terminal = (kind in ('reply', 'error'))", name="events_kind_check"),
+    CheckConstraint("not terminal or jsonb_typeof(body) = 'object'", name="events_body_check"),
+)
+Index("events_created_idx", events.c.created_at, postgresql_using="brin")
+
+connections = Table(
+    "connections",
+    metadata,
+    Column("platform", Text, nullable=False),
+    Column("channel_id", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("expires_at", _TIMESTAMPTZ, nullable=False),
+    PrimaryKeyConstraint("platform", "channel_id", name="connections_pkey"),
 )

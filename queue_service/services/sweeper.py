@@ -1,37 +1,47 @@
-"""Takes what has lapsed: leases of lost workers, and queued runs that were not started in time.
+"""Takes what has lapsed: turns that were promised an ending, leases of lost workers, and queued runs that were not
+started in time.
 
-Runs in every worker, without a leader: each pass is bounded, and what one replica is taking the others step over.
+Runs in every worker and wherever someone waits, without a leader: each statement is bounded, and what one replica is
+taking the others step over.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from datetime import timedelta
 from typing import Any, NamedTuple
+
+import psycopg
 
 from queue_service.db import channels
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
+from queue_service.turns import queries as turns
+from queue_service.turns.model import Ended
 
 log = get_logger(__name__)
 
 # Leases hold up to a thousand runs each; the statement must stay well inside its deadline.
 LEASES = 20
 RUNS = 1_000
+TURNS = 2_000
+# Turns that are tried one by one where a batch of them is refused.
+SINGLES = 100
 
 Fetch = Callable[[Query[Any]], Awaitable[Any]]
 Notify = Callable[[list[channels.Notice]], None]
 
 
 class Swept(NamedTuple):
-    """Runs requeued, runs that ended (`failed` or `cancelled`), runs that expired."""
+    """Runs requeued, runs that ended (`failed` or `cancelled`), runs that expired; turns that were ended."""
 
     requeued: int
     ended: int
     expired: int
+    turns: int = 0
 
 
 class Sweeper:
@@ -42,19 +52,54 @@ class Sweeper:
         self._grace = grace.total_seconds()
         self._disturbed = False
         self._resume_at = 0.0
+        # For how long the oldest turn was overdue when the last pass was over: None is as it should be.
+        self.oldest_overdue: timedelta | None = None
 
     async def once(self) -> Swept:
-        """Sweep until nothing has lapsed. After an outage, leases are left alone for `grace`: they all lapsed while nobody
+        """Sweep until nothing has lapsed. After an outage, leases and turns are left alone for `grace`: all lapsed while nobody
         could extend them, and whoever still lives is to have the first word."""
         try:
             expired = await self._expire()
             if self._disturbed:
                 self._disturbed, self._resume_at = False, time.monotonic() + self._grace
-            requeued, ended = await self._sweep() if time.monotonic() >= self._resume_at else (0, 0)
+            if time.monotonic() < self._resume_at:
+                return Swept(0, 0, expired, 0)
+            requeued, ended = await self._sweep()
+            ended_turns = await self.turns()
         except DatabaseUnavailable:
             self._disturbed = True
             raise
-        return Swept(requeued, ended, expired)
+        return Swept(requeued, ended, expired, ended_turns)
+
+    async def turns(self) -> int:
+        """End the turns whose deadline has passed, until none is left that could be taken."""
+        count = 0
+        while ended := await self._sweep_turns():
+            count += len(ended)
+            log.warning("ended turns that nobody answered in time", count=len(ended))
+            self._notify(about_turns(ended))
+        self.oldest_overdue = (await self._fetch(turns.tally())).oldest_overdue
+        if count and self.oldest_overdue:
+            log.info("turns are still overdue", oldest=str(self.oldest_overdue))
+        return count
+
+    async def _sweep_turns(self) -> list[Ended]:
+        try:
+            swept: list[Ended] = await self._fetch(turns.sweep(limit=TURNS))
+        except psycopg.Error as refused:
+            log.error("a batch of turns cannot be ended; trying each", why=str(refused))
+            return await self._sweep_singly()
+        return swept
+
+    async def _sweep_singly(self) -> list[Ended]:
+        """Step over the ones that cannot be ended, so that they do not hold up the others."""
+        ended: list[Ended] = []
+        for deployment, message_id in await self._fetch(turns.overdue(limit=SINGLES)):
+            try:
+                ended += await self._fetch(turns.sweep_one(deployment, message_id))
+            except psycopg.Error as refused:
+                log.error("a turn cannot be ended", deployment=deployment, message_id=message_id, why=str(refused))
+        return ended
 
     async def _sweep(self) -> tuple[int, int]:
         requeued = ended = 0
@@ -77,3 +122,12 @@ class Sweeper:
         if count:
             log.info("runs expired before they were started", count=count)
         return count
+
+
+def about_turns(ended: Collection[Ended]) -> list[channels.Notice]:
+    """What to tell of turns that ended: the followers of their streams, and whoever delivers."""
+    heads: dict[str, int] = {}
+    for each in ended:
+        heads[each.stream] = max(each.seq, heads.get(each.stream, 0))
+    delivery = [channels.enqueued("thread_response", 0)] if any(each.platform != "api" for each in ended) else []
+    return channels.appended(heads) + delivery

@@ -10,11 +10,12 @@ import pytest
 
 from queue_service import App
 from queue_service.app import enqueue as enqueueing
-from queue_service.app.enqueue import MAX_KEY, MAX_QUEUE, MAX_TASK
+from queue_service.app.enqueue import MAX_QUEUE, MAX_TASK
 from queue_service.db.channels import Notice
 from queue_service.errors import ConfigError, PayloadRefused, QueueServiceError
 from queue_service.runs.model import NewRun
 from queue_service.tasks import Tasks
+from queue_service.words import MAX_WORD
 
 LIMIT = 256 * 1024
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
@@ -56,10 +57,10 @@ BAD: list[tuple[dict[str, Any], type[QueueServiceError], str]] = [
     ({"expires_in": math.nan}, ConfigError, "expires_in is nan"),
     ({"singleton_key": ""}, ConfigError, "singleton_key must be a text that is not empty"),
     ({"singleton_key": 7}, ConfigError, "singleton_key must be a text"),
-    ({"singleton_key": "k" * (MAX_KEY + 1)}, ConfigError, "singleton_key is 1025 bytes"),
+    ({"singleton_key": "k" * (MAX_WORD + 1)}, ConfigError, "singleton_key is 1025 bytes"),
     ({"singleton_key": "\x00"}, PayloadRefused, "singleton_key holds a NUL"),
     ({"ordering_key": ""}, ConfigError, "ordering_key"),
-    ({"ordering_key": "k" * (MAX_KEY + 1)}, ConfigError, "ordering_key is 1025 bytes"),
+    ({"ordering_key": "k" * (MAX_WORD + 1)}, ConfigError, "ordering_key is 1025 bytes"),
     ({"ordering_key": "a\x00"}, PayloadRefused, "ordering_key holds a NUL"),
     ({"organization_id": ""}, ConfigError, "organization_id"),
     ({"organization_id": 12}, ConfigError, "organization_id must be a text"),
@@ -145,7 +146,7 @@ def test_a_task_name_that_is_no_text_is_refused_for_many_runs_too(task: Any) -> 
 def test_the_longest_and_largest_options_are_taken() -> None:
     taken = new(
         "t" * MAX_TASK, {"a": "x" * (LIMIT - 8)}, queue="q" * MAX_QUEUE, priority=-(2**15), delay=0,
-        singleton_key="s" * MAX_KEY, ordering_key="o" * MAX_KEY, organization_id="i" * MAX_KEY, max_attempts=2**31 - 1,
+        singleton_key="s" * MAX_WORD, ordering_key="o" * MAX_WORD, organization_id="i" * MAX_WORD, max_attempts=2**31 - 1,
         retry_delay=0, timeout=timedelta(days=36_500), expires_in=0.000_001, metadata={"m": None},
     )  # fmt: skip
     assert (taken.priority, taken.delay, taken.retry_delay) == (-(2**15), timedelta(0), timedelta(0))
@@ -211,7 +212,7 @@ async def test_an_unknown_option_is_refused(app: App) -> None:
     with pytest.raises(ConfigError, match=r"enqueue_many has no option 'prioritty'\. Did you mean 'priority'\?"):
         await app.enqueue_many("send", [{"to": "a"}], prioritty=1)
     with pytest.raises(TypeError, match="prioritty"):
-        app.sync.enqueue("send", {"to": "a"}, conn=object(), prioritty=1)
+        app.sync.enqueue("send", {"to": "a"}, conn=object(), prioritty=1)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("option", ["singleton_key", "on_conflict"])

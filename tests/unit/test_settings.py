@@ -44,6 +44,8 @@ def test_every_setting_can_be_given_by_its_variable() -> None:
         "sweep_interval": ("3", timedelta(seconds=3)),
         "drain_timeout": ("0s", timedelta(0)),
         "max_losses": ("1", 1),
+        "admission": ("7m", timedelta(minutes=7)),
+        "execution": ("20s", timedelta(seconds=20)),
         "retention": ("2d", timedelta(days=2)),
         "log_level": ("debug", "debug"),
         "log_format": ("json", "json"),

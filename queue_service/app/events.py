@@ -1,0 +1,128 @@
+"""`app.events`: the streams, as one process uses them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from queue_service import codec
+from queue_service.app.enqueue import drive_any
+from queue_service.db import channels
+from queue_service.db.borrowed import borrow
+from queue_service.errors import ConfigError, StreamEnded
+from queue_service.events import queries
+from queue_service.events.model import Event, Stream, StreamState, check_kind
+from queue_service.events.queries import NewEvent
+from queue_service.services.combiner import Combiner
+from queue_service.words import check_word
+
+if TYPE_CHECKING:
+    from queue_service.app.app import App
+
+MAX_READ = 1_000
+TRIM_BATCH = 5_000
+
+
+class Events:
+    """Durable streams of events, one for each conversation. The order of `seq` is the order of commits, without gaps."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._appending: Combiner[list[NewEvent], list[int | None]] = Combiner(self._append, name="append")
+
+    async def append(self, stream: str, kind: str, body: Any = None, *, conn: Any = None) -> int:
+        """Store an event at the end of a stream, which is created by its first one. Returns its seq.
+
+        `kind` is `delta`, `status`, `card` or a word of your own; `reply` and `error` are how turns end, and not for
+        appending. With `conn` the event is part of the caller's transaction, which then holds up whoever else writes to
+        this stream. Raises StreamEnded, PayloadRefused, ConfigError.
+        """
+        seqs = await self.append_many(stream, [(kind, body)], conn=conn)
+        return seqs[0]
+
+    async def append_many(self, stream: str, events: Iterable[tuple[str, Any]], *, conn: Any = None) -> list[int]:
+        """Store several events of one stream, given as (kind, body), one after the other and nothing between them."""
+        check_word(stream, "stream")
+        new = [self._new(stream, kind, body) for kind, body in events]
+        if not new:
+            return []
+        if conn is None:
+            seqs = await self._appending(new)
+        else:
+            seqs = await drive_any(queries.append(new, tell=True), borrow(conn))
+        stored = [seq for seq in seqs if seq is not None]
+        if len(stored) < len(new):
+            raise StreamEnded(stream)
+        return stored
+
+    async def read(self, stream: str, *, after: int = 0, limit: int = 200) -> list[Event]:
+        """Up to `limit` events after a cursor, in order. A jump in `seq` is where events were trimmed."""
+        _check_range(after, limit)
+        return await self._app.fetch(queries.read(stream, after=after, limit=limit))
+
+    async def head(self, stream: str) -> int:
+        """The seq of the latest event; 0 for a stream without any."""
+        found = await self._app.fetch(queries.stream(stream))
+        return 0 if found is None else found.head
+
+    async def follow(self, stream: str, *, after: int = 0) -> AsyncGenerator[Event, None]:
+        """Every event after a cursor: first what is stored, then each as it is committed, whoever wrote it, on any replica.
+
+        Nothing is left out: where events were trimmed, one of kind `gap` says which (`body["from"]` to `body["to"]`).
+        Ends when the stream has ended and all of it was given. Survives outages of the database while it waits.
+        """
+        _check_range(after, 1)
+        async for event in self._app.opened.fanout.follow(stream, after):
+            yield event
+
+    async def stream(self, stream: str) -> Stream | None:
+        """A stream's head and state; None for one that does not exist yet."""
+        return await self._app.fetch(queries.stream(stream))
+
+    async def set_state(self, stream: str, state: StreamState | str) -> int:
+        """Put a stream into a state (see StreamState), creating it where it does not exist. Returns its head.
+
+        An `ended` stream takes no more events but the endings of turns that are still owed one, and its followers end.
+        A `suspended` or `ended` one is not expected to move, and is looked at less often where a notice is lost.
+        """
+        check_word(stream, "stream")
+        try:
+            known = StreamState(state)
+        except ValueError:
+            raise ConfigError(f"{state!r} is no state of a stream. Use one of {', '.join(StreamState)}.") from None
+        return await self._app.fetch(queries.set_state(stream, known))
+
+    async def trim(self, stream: str, *, upto: int) -> int:
+        """Delete the events up to a seq, except endings, which stay for as long as their turns are remembered. Returns how
+        many went. A reader who comes for them later is told of the gap."""
+        count = 0
+        while cut := await self._app.fetch(queries.trim(stream, upto=upto, limit=TRIM_BATCH)):
+            count += cut
+            if cut < TRIM_BATCH:
+                break
+        return count
+
+    def _new(self, stream: str, kind: str, body: Any) -> NewEvent:
+        check_kind(kind)
+        return NewEvent(stream, kind, codec.dumps(body, what="body", limit=self._app.settings.payload_limit))
+
+    async def _append(self, calls: Sequence[list[NewEvent]]) -> list[list[int | None]]:
+        flat = [event for call in calls for event in call]
+        notifier = self._app.opened.notifier
+        tell = notifier.may_ride(channels.EVENTS)
+        seqs = await self._app.fetch(queries.append(flat, tell=tell))
+        if not tell:
+            heads = {event.stream: seq for event, seq in zip(flat, seqs, strict=True) if seq is not None}
+            notifier.send(channels.appended(heads))
+        answers, at = [], 0
+        for call in calls:
+            answers.append(seqs[at : at + len(call)])
+            at += len(call)
+        return answers
+
+
+def _check_range(after: int, limit: int) -> None:
+    if isinstance(after, bool) or not isinstance(after, int) or after < 0:
+        raise ConfigError(f"after is a seq, a whole number from 0, not {after!r}.")
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_READ:
+        raise ConfigError(f"limit is a whole number from 1 to {MAX_READ:,}, not {limit!r}.")

@@ -1,0 +1,366 @@
+"""`app.turns`: arming turns, ending them, and waiting for their endings, as one process does it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from queue_service.app import enqueue as enqueueing
+from queue_service.app.enqueue import drive_any
+from queue_service.db import channels
+from queue_service.db.borrowed import borrow
+from queue_service.db.execute import REFUSED
+from queue_service.errors import ConfigError, DatabaseUnavailable, TurnEnded, TurnUnknown
+from queue_service.logs import get_logger
+from queue_service.services.combiner import Combiner
+from queue_service.services.sweeper import about_turns
+from queue_service.tasks import duration
+from queue_service.turns import queries
+from queue_service.turns.model import (
+    Ended,
+    Ending,
+    Marker,
+    Outcome,
+    Standing,
+    Turn,
+    TurnFailure,
+    failed,
+    replied,
+)
+from queue_service.turns.queries import Key, Owed, Tally
+from queue_service.words import check_word
+
+if TYPE_CHECKING:
+    from queue_service.app.app import App
+
+log = get_logger(__name__)
+
+# Another session that arms or dispatches the same turn makes us look again; this often in a row is no coincidence.
+TRIES = 20
+# After a deadline, or an outage, a waiter looks again in this many seconds at the earliest.
+BREATH = 0.05
+
+
+class Turns:
+    """Turns are owed exactly one ending each. Arming makes the promise; `commit_reply`, `fail`, `fail_deployment`,
+    `reject` and the sweep compete to keep it, and the database lets one of them win, whatever crashes.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._arming: Combiner[Owed, bool | None] = Combiner(self._arm, name="arm")
+        self._ending: Combiner[Sequence[Ending], Sequence[Ended]] = Combiner(self._end, name="end")
+
+    # The promise
+
+    async def arm(
+        self,
+        turn: Turn,
+        *,
+        admission: timedelta | float | None = None,
+        execution: timedelta | float | None = None,
+        conn: Any = None,
+    ) -> bool:
+        """Owe this turn an ending. Do this before any worker can see its message, and if it raises, do not go on.
+
+        `admission` is how long it may wait for a worker's first sign of life, `execution` how long for each one after
+        that (seconds or timedelta; by default the settings of those names). True: it is armed now; False: it was armed
+        before, and nothing changed. Raises TurnEnded, with the outcome, for one that has had its ending.
+        """
+        owed = self._owed(turn, admission, execution)
+        for _ in range(TRIES):
+            if conn is None:
+                armed = await self._arming(owed)
+            else:
+                armed = (await drive_any(queries.arm([owed]), borrow(conn))).get(owed.key)
+            if armed:
+                return True
+            if armed is False and await self._stands(owed.key, conn):
+                return False
+        raise _contested(turn)
+
+    async def dispatch(
+        self,
+        turn: Turn,
+        task: str,
+        payload: Mapping[str, Any],
+        /,
+        *,
+        admission: timedelta | float | None = None,
+        execution: timedelta | float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        conn: Any = None,
+        **options: Any,
+    ) -> int:
+        """Arm a turn and enqueue the run that works on it, both or neither. Returns the id of the run.
+
+        Takes the options of `enqueue`, except `singleton_key` and `on_conflict`: a turn has one run, and dispatching it
+        again returns that one's id. The run's metadata says under `turn` which turn it is. A turn that was only armed
+        gets its run, and a fresh admission. Raises TurnEnded.
+        """
+        owed = self._owed(turn, admission, execution)
+        new = enqueueing.new_run(
+            self._app.tasks,
+            self._app.settings.payload_limit,
+            task,
+            payload,
+            metadata={**(metadata or {}), "turn": {**owed.fields, "metadata": dict(turn.metadata)}},
+            **{"organization_id": turn.organization_id, **_permitted(options)},
+        )
+        run = {name: getattr(new, name) for name in type(new).__slots__ if name != "singleton_key"}
+        notice = enqueueing.notice(new)
+        notifier = None if conn is not None else self._app.opened.notifier
+        rides = notice is not None and (notifier is None or notifier.may_ride(notice.channel))
+        query = queries.dispatch(owed, run, notice if rides else None)
+        for _ in range(TRIES):
+            found = await self._fetch(query, conn)
+            if found is None:
+                continue
+            if found.run_id is not None:
+                if notice is not None and notifier is not None and not rides:
+                    notifier.send([notice])
+                return int(found.run_id)
+            if found.kind is not None:
+                await self._stands(owed.key, conn)
+        raise _contested(turn)
+
+    # Signs of life
+
+    async def extend(self, deployment: str) -> list[str]:
+        """A sign of life of a deployment: each of its turns has its whole `execution` before it again, except those
+        withheld. Returns their message ids."""
+        return await self._app.fetch(queries.extend(deployment))
+
+    async def withhold(self, deployment: str, code: str, reason: str | None = None) -> list[str]:
+        """The deployment lives, but its provider failed: its turns are no longer extended, and if they lapse, they end with
+        this code. Returns their message ids. `restore` takes it back."""
+        failure = TurnFailure(code, reason=reason)
+        return await self._app.fetch(queries.withhold(deployment, failure.code, failure.reason))
+
+    async def restore(self, deployment: str) -> list[str]:
+        """The provider recovered: a sign of life for the turns that were withheld, whose message ids are returned."""
+        return await self._app.fetch(queries.restore(deployment))
+
+    async def reset_admission(self, deployment: str, message_id: str) -> bool:
+        """The turn waits to be taken up again, as when it was released from behind another: it has its whole `admission`
+        before it. False: it is owed no ending."""
+        return await self._app.fetch(queries.reset_admission(deployment, message_id))
+
+    # Endings
+
+    async def commit_reply(
+        self, deployment: str, message_ids: Collection[str], body: Mapping[str, Any], *, conn: Any = None
+    ) -> list[str]:
+        """End turns with a reply: one `reply` event for each, stored together with its end. Returns the ids this call
+        ended; [] means that the reply came too late, and nothing was stored.
+
+        A reply that cannot be stored is cleaned, and where that does not help, the turn ends with an error that says so.
+        With `conn` the endings are part of the caller's transaction.
+        """
+        if isinstance(message_ids, str):
+            raise ConfigError(f"message_ids is a list of ids, not the one text {message_ids!r}.")
+        limit = self._app.settings.payload_limit
+        endings = [replied(deployment, message_id, body, limit) for message_id in dict.fromkeys(message_ids)]
+        for refused in (ending for ending in endings if ending.kind == "error"):
+            log.error("a reply cannot be stored", deployment=deployment, message_id=refused.message_id)
+        return [ended.message_id for ended in await self._decide(endings, conn)]
+
+    async def fail(self, deployment: str, message_id: str, failure: TurnFailure, *, conn: Any = None) -> bool:
+        """End a turn with an error. False: it was not owed an ending any more (or never), and nothing was stored."""
+        return bool(await self._decide([failed(deployment, message_id, failure)], conn))
+
+    async def fail_deployment(self, deployment: str, failure: TurnFailure) -> list[str]:
+        """End every turn of a deployment with an error, as when its process died. Returns their message ids."""
+        check_word(deployment, "deployment")
+        tell = self._app.opened.notifier.may_ride(channels.EVENTS)
+        ended = await self._app.fetch(queries.fail_deployment(deployment, failure, tell=tell))
+        self._told(ended, tell=tell)
+        return [each.message_id for each in ended]
+
+    async def reject(self, deployment: str, message_id: str, reason: str) -> Outcome:
+        """A guardrail refuses the message: its turn ends with code `rejected` and the reason as its sentence. Returns the
+        outcome that stands, which is another one where the turn had ended before. Either way the message must not be
+        passed on; so must it not if this raises: TurnUnknown for a turn never armed, DatabaseUnavailable.
+        """
+        await self.fail(deployment, message_id, TurnFailure("rejected", reason))
+        standing = await self._standing((deployment, message_id))
+        if standing.outcome is None:
+            raise DatabaseUnavailable(f"Turn {message_id!r} was armed anew while it was rejected. Reject it again.")
+        return standing.outcome
+
+    async def discharge(self, deployment: str, message_id: str) -> bool:
+        """Forget what is owed to a turn, without an event: for an operator who has answered by other means. Its outcome is
+        `discharged`. False: nothing was owed."""
+        return await self._app.fetch(queries.discharge(deployment, message_id))
+
+    async def sweep(self) -> int:
+        """End the turns whose deadline has passed, with the code they were withheld with, or else `worker_unresponsive`.
+        Returns how many. Workers, and processes that wait for turns, do this all the time."""
+        return await self._app.opened.sweep_turns()
+
+    # How turns stand
+
+    async def is_live(self, deployment: str, message_id: str) -> bool:
+        """True while this very turn is owed an ending and its deadline has not passed. What the turn needs to go on, such
+        as a fresh credential, is given only then."""
+        return await self._app.fetch(queries.is_live(deployment, message_id))
+
+    async def outcome(self, deployment: str, message_id: str) -> Outcome | None:
+        """How the turn ended; None while it has not, or for one never armed."""
+        standing = await self._app.fetch(queries.standing(deployment, message_id))
+        return None if standing is None else standing.outcome
+
+    async def wait(self, deployment: str, message_id: str, *, timeout: timedelta | float | None = None) -> Outcome:
+        """How the turn ended, once it has. It needs no worker to be alive: when the deadline passes, whoever waits ends the
+        turn. Survives outages of the database. Raises TimeoutError after `timeout`, TurnUnknown for a turn never armed.
+        """
+        seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
+        key = deployment, message_id
+        opened = self._app.opened
+        try:
+            async with asyncio.timeout(seconds):
+                standing = await self._standing(key)
+                if standing.outcome is not None:
+                    return standing.outcome
+                with opened.sweeping(), opened.fanout.watch(standing.stream) as tail:
+                    spared_until = 0.0
+                    while True:
+                        # Taken before the look: what ends between the two rings it.
+                        bell = tail.ended_turns.next()
+                        try:
+                            standing = await self._look(key, may_end=time.monotonic() >= spared_until)
+                        except DatabaseUnavailable as lost:
+                            # Nobody could extend the turn either: whoever still lives is to have the first word.
+                            log.debug("cannot look for a turn's ending; trying again", why=str(lost))
+                            spared_until = time.monotonic() + self._app.settings.lease.total_seconds() / 3
+                        if standing.outcome is not None:
+                            return standing.outcome
+                        await _rung(opened.fanout.heard(bell), self._patience(standing))
+        except TimeoutError:
+            raise TimeoutError(
+                f"Turn {message_id!r} did not end within {seconds:g} s. It goes on; wait again."
+            ) from None
+
+    async def list(
+        self,
+        *,
+        deployment: str | None = None,
+        message_id: str | None = None,
+        stream: str | None = None,
+        platform: str | None = None,
+        organization_id: str | None = None,
+        overdue: bool = False,
+        limit: int = 50,
+    ) -> list[Marker]:
+        """The turns that are owed an ending, those first that lapse first."""
+        return await self._app.fetch(
+            queries.page(
+                deployment=deployment, message_id=message_id, stream=stream, platform=platform,
+                organization_id=organization_id, overdue=overdue, limit=limit,
+            )
+        )  # fmt: skip
+
+    async def tally(self) -> Tally:
+        """How many turns are owed an ending, how many are overdue, and for how long the oldest of them has been."""
+        return await self._app.fetch(queries.tally())
+
+    # Inside
+
+    def _owed(self, turn: Turn, admission: timedelta | float | None, execution: timedelta | float | None) -> Owed:
+        settings = self._app.settings
+        return Owed(
+            turn.fields(settings.payload_limit),
+            settings.admission if admission is None else duration(admission, "admission", positive=True),
+            settings.execution if execution is None else duration(execution, "execution", positive=True),
+        )
+
+    async def _arm(self, turns: Sequence[Owed]) -> Sequence[bool | None]:
+        armed = await self._app.fetch(queries.arm(turns))
+        answers = []
+        for turn in turns:
+            answers.append(armed.get(turn.key))
+            # Of two calls for one turn the first armed it, and the second found it armed.
+            if armed.get(turn.key):
+                armed[turn.key] = False
+        return answers
+
+    async def _end(self, calls: Sequence[Sequence[Ending]]) -> Sequence[Sequence[Ended]]:
+        """One statement for the endings of several calls. Of two calls for one turn, the first wins."""
+        tell = self._app.opened.notifier.may_ride(channels.EVENTS)
+        ended = await self._app.fetch(queries.end([ending for call in calls for ending in call], tell=tell))
+        self._told(ended, tell=tell)
+        unclaimed = {(each.deployment, each.message_id): each for each in ended}
+        answers = []
+        for call in calls:
+            mine = (unclaimed.pop((ending.deployment, ending.message_id), None) for ending in call)
+            answers.append([each for each in mine if each is not None])
+        return answers
+
+    async def _decide(self, endings: Sequence[Ending], conn: Any) -> Sequence[Ended]:
+        if not endings:
+            return []
+        if conn is not None:
+            return await drive_any(queries.end(endings, tell=True), borrow(conn))
+        try:
+            return await self._ending(endings)
+        except REFUSED as refused:
+            # What our own look at it let pass, the database did not. The turn is owed an ending all the same.
+            log.error("the database refused a reply", deployment=endings[0].deployment, why=type(refused).__name__)
+            why = TurnFailure("reply_refused", reason=f"The database could not store the reply: {refused}")
+            return await self._ending([failed(each.deployment, each.message_id, why) for each in endings])
+
+    def _told(self, ended: Collection[Ended], *, tell: bool) -> None:
+        if ended and not tell:
+            self._app.opened.notifier.send(about_turns(ended))
+
+    async def _fetch(self, query: Any, conn: Any) -> Any:
+        return await (self._app.fetch(query) if conn is None else drive_any(query, borrow(conn)))
+
+    async def _standing(self, key: Key) -> Standing:
+        standing = await self._app.fetch(queries.standing(*key))
+        if standing is None:
+            raise TurnUnknown(*key)
+        return standing
+
+    async def _stands(self, key: Key, conn: Any) -> bool:
+        """True for a turn that is owed its ending; False for one nobody knows (it was forgotten at this moment)."""
+        standing: Standing | None = await self._fetch(queries.standing(*key), conn)
+        if standing is not None and standing.outcome is not None:
+            raise TurnEnded(*key, standing.outcome)
+        return standing is not None
+
+    async def _look(self, key: Key, *, may_end: bool) -> Standing:
+        """How the turn stands, once it was ended here if it has lapsed."""
+        standing = await self._standing(key)
+        if standing.outcome is None and standing.seconds_left is not None and standing.seconds_left <= 0 and may_end:
+            await self._app.fetch(queries.sweep_one(*key))
+            standing = await self._standing(key)
+        return standing
+
+    def _patience(self, standing: Standing) -> float:
+        """How long to wait for a bell before looking again: until the deadline, which may have moved by then."""
+        poll = self._app.settings.poll_interval.total_seconds()
+        left = standing.seconds_left
+        return max(left, BREATH) if left is not None and left > 0 else poll
+
+
+async def _rung(bell: Any, patience: float) -> None:
+    try:
+        async with asyncio.timeout(patience):
+            await bell
+    except TimeoutError:
+        pass
+
+
+def _permitted(options: dict[str, Any]) -> dict[str, Any]:
+    refused = options.keys() & {"singleton_key", "on_conflict"}
+    if refused:
+        raise ConfigError(f"dispatch takes no {min(refused)}: the turn itself is what is unique about its run.")
+    return options
+
+
+def _contested(turn: Turn) -> DatabaseUnavailable:
+    return DatabaseUnavailable(f"Turn {turn.message_id!r} was armed and forgotten {TRIES} times while we looked at it.")

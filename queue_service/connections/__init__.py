@@ -1,0 +1,1 @@
+"""Which process holds the connection to a channel of a platform."""

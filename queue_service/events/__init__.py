@@ -1,0 +1,1 @@
+"""Streams: the durable, gapless log of each conversation."""

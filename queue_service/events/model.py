@@ -1,0 +1,63 @@
+"""What a stream and its events are."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from queue_service.errors import ConfigError
+
+# Only the election of an ending writes the first two; the third says what a reader missed, and is never stored.
+RESERVED = frozenset({"reply", "error", "gap"})
+MAX_KIND = 64
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One entry of a stream. `seq` counts from 1 without gaps, in the order of commits. `terminal` events end a turn.
+
+    Kind `gap` is made up by whoever reads: events `body["from"]` to `body["to"]` are no longer stored.
+    """
+
+    stream: str
+    seq: int
+    kind: str
+    body: Any
+    terminal: bool = False
+    created_at: datetime | None = None
+
+
+class StreamState(StrEnum):
+    CREATED = "created"
+    STARTING = "starting"
+    ACTIVE = "active"
+    DETACHED = "detached"
+    SUSPENDED = "suspended"
+    CLOSING = "closing"
+    ENDED = "ended"
+
+    @property
+    def catches_up(self) -> bool:
+        """Whether events may come at any time, so that a watched stream is looked at on every poll."""
+        return self not in {StreamState.SUSPENDED, StreamState.ENDED}
+
+
+class Stream(msgspec.Struct, frozen=True, kw_only=True):
+    stream: str
+    head: int
+    state: StreamState
+    created_at: datetime
+
+
+def gap(stream: str, first: int, last: int, head: int) -> Event:
+    """The event that tells of others that are missing."""
+    return Event(stream=stream, seq=last, kind="gap", body={"stream": stream, "from": first, "to": last, "head": head})
+
+
+def check_kind(kind: object) -> None:
+    if not isinstance(kind, str) or not kind or len(kind) > MAX_KIND or not kind.isprintable():
+        raise ConfigError(f"The kind of an event is a word of up to {MAX_KIND} characters, not {kind!r}.")
+    if kind in RESERVED:
+        raise ConfigError(f"Events of kind {kind!r} are not for appending: they are how turns end. See `app.turns`.")

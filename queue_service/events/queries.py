@@ -1,0 +1,88 @@
+"""The operations on streams and events, as values: one function per statement of `statements.sql`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import msgspec
+
+from queue_service.codec import loads
+from queue_service.db.query import Query, Rows, scalar
+from queue_service.db.statements import Statements
+from queue_service.events.model import Event, Stream, StreamState
+
+SQL = Statements("queue_service.events")
+
+
+class NewEvent(NamedTuple):
+    """`body` is JSON text."""
+
+    stream: str
+    kind: str
+    body: str
+
+
+def append(events: Sequence[NewEvent], *, tell: bool) -> Query[list[int | None]]:
+    """The seq of each event, in the order given; None for one whose stream has ended. With `tell`, notices go out with
+    the commit."""
+    texts = [f'{{"stream":{_json(each.stream)},"kind":{_json(each.kind)},"body":{each.body}}}' for each in events]
+
+    def decode(rows: Rows) -> list[int | None]:
+        seqs: list[int | None] = [None] * len(events)
+        for place, seq, _ in rows:
+            seqs[place - 1] = seq
+        return seqs
+
+    return SQL.query("append", decode, events="[" + ",".join(texts) + "]", tell=tell)
+
+
+def read(stream: str, *, after: int, limit: int) -> Query[list[Event]]:
+    return SQL.query("read", _events, stream=stream, after=after, limit=limit)
+
+
+def stream(name: str) -> Query[Stream | None]:
+    def decode(rows: Rows) -> Stream | None:
+        if not rows:
+            return None
+        head, state, created_at = rows[0]
+        return Stream(stream=name, head=head, state=StreamState(state), created_at=created_at)
+
+    return SQL.query("stream", decode, stream=name)
+
+
+def heads(streams: Sequence[str]) -> Query[dict[str, tuple[int, StreamState]]]:
+    def decode(rows: Rows) -> dict[str, tuple[int, StreamState]]:
+        return {name: (head, StreamState(state)) for name, head, state in rows}
+
+    return SQL.query("heads", decode, streams=list(streams))
+
+
+def tails(cursors: Mapping[str, int], *, limit: int) -> Query[list[Event]]:
+    """What came after the cursor of each stream, at most `limit` events of each."""
+    return SQL.query("tails", _events, streams=list(cursors), cursors=list(cursors.values()), limit=limit)
+
+
+def set_state(name: str, state: StreamState) -> Query[int]:
+    """The head of the stream. Followers are told with the commit."""
+    return SQL.query("set_state", scalar, stream=name, state=state.value)
+
+
+def trim(name: str, *, upto: int, limit: int) -> Query[int]:
+    return SQL.query("trim", scalar, stream=name, upto=upto, limit=limit)
+
+
+def prune(age: timedelta, *, limit: int) -> Query[int]:
+    return SQL.query("prune", scalar, age=age, limit=limit)
+
+
+def _json(value: str) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _events(rows: Rows) -> list[Event]:
+    return [
+        Event(stream=row[0], seq=row[1], kind=row[2], terminal=row[3], created_at=row[4], body=loads(row[5]))
+        for row in rows
+    ]

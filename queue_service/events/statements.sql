@@ -1,0 +1,93 @@
+-- Every statement about streams and their events. The next seq comes from the stream's row, whose lock is kept until
+-- the commit: so the order of seq is the order of commits, without gaps, and nothing can appear behind a reader.
+
+-- define: event_columns
+e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text
+
+-- name: append
+-- Append events, in the order they stand in `events`, a JSON array of objects of stream, kind and body. Rows: the place in
+-- the array and the seq. A missing one belongs to a stream that has ended, and was not stored.
+-- writes: streams, events
+with asked as materialized (
+    select asked.*, row_number() over (partition by stream order by place) as nth
+      from rows from (
+        jsonb_to_recordset(%(events)s::jsonb) as (stream text, kind text, body jsonb)
+      ) with ordinality as asked (stream, kind, body, place)
+), heads as (
+    insert into queue_service.streams (stream, head)
+    select stream, count(*) from asked group by stream order by stream
+        on conflict (stream) do update set head = streams.head + excluded.head
+     where streams.state <> 'ended'
+    returning stream, head
+), numbered as materialized (
+    select asked.*, heads.head - count(*) over (partition by asked.stream) + asked.nth as seq
+      from asked join heads using (stream)
+), stored as (
+    insert into queue_service.events (stream, seq, kind, body)
+    select stream, seq, kind, body from numbered
+)
+select place, seq, case when %(tell)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
+  from numbered
+
+-- name: read
+-- Events of a stream after a cursor, in order.
+select {event_columns}
+  from queue_service.events as e
+ where e.stream = %(stream)s and e.seq > %(after)s
+ order by e.seq
+ limit %(limit)s
+
+-- name: stream
+-- A stream's head and state. No row: it does not exist.
+select head, state, created_at from queue_service.streams where stream = %(stream)s
+
+-- name: heads
+-- Heads and states of those of these streams that exist.
+select stream, head, state from queue_service.streams where stream = any(%(streams)s::text[])
+
+-- name: tails
+-- What came after a cursor, in each of these streams: at most `limit` events of each, in order.
+select {event_columns}
+  from unnest(%(streams)s::text[], %(cursors)s::bigint[]) as asked (stream, cursor)
+ cross join lateral (
+    select events.* from queue_service.events
+     where events.stream = asked.stream and events.seq > asked.cursor
+     order by events.seq limit %(limit)s
+ ) as e
+
+-- name: set_state
+-- Put a stream into a state; one that does not exist is created. Row: its head.
+-- writes: streams
+with told as (
+    insert into queue_service.streams (stream, state) values (%(stream)s, %(state)s)
+        on conflict (stream) do update set state = excluded.state
+    returning stream, head
+)
+select head, pg_notify('queue_service_events', head || ' ' || stream)::text from told
+
+-- name: trim
+-- Delete events up to `upto`, at most `limit` of them, but no endings: those go when their turns are pruned.
+-- Row: how many.
+-- writes: events
+with cut as (
+    delete from queue_service.events
+     where (stream, seq) in (
+            select e.stream, e.seq from queue_service.events as e
+             where e.stream = %(stream)s and e.seq <= %(upto)s and not e.terminal
+             order by e.seq limit %(limit)s)
+    returning seq
+)
+select count(*) from cut
+
+-- name: prune
+-- Delete events older than `age`, at most `limit` of them, but no endings. Row: how many.
+-- writes: events
+with cut as (
+    delete from queue_service.events
+     where (stream, seq) in (
+            select e.stream, e.seq from queue_service.events as e
+             where e.created_at < (select clock_timestamp()) - %(age)s::interval and not e.terminal
+             limit %(limit)s)
+    returning seq
+)
+select count(*) from cut

@@ -1,0 +1,265 @@
+"""Follows streams for the whole process: one listener, one reader, any number of followers.
+
+Each watched stream has a tail here: its latest events, read once however many follow it. A follower takes from the tail
+at its own pace, and reads from the database what the tail no longer holds; so a slow one costs nobody memory or time.
+
+Nothing depends on a notice: when listening begins, again after every gap in it, and on every poll, the heads of all
+watched streams are compared with what was read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from queue_service.db import channels
+from queue_service.db.listener import Gap, Listener
+from queue_service.db.query import Query
+from queue_service.errors import DatabaseUnavailable
+from queue_service.events import queries
+from queue_service.events.model import Event, StreamState, gap
+from queue_service.logs import get_logger
+
+log = get_logger(__name__)
+
+KEPT = 500
+PAGE = 200
+# Streams that are not expected to move are looked at on every so many polls.
+QUIET_POLLS = 10
+PAUSE = 0.1
+
+
+class Bell:
+    """Wakes everyone who took its `next` before it rings."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def next(self) -> asyncio.Event:
+        return self._event
+
+    def ring(self) -> None:
+        event, self._event = self._event, asyncio.Event()
+        event.set()
+
+
+class Tail:
+    """The latest events of one stream: those after `base`, up to `head`. Before the first look both are None."""
+
+    def __init__(self, stream: str) -> None:
+        self.stream = stream
+        self.events: deque[Event] = deque()
+        self.base: int | None = None
+        self.head: int | None = None
+        # The highest head that was heard of; what lies between is about to be read.
+        self.top = 0
+        self.state = StreamState.CREATED
+        self.watchers = 0
+        self.moved = Bell()
+        self.ended_turns = Bell()
+
+    def place(self, head: int) -> None:
+        """The first look: what came before this is not kept here."""
+        self.base = self.head = head
+        self.moved.ring()
+
+    def extend(self, events: Collection[Event]) -> None:
+        for event in events:
+            # Two reads may overlap.
+            if self.head is not None and event.seq > self.head:
+                self.events.append(event)
+                self.head = event.seq
+        while len(self.events) > KEPT:
+            self.base = self.events.popleft().seq
+        self.moved.ring()
+        if any(event.terminal for event in events):
+            self.ended_turns.ring()
+
+    def touch(self) -> None:
+        self.moved.ring()
+        self.ended_turns.ring()
+
+    def is_over(self, cursor: int) -> bool:
+        return self.state is StreamState.ENDED and cursor >= self.top
+
+    def since(self, cursor: int) -> list[Event] | None:
+        """The events after a cursor; None if they are not all here."""
+        if self.base is None or cursor < self.base:
+            return None
+        return [event for event in self.events if event.seq > cursor]
+
+
+class Fanout:
+    def __init__(
+        self, fetch: Callable[[Query[Any]], Awaitable[Any]], listener: Listener, *, poll_interval: float
+    ) -> None:
+        self._fetch = fetch
+        self._listener = listener
+        self._poll_interval = poll_interval
+        self._tails: dict[str, Tail] = {}
+        # Streams whose tails have to be read, and those whose heads have to be compared first.
+        self._behind: set[str] = set()
+        self._doubtful: set[str] = set()
+        self._wake = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+
+    @contextmanager
+    def watch(self, stream: str) -> Iterator[Tail]:
+        """The tail of a stream, kept up to date for the length of the block."""
+        if self._running is None or self._running.done():
+            self._failure = None
+            self._running = asyncio.create_task(self._run(), name="fanout")
+        tail = self._tails.get(stream)
+        if tail is None:
+            tail = self._tails[stream] = Tail(stream)
+            self._doubt([stream])
+        tail.watchers += 1
+        try:
+            yield tail
+        finally:
+            tail.watchers -= 1
+            if not tail.watchers:
+                self._tails.pop(stream, None)
+
+    async def follow(self, stream: str, after: int) -> AsyncIterator[Event]:
+        """Events after a cursor, first those that are stored, then each as it comes. Where some are stored no longer, a
+        `gap` event says which. Ends where the stream has ended. Raises what ended the watch, if anything did.
+        """
+        cursor, known = after, await self._fetch(queries.stream(stream)) if after else None
+        if after > (head := known.head if known is not None else 0):
+            # The caller saw events that this database never had: it was restored, or failed over.
+            yield gap(stream, head + 1, after, head)
+            cursor = head
+        with self.watch(stream) as tail:
+            while True:
+                moved, head_before = tail.moved.next(), tail.head
+                events = tail.since(cursor)
+                if events is None:
+                    events = await self._fetch(queries.read(stream, after=cursor, limit=PAGE))
+                for event in events:
+                    if event.seq > cursor + 1:
+                        yield gap(stream, cursor + 1, event.seq - 1, max(tail.head or 0, event.seq))
+                    yield event
+                    cursor = event.seq
+                if not events and head_before is not None and cursor < head_before:
+                    # Nothing is stored up to a head that was known before the look: it was all trimmed away.
+                    yield gap(stream, cursor + 1, head_before, head_before)
+                    cursor = head_before
+                elif not events and tail.is_over(cursor):
+                    return
+                elif not events:
+                    await self.heard(moved)
+
+    async def heard(self, bell: asyncio.Event) -> None:
+        """Wait for a bell of a tail. Raises what ended the watch: nobody may wait for a bell that nobody rings."""
+        if self._failure is None:
+            await bell.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def close(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._running
+        if self._tails and self._failure is None:
+            self._fail(DatabaseUnavailable("This App was closed while streams of it were followed."))
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._listen())
+                group.create_task(self._poll())
+                group.create_task(self._read())
+        except* Exception as broken:  # noqa: BLE001 - told to those who follow
+            self._fail(broken.exceptions[0])
+
+    def _fail(self, why: BaseException) -> None:
+        self._failure = why
+        for tail in self._tails.values():
+            tail.touch()
+
+    async def _listen(self) -> None:
+        async for heard in self._listener.notices():
+            told = None if isinstance(heard, Gap) else channels.read_appended(heard.payload)
+            if told is None:
+                self._doubt(self._tails)
+                continue
+            stream, seq = told
+            tail = self._tails.get(stream)
+            if tail is None:
+                continue
+            if tail.head is not None and seq > tail.head:
+                self._behind.add(stream)
+                self._wake.set()
+            else:
+                # Nothing new to read, so something else is: a state, or a turn that ended without an event.
+                tail.ended_turns.ring()
+                self._doubt([stream])
+
+    async def _poll(self) -> None:
+        polls = 0
+        while True:
+            await asyncio.sleep(self._poll_interval)
+            polls += 1
+            everywhere = polls % QUIET_POLLS == 0
+            self._doubt([name for name, tail in self._tails.items() if everywhere or tail.state.catches_up])
+
+    def _doubt(self, streams: Collection[str]) -> None:
+        self._doubtful.update(streams)
+        self._wake.set()
+
+    async def _read(self) -> None:
+        """Read for all streams at once, as often as there is something to read."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                if self._doubtful:
+                    await self._compare()
+                if self._behind:
+                    await self._catch_up()
+            except DatabaseUnavailable as lost:
+                log.debug("cannot read streams; trying again", why=str(lost))
+                self._doubt(self._tails)
+                await asyncio.sleep(PAUSE)
+
+    async def _compare(self) -> None:
+        names, self._doubtful = self._doubtful & self._tails.keys(), set()
+        if not names:
+            return
+        heads = await self._fetch(queries.heads(sorted(names)))
+        for name in names:
+            tail = self._tails.get(name)
+            if tail is None:
+                continue
+            head, state = heads.get(name, (0, StreamState.CREATED))
+            tail.top = max(tail.top, head)
+            if tail.head is None:
+                tail.place(head)
+            elif head > tail.head:
+                self._behind.add(name)
+            changed, tail.state = tail.state is not state, state
+            if changed:
+                tail.touch()
+
+    async def _catch_up(self) -> None:
+        names, self._behind = self._behind, set()
+        cursors = {name: tail.head for name in names if (tail := self._tails.get(name)) and tail.head is not None}
+        if not cursors:
+            return
+        found: dict[str, list[Event]] = {name: [] for name in cursors}
+        for event in await self._fetch(queries.tails(cursors, limit=PAGE)):
+            found[event.stream].append(event)
+        for name, events in found.items():
+            tail = self._tails.get(name)
+            if tail is not None and events:
+                tail.extend(events)
+            if len(events) == PAGE:
+                self._behind.add(name)
+                self._wake.set()

@@ -1,0 +1,1 @@
+"""Turns: what is owed an ending, and how it gets exactly one."""

@@ -1,0 +1,197 @@
+"""What a turn is, how it may fail, and how it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from queue_service import codec
+from queue_service.codec import sanitised
+from queue_service.errors import ConfigError, PayloadRefused, nearest
+from queue_service.words import check_word
+
+# What a failed turn may be told to have died of, and the sentence for the person who waits. Closed: whoever reads a
+# code, in an event or in a marker, may rely on it being one of these.
+SENTENCES: Mapping[str, str] = {
+    "worker_died": "The agent stopped unexpectedly. Please send the message again.",
+    "worker_unresponsive": "The agent stopped responding. Please send the message again.",
+    "worker_startup_failed": "The agent could not be started. Please try again later.",
+    "provider_quota_exhausted": "The model provider's quota is used up. Please try again later.",
+    "provider_auth_failed": "The model provider refused the agent's credentials. Please check them.",
+    "provider_overloaded": "The model provider is overloaded. Please try again later.",
+    "provider_unavailable": "The model provider cannot be reached. Please try again later.",
+    "context_too_large": "The conversation is too long for the model. Please start a new one.",
+    "reply_refused": "The agent answered, but its answer could not be stored.",
+    "rejected": "The message was rejected.",
+    "cancelled": "The turn was cancelled.",
+    "timeout": "The agent took too long to answer. Please send the message again.",
+    "internal_error": "Something went wrong. Please send the message again.",
+}
+
+MAX_REASON = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class TurnFailure:
+    """Why a turn ends without a reply. `code` is one of the catalogue; `message` is a sentence for the person who waits
+    (the catalogue's own by default), `reason` a detail for whoever looks into it. ConfigError for an unknown code.
+    """
+
+    code: str
+    message: str | None = None
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.code not in SENTENCES:
+            raise ConfigError(f"There is no failure code {self.code!r}.{nearest(str(self.code), SENTENCES)}")
+        for name in ("message", "reason"):
+            text = getattr(self, name)
+            if text is not None:
+                # A failure must be storable, whatever an exception or a dying process put into its text.
+                object.__setattr__(self, name, sanitised(str(text))[:MAX_REASON])
+
+    @property
+    def sentence(self) -> str:
+        return self.message or SENTENCES[self.code]
+
+
+def known_code(code: str | None) -> str | None:
+    """A code as it was stored, or `internal_error` for one that is not in the catalogue."""
+    return code if code is None or code in SENTENCES else "internal_error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One message dispatched to a deployment, owed one ending in its stream. `(deployment, message_id)` is its identity.
+
+    `platform` is where the person waits: for `api` the event in the stream is the delivery, for any other a renderer is
+    told (`channel_id` says which connection it needs). `metadata` is the platform's own. Texts hold up to 1,024 bytes.
+    """
+
+    deployment: str
+    message_id: str
+    stream: str
+    platform: str = "api"
+    channel_id: str | None = None
+    user_id: str | None = None
+    organization_id: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("deployment", "message_id", "stream", "platform"):
+            check_word(getattr(self, name), name)
+        for name in ("channel_id", "user_id", "organization_id"):
+            value = getattr(self, name)
+            if value is not None:
+                check_word(value, name)
+
+    def fields(self, limit: int) -> dict[str, Any]:
+        """As a JSON object for the arming statements. PayloadRefused for metadata that cannot be stored."""
+        encoded = codec.dumps_object(dict(self.metadata), what="metadata", limit=limit)
+        words = {name: getattr(self, name) for name in Turn.__slots__ if name != "metadata"}
+        return {**words, "metadata": msgspec.Raw(encoded.encode())}
+
+
+class Marker(msgspec.Struct, frozen=True, kw_only=True):
+    """A turn that is owed its ending. `deadline` is when it lapses; `admitted_at` the first sign of life."""
+
+    deployment: str
+    message_id: str
+    stream: str
+    platform: str
+    channel_id: str | None
+    user_id: str | None
+    organization_id: str | None
+    metadata: Mapping[str, Any]
+    armed_at: datetime
+    deadline: datetime
+    admitted_at: datetime | None
+    admission: timedelta
+    execution: timedelta
+    run_id: int | None
+    failure_code: str | None
+    failure_reason: str | None
+    overdue: bool
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a turn ended: with the event `seq` of `stream`, of kind `reply` or `error` (then with a `code`), whose body this
+    is; or `discharged`, by an operator, without an event. `body` is None where there is no event.
+    """
+
+    deployment: str
+    message_id: str
+    stream: str
+    armed_at: datetime
+    ended_at: datetime
+    kind: str
+    code: str | None = None
+    seq: int | None = None
+    body: Mapping[str, Any] | None = None
+
+    @property
+    def message(self) -> str | None:
+        """The sentence of an error."""
+        if self.code is None:
+            return None
+        stored = (self.body or {}).get("message")
+        return str(stored) if stored else SENTENCES[self.code]
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """An outcome, or else the seconds until the deadline (negative: it has passed; None: the turn is just ending)."""
+
+    stream: str
+    outcome: Outcome | None
+    seconds_left: float | None
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """A turn that a call ended, and the event it ended with."""
+
+    deployment: str
+    message_id: str
+    stream: str
+    seq: int
+    kind: str
+    platform: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a turn is to end with; `body` is JSON text of an object."""
+
+    deployment: str
+    message_id: str
+    kind: str
+    body: str
+    code: str | None = None
+
+
+def failed(deployment: str, message_id: str, failure: TurnFailure) -> Ending:
+    """The ending of a turn that failed."""
+    body = {"code": failure.code, "message": failure.sentence}
+    if failure.reason:
+        body["reason"] = failure.reason
+    return Ending(deployment, message_id, "error", msgspec.json.encode(body).decode(), failure.code)
+
+
+def replied(deployment: str, message_id: str, body: Any, limit: int) -> Ending:
+    """The ending of a turn that got this reply. It can always be written: characters that Postgres refuses are replaced,
+    and where the reply cannot be stored at all, the ending is an error that says why.
+    """
+    try:
+        text = codec.dumps_result(_object(body), limit=limit)
+        return Ending(deployment, message_id, "reply", text)
+    except Exception as refused:  # noqa: BLE001 - whatever a reply does when it is read, its turn gets an ending
+        return failed(deployment, message_id, TurnFailure("reply_refused", reason=codec.describe(refused)))
+
+
+def _object(body: Any) -> dict[Any, Any]:
+    if not isinstance(body, Mapping):
+        raise PayloadRefused(f"The reply must be a dict (a JSON object), not {type(body).__name__}.")
+    return dict(body)

@@ -1,0 +1,229 @@
+"""The operations on turns, as values: one function per statement of `statements.sql`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+import msgspec
+
+from queue_service.codec import loads
+from queue_service.db import channels
+from queue_service.db.channels import Notice
+from queue_service.db.query import Query, Rows, column, found, scalar
+from queue_service.db.statements import Statements
+from queue_service.turns.model import SENTENCES, Ended, Ending, Marker, Outcome, Standing, TurnFailure, known_code
+
+SQL = Statements("queue_service.turns")
+
+Key = tuple[str, str]
+
+_SENTENCES = msgspec.json.encode(SENTENCES).decode()
+# Above this, a count is shown as "this many or more".
+COUNT_LIMIT = 50_001
+
+
+class Owed(NamedTuple):
+    """A turn as the arming statements take it: its fields, and its two deadlines."""
+
+    fields: dict[str, Any]
+    admission: timedelta
+    execution: timedelta
+
+    @property
+    def key(self) -> Key:
+        return self.fields["deployment"], self.fields["message_id"]
+
+
+class Dispatched(NamedTuple):
+    """`run_id` is None and `kind` not: the turn has ended. Both None: another session is at it."""
+
+    new: bool
+    run_id: int | None
+    kind: str | None
+
+
+class Tally(NamedTuple):
+    """Counts up to COUNT_LIMIT, and for how long the oldest overdue turn has been so."""
+
+    owed: int
+    overdue: int
+    oldest_overdue: timedelta | None
+
+
+def arm(turns: Sequence[Owed]) -> Query[dict[Key, bool]]:
+    """Which turns are armed now (True), and which had been before, or have ended (False). One that is missing is being
+    armed by another session: ask again."""
+
+    def decode(rows: Rows) -> dict[Key, bool]:
+        return {(deployment, message_id): word == "armed" for deployment, message_id, word in rows}
+
+    return SQL.query("arm", decode, turns=_turns(turns))
+
+
+def dispatch(turn: Owed, run: dict[str, Any], notice: Notice | None) -> Query[Dispatched | None]:
+    """`run` has the fields of a new run. None: another session is arming the turn; ask again."""
+
+    def decode(rows: Rows) -> Dispatched | None:
+        return Dispatched(rows[0][0] == "dispatched", rows[0][1], rows[0][2]) if rows else None
+
+    told = {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
+    return SQL.query("dispatch", decode, turns=_turns([turn]), **run, **told)
+
+
+def end(endings: Sequence[Ending], *, tell: bool) -> Query[list[Ended]]:
+    """The turns this ended. With `tell`, notices go out with the commit."""
+    texts = [
+        f'{{"deployment":{_json(each.deployment)},"message_id":{_json(each.message_id)},"kind":{_json(each.kind)},'
+        f'"code":{_json(each.code)},"body":{each.body}}}'
+        for each in endings
+    ]
+    return SQL.query("end", _ended, endings="[" + ",".join(texts) + "]", tell=tell)
+
+
+def fail_deployment(deployment: str, failure: TurnFailure, *, tell: bool) -> Query[list[Ended]]:
+    return SQL.query(
+        "fail_deployment",
+        _ended,
+        deployment=deployment,
+        code=failure.code,
+        message=failure.message,
+        reason=failure.reason,
+        sentences=_SENTENCES,
+        tell=tell,
+    )
+
+
+def sweep(*, limit: int, tell: bool = False) -> Query[list[Ended]]:
+    return SQL.query("sweep", _ended, limit=limit, sentences=_SENTENCES, tell=tell)
+
+
+def sweep_one(deployment: str, message_id: str) -> Query[list[Ended]]:
+    """Ends the turn if its deadline has passed, and tells of it."""
+    return SQL.query("sweep_one", _ended, deployment=deployment, message_id=message_id, sentences=_SENTENCES, tell=True)
+
+
+def discharge(deployment: str, message_id: str) -> Query[bool]:
+    return SQL.query("discharge", found, deployment=deployment, message_id=message_id)
+
+
+def extend(deployment: str) -> Query[list[str]]:
+    return SQL.query("extend", column, deployment=deployment)
+
+
+def withhold(deployment: str, code: str, reason: str | None) -> Query[list[str]]:
+    return SQL.query("withhold", column, deployment=deployment, code=code, reason=reason)
+
+
+def restore(deployment: str) -> Query[list[str]]:
+    return SQL.query("restore", column, deployment=deployment)
+
+
+def reset_admission(deployment: str, message_id: str) -> Query[bool]:
+    return SQL.query("reset_admission", found, deployment=deployment, message_id=message_id)
+
+
+def is_live(deployment: str, message_id: str) -> Query[bool]:
+    return SQL.query("is_live", scalar, deployment=deployment, message_id=message_id)
+
+
+def standing(deployment: str, message_id: str) -> Query[Standing | None]:
+    """None: the turn was never armed, or was forgotten since."""
+    return SQL.query("standing", _standing, deployment=deployment, message_id=message_id)
+
+
+def overdue(*, limit: int) -> Query[list[Key]]:
+    return SQL.query("overdue", lambda rows: [(row[0], row[1]) for row in rows], limit=limit)
+
+
+def tally() -> Query[Tally]:
+    return SQL.query("tally", lambda rows: Tally(*rows[0]), most=COUNT_LIMIT)
+
+
+def page(
+    *,
+    deployment: str | None = None,
+    message_id: str | None = None,
+    stream: str | None = None,
+    platform: str | None = None,
+    organization_id: str | None = None,
+    overdue: bool = False,
+    limit: int = 50,
+) -> Query[list[Marker]]:
+    return SQL.query(
+        "page",
+        _markers,
+        deployment=deployment,
+        message_id=message_id,
+        stream=stream,
+        platform=platform,
+        organization_id=organization_id,
+        overdue=overdue,
+        limit=limit,
+    )
+
+
+def of_run(run_id: int) -> Query[tuple[str, str, datetime] | None]:
+    """The turn that a run works on, with its deadline; None if it works on none that is owed an ending."""
+
+    def decode(rows: Rows) -> tuple[str, str, datetime] | None:
+        return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
+
+    return SQL.query("of_run", decode, run_id=run_id)
+
+
+def prune(age: timedelta, *, limit: int) -> Query[int]:
+    return SQL.query("prune", scalar, age=age, limit=limit)
+
+
+def _turns(turns: Sequence[Owed]) -> str:
+    objects = [
+        {**turn.fields, "admission": _interval(turn.admission), "execution": _interval(turn.execution)}
+        for turn in turns
+    ]
+    return msgspec.json.encode(objects).decode()
+
+
+def _interval(value: timedelta) -> str:
+    return f"{value.total_seconds():.6f} seconds"
+
+
+def _json(value: str | None) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _ended(rows: Rows) -> list[Ended]:
+    return [Ended(*row[:6]) for row in rows]
+
+
+def _standing(rows: Rows) -> Standing | None:
+    if not rows:
+        return None
+    deployment, message_id, stream, armed_at, ended_at, kind, code, seq, body, left = rows[0]
+    outcome = None
+    if kind is not None:
+        outcome = Outcome(
+            deployment=deployment,
+            message_id=message_id,
+            stream=stream,
+            armed_at=armed_at,
+            ended_at=ended_at,
+            kind=kind,
+            code=known_code(code),
+            seq=seq,
+            body=None if body is None else loads(body),
+        )
+    return Standing(stream=stream, outcome=outcome, seconds_left=left)
+
+
+def _markers(rows: Rows) -> list[Marker]:
+    return [
+        Marker(
+            deployment=row[0], message_id=row[1], stream=row[2], platform=row[3], channel_id=row[4], user_id=row[5],
+            organization_id=row[6], metadata=row[7], armed_at=row[8], deadline=row[9], admitted_at=row[10],
+            admission=row[11], execution=row[12], run_id=row[13], failure_code=known_code(row[14]),
+            failure_reason=row[15], overdue=row[16],
+        )
+        for row in rows
+    ]  # fmt: skip

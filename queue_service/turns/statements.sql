@@ -1,0 +1,373 @@
+-- Every statement about turns. An armed turn is a row of `turn_markers`; deleting it is the election of whoever writes the
+-- ending, and the ending is written by the very statement that deletes it. `turn_outcomes` has a row for each turn from
+-- its arming on, so that its one unique key decides whether a turn may be armed.
+--
+-- Locks are taken in this order: outcomes, markers, streams; those of one kind by ascending key. A statement that ends
+-- turns touches their outcomes last all the same: it holds the marker, and nobody else writes the outcome of a turn
+-- whose marker is held.
+
+-- define: marker_fields
+m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata, m.armed_at
+
+-- define: ended
+heads as (
+    -- The row lock is kept to the end of the transaction: the order of seq is the order of commits, without gaps.
+    insert into queue_service.streams (stream, head)
+    select taken.stream, count(*) from taken group by taken.stream order by taken.stream
+        on conflict (stream) do update set head = streams.head + excluded.head
+    returning stream, head
+), numbered as materialized (
+    select taken.*,
+           heads.head + 1 - row_number() over (partition by taken.stream order by armed_at desc, message_id desc) as seq
+      from taken join heads using (stream)
+), outcomes as (
+    -- A turn that has its ending already gets no second one, even if somebody put its marker back by hand.
+    insert into queue_service.turn_outcomes (deployment, message_id, stream, armed_at, ended_at, seq, kind, code)
+    select deployment, message_id, stream, armed_at, clock_timestamp(), seq, kind, code from numbered
+     order by deployment, message_id
+        on conflict (deployment, message_id) do update
+       set stream = excluded.stream, ended_at = excluded.ended_at, seq = excluded.seq, kind = excluded.kind,
+           code = excluded.code
+     where turn_outcomes.kind is null
+    returning deployment, message_id
+), endings as materialized (
+    select numbered.* from numbered join outcomes using (deployment, message_id)
+), stored as (
+    insert into queue_service.events (stream, seq, kind, terminal, body)
+    select stream, seq, kind, true,
+           body || jsonb_build_object('deployment', deployment, 'message_ids', jsonb_build_array(message_id),
+                                      'platform', platform, 'organization_id', organization_id)
+      from endings
+), deliveries as (
+    -- For the API the event is the delivery. Elsewhere a renderer has to be told, first of all the one that is connected.
+    insert into queue_service.runs (queue, task, payload, organization_id, reserved_for)
+    select 'thread_response', 'deliver',
+           jsonb_build_object('stream', stream, 'seq', seq, 'kind', kind, 'deployment', deployment,
+                              'message_id', message_id, 'platform', platform, 'channel_id', channel_id,
+                              'user_id', user_id, 'metadata', metadata),
+           organization_id,
+           (select owner from queue_service.connections as c
+             where c.platform = endings.platform and c.channel_id = endings.channel_id
+               and c.expires_at > clock_timestamp())
+      from endings where platform <> 'api'
+    returning id
+)
+select endings.deployment, endings.message_id, endings.stream, endings.seq, endings.kind, endings.platform,
+       case when %(tell)s then pg_notify('queue_service_events', endings.seq || ' ' || endings.stream)::text end,
+       case when %(tell)s and endings.platform <> 'api' then
+           pg_notify('queue_service_runs', '0 thread_response')::text end
+  from endings
+ order by endings.stream, endings.seq
+
+-- define: asked_turns
+asked as materialized (
+    select distinct on (deployment, message_id) *
+      from jsonb_to_recordset(%(turns)s::jsonb)
+        as asked (deployment text, message_id text, stream text, platform text, channel_id text, user_id text,
+                  organization_id text, metadata jsonb, admission interval, execution interval)
+     order by deployment, message_id
+), opened as (
+    insert into queue_service.turn_outcomes (deployment, message_id, stream)
+    select deployment, message_id, stream from asked
+     order by deployment, message_id
+        on conflict (deployment, message_id) do nothing
+    returning deployment, message_id
+), streams as (
+    -- Looked for first: an insert that meets the row would wait for whoever is writing to it.
+    insert into queue_service.streams (stream)
+    select distinct asked.stream from asked join opened using (deployment, message_id)
+     where not exists (select from queue_service.streams where streams.stream = asked.stream)
+     order by asked.stream
+        on conflict (stream) do nothing
+)
+
+-- define: marker_columns
+(deployment, message_id, stream, platform, channel_id, user_id, organization_id, metadata, admission, execution,
+        deadline, run_id)
+
+-- define: marker_values
+asked.deployment, asked.message_id, asked.stream, asked.platform, asked.channel_id, asked.user_id,
+           asked.organization_id, asked.metadata, asked.admission, asked.execution,
+           clock_timestamp() + asked.admission
+
+-- define: lapsed_fields
+'error' as kind, failure.code, {failure_body} as body
+
+-- define: lapsed_failure
+cross join lateral (
+        select case when m.failure_code is null then 'worker_unresponsive'
+                    when %(sentences)s::jsonb ? m.failure_code then m.failure_code else 'internal_error' end as code,
+               null::text as message,
+               case when m.failure_code is not null then m.failure_reason
+                    when m.admitted_at is null then format('No worker took it up within %%s.', m.admission)
+                    else format('No sign of life for %%s.', m.execution) end as reason
+    ) as failure
+
+-- define: failure_body
+jsonb_strip_nulls(jsonb_build_object(
+               'code', failure.code,
+               'message', coalesce(failure.message, %(sentences)s::jsonb ->> failure.code),
+               'reason', failure.reason))
+
+-- define: standing_columns
+o.deployment, o.message_id, o.stream, o.armed_at, o.ended_at, o.kind, o.code, o.seq,
+       (select events.body::text from queue_service.events
+         where events.stream = o.stream and events.seq = o.seq and events.terminal),
+       extract(epoch from m.deadline - clock_timestamp())::float8
+
+-- name: arm
+-- Owe each of these turns an ending. `turns` is a JSON array of objects. Rows: 'armed', or 'known' for one that was armed
+-- before (see `standing` for how it stands). A turn without a row is being armed by another session: send it again.
+-- writes: turn_outcomes, turn_markers, streams
+with {asked_turns}, armed as (
+    insert into queue_service.turn_markers {marker_columns}
+    select {marker_values}, null from asked join opened using (deployment, message_id)
+    returning deployment, message_id
+)
+select deployment, message_id, 'armed' from armed
+union all
+select o.deployment, o.message_id, 'known' from asked join queue_service.turn_outcomes as o using (deployment, message_id)
+
+-- name: dispatch
+-- Arm one turn and store the run that works on it, both or neither; or only the run, where the turn is armed and has none.
+-- Row: 'dispatched' or 'known'; the id of the turn's run; how the turn ended. No row, or a known turn with neither: another
+-- session is dispatching it, send it again.
+-- writes: turn_outcomes, turn_markers, streams, runs
+with {asked_turns}, pending as (
+    -- Locked, so that of two sessions that dispatch an armed turn, the second finds its run.
+    select m.deployment, m.message_id
+      from asked join queue_service.turn_markers as m using (deployment, message_id)
+     where m.run_id is null
+       for update of m
+), stored as (
+    insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, max_attempts,
+                                    retry_delay, timeout, metadata, organization_id)
+    select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.run_at + %(expires_in)s::interval,
+           %(ordering_key)s, %(max_attempts)s, %(retry_delay)s::interval, %(timeout)s::interval, %(metadata)s::jsonb,
+           %(organization_id)s
+      from (select coalesce(%(run_at)s::timestamptz,
+                            clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
+     where exists (select from opened) or exists (select from pending)
+    returning id
+), armed as (
+    insert into queue_service.turn_markers {marker_columns}
+    select {marker_values}, stored.id from asked join opened using (deployment, message_id) cross join stored
+), begun as (
+    update queue_service.turn_markers as m
+       set run_id = stored.id, deadline = clock_timestamp() + m.admission, admitted_at = null
+      from stored, pending
+     where m.deployment = pending.deployment and m.message_id = pending.message_id
+)
+select 'dispatched', id, null, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end
+  from stored
+union all
+select 'known', (select m.run_id from queue_service.turn_markers as m
+                  where m.deployment = o.deployment and m.message_id = o.message_id), o.kind, null
+  from asked join queue_service.turn_outcomes as o using (deployment, message_id)
+ where not exists (select from stored)
+
+-- name: end
+-- End those of these turns that are still owed an ending, each with the event it was given. `endings` is a JSON array of
+-- objects of deployment, message_id, kind, code and body; of two for one turn the first counts. Rows: the turns that this
+-- call ended, with their event. A missing one was ended by somebody else, or never armed, and nothing was stored for it.
+-- writes: turn_markers, turn_outcomes, streams, events, runs
+with asked as materialized (
+    select distinct on (deployment, message_id) *
+      from rows from (
+        jsonb_to_recordset(%(endings)s::jsonb) as (deployment text, message_id text, kind text, code text, body jsonb)
+      ) with ordinality as asked (deployment, message_id, kind, code, body, place)
+     order by deployment, message_id, place
+), taken as (
+    delete from queue_service.turn_markers as m
+     using asked
+     where m.deployment = asked.deployment and m.message_id = asked.message_id
+    returning {marker_fields}, asked.kind, asked.code, asked.body
+), {ended}
+
+-- name: fail_deployment
+-- End every turn of a deployment with the same failure. Rows as of `end`.
+-- writes: turn_markers, turn_outcomes, streams, events, runs
+with failure as materialized (
+    select %(code)s::text as code, %(message)s::text as message, %(reason)s::text as reason
+), owed as materialized (
+    select m.deployment, m.message_id from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s
+     order by m.deployment, m.message_id
+       for update
+), taken as (
+    delete from queue_service.turn_markers as m
+     using owed, failure
+     where m.deployment = owed.deployment and m.message_id = owed.message_id
+    returning {marker_fields}, 'error' as kind, failure.code, {failure_body} as body
+), {ended}
+
+-- name: sweep
+-- End turns whose deadline has passed, at most `limit` of them, oldest first. Rows as of `end`. The guard stands in the
+-- DELETE: an extend that commits first wins. Markers that another session holds are stepped over, and so are those of
+-- streams that somebody is writing to: waiting for one would hold up all the others.
+-- writes: turn_markers, turn_outcomes, streams, events, runs
+with lapsed as materialized (
+    select m.deployment, m.message_id, m.stream from queue_service.turn_markers as m
+     where m.deadline < (select clock_timestamp())
+     order by m.deadline
+     limit %(limit)s
+       for update skip locked
+), free as materialized (
+    select s.stream from queue_service.streams as s
+     where s.stream in (select lapsed.stream from lapsed)
+     order by s.stream
+       for no key update skip locked
+), ready as materialized (
+    select lapsed.deployment, lapsed.message_id from lapsed
+     where lapsed.stream in (select free.stream from free)
+        or not exists (select from queue_service.streams as s where s.stream = lapsed.stream)
+), deleted as (
+    delete from queue_service.turn_markers as m
+     using ready
+     where m.deployment = ready.deployment and m.message_id = ready.message_id and m.deadline < clock_timestamp()
+    returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution
+), taken as materialized (
+    select {marker_fields}, {lapsed_fields}
+      from deleted as m
+     {lapsed_failure}
+), {ended}
+
+-- name: sweep_one
+-- As `sweep`, for one turn, and waiting for whoever holds it.
+-- writes: turn_markers, turn_outcomes, streams, events, runs
+with deleted as (
+    delete from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id = %(message_id)s and m.deadline < clock_timestamp()
+    returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution
+), taken as materialized (
+    select {marker_fields}, {lapsed_fields}
+      from deleted as m
+     {lapsed_failure}
+), {ended}
+
+-- name: discharge
+-- Forget what is owed to a turn, without an event: it was answered by other means. Row: its stream.
+-- writes: turn_markers, turn_outcomes
+with taken as (
+    delete from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id = %(message_id)s
+    returning {marker_fields}
+)
+insert into queue_service.turn_outcomes (deployment, message_id, stream, armed_at, ended_at, kind)
+select deployment, message_id, stream, armed_at, clock_timestamp(), 'discharged' from taken
+    on conflict (deployment, message_id) do update set ended_at = excluded.ended_at, kind = excluded.kind
+ where turn_outcomes.kind is null
+returning stream, pg_notify('queue_service_events', '0 ' || stream)::text
+
+-- name: extend
+-- A sign of life: the deadline of each turn of the deployment is the execution's from now on, except of those withheld.
+-- Rows: message ids.
+-- writes: turn_markers
+update queue_service.turn_markers as m
+   set deadline = clock_timestamp() + m.execution, admitted_at = coalesce(m.admitted_at, clock_timestamp())
+ where (m.deployment, m.message_id) in (
+        select owed.deployment, owed.message_id from queue_service.turn_markers as owed
+         where owed.deployment = %(deployment)s and owed.failure_code is null
+         order by owed.deployment, owed.message_id
+           for update)
+   and m.failure_code is null
+returning m.message_id
+
+-- name: withhold
+-- The provider failed: signs of life no longer extend the turns of the deployment, and if they lapse, they end with this
+-- failure. Rows: message ids.
+-- writes: turn_markers
+update queue_service.turn_markers as m
+   set failure_code = %(code)s, failure_reason = %(reason)s
+ where (m.deployment, m.message_id) in (
+        select owed.deployment, owed.message_id from queue_service.turn_markers as owed
+         where owed.deployment = %(deployment)s
+         order by owed.deployment, owed.message_id
+           for update)
+returning m.message_id
+
+-- name: restore
+-- The provider recovered, which is a sign of life. Rows: ids of the messages that had been withheld.
+-- writes: turn_markers
+update queue_service.turn_markers as m
+   set failure_code = null, failure_reason = null, deadline = clock_timestamp() + m.execution,
+       admitted_at = coalesce(m.admitted_at, clock_timestamp())
+ where (m.deployment, m.message_id) in (
+        select owed.deployment, owed.message_id from queue_service.turn_markers as owed
+         where owed.deployment = %(deployment)s and owed.failure_code is not null
+         order by owed.deployment, owed.message_id
+           for update)
+returning m.message_id
+
+-- name: reset_admission
+-- The turn waits to be taken up again, with a whole admission before it. Row: its message id.
+-- writes: turn_markers
+update queue_service.turn_markers as m
+   set deadline = clock_timestamp() + m.admission, admitted_at = null
+ where m.deployment = %(deployment)s and m.message_id = %(message_id)s
+returning m.message_id
+
+-- name: is_live
+-- Whether this very turn is owed an ending and still has time.
+select exists (
+    select from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id = %(message_id)s and m.deadline > clock_timestamp()
+)
+
+-- name: standing
+-- How a turn stands: its outcome, and the seconds left to its deadline while it is owed one. No row: never armed.
+select {standing_columns}
+  from queue_service.turn_outcomes as o
+  left join queue_service.turn_markers as m using (deployment, message_id)
+ where o.deployment = %(deployment)s and o.message_id = %(message_id)s
+
+-- name: overdue
+-- Turns whose deadline has passed, the oldest first.
+select m.deployment, m.message_id from queue_service.turn_markers as m
+ where m.deadline < (select clock_timestamp())
+ order by m.deadline
+ limit %(limit)s
+
+-- name: tally
+-- How many turns are owed an ending, how many of them are overdue (both counted up to `most`), and for how long the
+-- oldest of them has been.
+select (select count(*) from (select from queue_service.turn_markers limit %(most)s) as owed),
+       (select count(*) from (select from queue_service.turn_markers as m
+                               where m.deadline < (select clock_timestamp()) order by m.deadline limit %(most)s) as late),
+       (select clock_timestamp() - min(m.deadline) from queue_service.turn_markers as m
+         where m.deadline < (select clock_timestamp()))
+
+-- name: page
+-- Markers, those first that lapse first, after the place `after_*` says.
+select {marker_fields}, m.deadline, m.admitted_at, m.admission, m.execution, m.run_id, m.failure_code,
+       m.failure_reason, m.deadline < clock_timestamp()
+  from queue_service.turn_markers as m
+ where (%(deployment)s::text is null or m.deployment = %(deployment)s)
+   and (%(message_id)s::text is null or m.message_id = %(message_id)s)
+   and (%(stream)s::text is null or m.stream = %(stream)s)
+   and (%(platform)s::text is null or m.platform = %(platform)s)
+   and (%(organization_id)s::text is null or m.organization_id = %(organization_id)s)
+   and (not %(overdue)s or m.deadline < (select clock_timestamp()))
+ order by m.deadline, m.deployment, m.message_id
+ limit %(limit)s
+
+-- name: of_run
+-- The turn that a run works on, while it is owed its ending: message id and deadline.
+select m.deployment, m.message_id, m.deadline from queue_service.turn_markers as m where m.run_id = %(run_id)s
+
+-- name: prune
+-- Forget turns that were armed before `age` ago and have ended, at most `limit` of them, and their events. Row: how many.
+-- writes: turn_outcomes, events
+with old as (
+    delete from queue_service.turn_outcomes
+     where (deployment, message_id) in (
+            select o.deployment, o.message_id from queue_service.turn_outcomes as o
+             where o.armed_at < (select clock_timestamp()) - %(age)s::interval and o.kind is not null
+             order by o.armed_at limit %(limit)s for update skip locked)
+    returning stream, seq
+), cut as (
+    delete from queue_service.events
+     using old
+     where events.stream = old.stream and events.seq = old.seq
+)
+select count(*) from old
