@@ -1,38 +1,19 @@
-"""Measure the runs queue: `scripts/bench`, or `python -m benchmarks.queue [--database-url URL] [--runs N] [NAME…]`.
-
-Each scenario is run several times; the median is shown with the range. The database is an embedded cluster in a temporary
-directory unless a URL is given, with its default settings: nothing about durability is changed.
-"""
+"""Scenarios of the runs queue."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import json
-import os
 import platform
 import resource
-import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
+from benchmarks.harness import scenario
 from queue_service import App, Worker
-from queue_service.db import embedded, schema, url
 from queue_service.db.pool import connect
-
-SCENARIOS: dict[str, Callable[[App, int], Awaitable[dict[str, float]]]] = {}
-Scenario = Callable[[App, int], Awaitable[dict[str, float]]]
-
-
-def scenario(function: Scenario) -> Scenario:
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 class Clock:
@@ -42,9 +23,7 @@ class Clock:
     begun: asyncio.Event | None = None
 
 
-def build(conninfo: str) -> App:
-    app = App(conninfo)
-
+def add_tasks(app: App) -> None:
     @app.task()
     async def noop(n: int) -> None:
         if Clock.first is None:
@@ -55,15 +34,6 @@ def build(conninfo: str) -> App:
         Clock.first = time.perf_counter()
         if Clock.begun is not None:
             Clock.begun.set()
-
-    return app
-
-
-async def reset(app: App) -> None:
-    async with app.pool.connection() as conn:
-        await conn.execute("truncate queue_service.runs, queue_service.finished_runs, queue_service.leases")
-        await conn.execute("vacuum analyze queue_service.runs")
-        await conn.execute("checkpoint")
 
 
 async def drained(app: App, count: int, *, once: bool = True) -> float:
@@ -183,51 +153,3 @@ async def pinned_xmin(app: App) -> AsyncIterator[None]:
 
 def rss() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Linux" else 1024**2)
-
-
-async def measure(conninfo: str, names: list[str], count: int, rounds: int) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    async with build(conninfo) as app:
-        for name in names:
-            taken: dict[str, list[float]] = {}
-            for _ in range(rounds):
-                await reset(app)
-                for figure, value in (await SCENARIOS[name](app, count)).items():
-                    taken.setdefault(figure, []).append(value)
-            results[name] = taken
-            for figure, values in taken.items():
-                low, middle, high = min(values), statistics.median(values), max(values)
-                print(f"{name:10} {figure:22} {middle:12,.1f}   ({low:,.1f} to {high:,.1f})", flush=True)
-    return results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SCENARIOS)}; all by default")
-    parser.add_argument("--database-url", help="an existing server; its schema queue_service is emptied")
-    parser.add_argument("--runs", type=int, default=50_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    given = parser.parse_args()
-    names = given.names or list(SCENARIOS)
-    if unknown := set(names) - SCENARIOS.keys():
-        parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
-    scratch = Path(tempfile.mkdtemp(prefix="queue_service-bench-"))
-    scratch.chmod(0o711)
-    target = url.parse(given.database_url or f"file:{scratch}/postgres", source="argument")
-    cluster = embedded.cluster(target.path) if isinstance(target, url.EmbeddedCluster) else None
-    try:
-        conninfo = cluster.use() if cluster else target.conninfo  # type: ignore[union-attr]
-        schema.upgrade(conninfo)
-        print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {target}", flush=True)
-        results = asyncio.run(measure(conninfo, names, given.runs, given.rounds))
-    finally:
-        if cluster:
-            cluster.leave()
-        shutil.rmtree(scratch, ignore_errors=True)
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,31 @@
-"""Makes the daily partitions of `finished_runs` ahead of time, drops those past retention, forgets silent workers.
+"""Makes the daily partitions of `finished_runs` ahead of time and drops those past retention; forgets turns that ended,
+events, silent workers and connections long lapsed.
 
 Any number of processes may do this at once: an advisory lock lets one work and the others go on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from typing import NamedTuple
 
 from psycopg import errors as pg
 from psycopg import sql
 
+from queue_service.connections import queries as connections
 from queue_service.db.execute import translated
 from queue_service.db.pool import Connection, Pool
+from queue_service.db.query import Query
+from queue_service.events import queries as events
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
+from queue_service.turns import queries as turns
 
 log = get_logger(__name__)
 
 AHEAD = 3
+BATCH = 5_000
 SILENCE = timedelta(days=1)
 _LOCK = 4_718_105_520_115
 _PREFIX = "finished_runs_"
@@ -36,8 +43,12 @@ alter table queue_service.finished_runs attach partition queue_service.{name} fo
 
 
 class Pruned(NamedTuple):
+    """Partitions made and dropped; turns and events forgotten."""
+
     made: list[str]
     dropped: list[str]
+    turns: int = 0
+    events: int = 0
 
 
 class Pruner:
@@ -48,9 +59,24 @@ class Pruner:
     async def once(self) -> Pruned:
         """What was made and dropped; nothing where another process holds the lock or a table is busy."""
         await self._pool.fetch(roster.prune(SILENCE))
+        await self._pool.fetch(connections.prune(SILENCE))
+        turns_gone = await self._all(turns.prune)
+        events_gone = await self._all(events.prune)
         async with self._pool.connection() as conn:
             with translated():
-                return await self._partitions(conn)
+                pruned = await self._partitions(conn)
+        return pruned._replace(turns=turns_gone, events=events_gone)
+
+    async def _all(self, prune: Callable[..., Query[int]]) -> int:
+        """Prune batch after batch, each a short transaction, until one comes back short."""
+        count = 0
+        while gone := await self._pool.fetch(prune(self._retention, limit=BATCH)):
+            count += gone
+            if gone < BATCH:
+                break
+        if count:
+            log.info("pruned", statement=prune.__module__, count=count)
+        return count
 
     async def _partitions(self, conn: Connection) -> Pruned:
         try:
@@ -75,7 +101,7 @@ class Pruner:
             return Pruned([], [])
         pruned = Pruned([_name(day) for day in due], [_name(day) for day in old])
         if due or old:
-            log.info("history partitions", **pruned._asdict())
+            log.info("history partitions", made=pruned.made, dropped=pruned.dropped)
         return pruned
 
     def _outstanding(self, today: date, have: set[date]) -> tuple[list[date], list[date]]:

@@ -56,7 +56,7 @@ class Sweeper:
         self.oldest_overdue: timedelta | None = None
 
     async def once(self) -> Swept:
-        """Sweep until nothing has lapsed. After an outage, leases and turns are left alone for `grace`: all lapsed while nobody
+        """Sweep until nothing has lapsed. After an outage, leases and turns get `grace` first: they all lapsed while nobody
         could extend them, and whoever still lives is to have the first word."""
         try:
             expired = await self._expire()

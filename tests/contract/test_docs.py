@@ -21,6 +21,18 @@ from queue_service import App
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- run: (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
+# Blocks that are whole programs, and what they print. The others are fragments that find an open `app`.
+PROGRAMS = {
+    "example": "succeeded Hello, Ada, on attempt 1\n",
+    "turns": (
+        "reply Hello, Ada\n"
+        "error worker_unresponsive The agent stopped responding. Please send the message again.\n"
+        "worker_died\n"
+    ),
+    "streams": (
+        "3 ['delta', 'delta']\n1 status {'text': 'thinking'}\n2 delta {'text': 'Hel'}\n3 delta {'text': 'lo'}\n"
+    ),
+}
 BLOCKS = {name: code for page in PAGES for name, code in BLOCK.findall(page.read_text())}
 
 
@@ -29,9 +41,10 @@ def test_every_block_has_a_name() -> None:
     assert len(BLOCKS) == sum(page.read_text().count("```python") for page in PAGES)
 
 
-def test_the_readme_example_runs_as_a_program(database: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_of_the_documentation_prints_what_it_should(name: str, database: str, tmp_path: Path) -> None:
     program = tmp_path / "example.py"
-    program.write_text(BLOCKS["example"])
+    program.write_text(BLOCKS[name])
     done = subprocess.run(
         [sys.executable, str(program)],
         env={"QUEUE_SERVICE_DATABASE_URL": database, "PATH": "/usr/bin:/bin"},
@@ -39,7 +52,7 @@ def test_the_readme_example_runs_as_a_program(database: str, tmp_path: Path) -> 
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, "succeeded Hello, Ada, on attempt 1\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, PROGRAMS[name]), done.stderr
 
 
 def test_the_readme_example_has_about_twenty_lines() -> None:
@@ -57,7 +70,7 @@ async def names(app: App, database: str) -> AsyncIterator[dict[str, Any]]:
     await engine.dispose()
 
 
-@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - {"example", ""}))
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - PROGRAMS.keys() - {""}))
 async def test_a_block_of_the_documentation_runs(name: str, names: dict[str, Any]) -> None:
     code = "async def block():\n" + textwrap.indent(BLOCKS[name], "    ")
     exec(compile(code, name, "exec"), names)  # noqa: S102 - our own documentation
