@@ -108,9 +108,6 @@ create table queue_service.events (
     autovacuum_vacuum_scale_factor = 0.05
 );
 
--- For pruning by age: a few bytes for a hundred pages, where a btree would cost each event as much as its key does.
-create index events_created_idx on queue_service.events using brin (created_at);
-
 create table queue_service.connections (
     platform   text not null,
     channel_id text not null,

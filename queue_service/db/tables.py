@@ -219,7 +219,6 @@ events = Table(
     CheckConstraint("kind <> '' and terminal = (kind in ('reply', 'error'))", name="events_kind_check"),
     CheckConstraint("not terminal or jsonb_typeof(body) = 'object'", name="events_body_check"),
 )
-Index("events_created_idx", events.c.created_at, postgresql_using="brin")
 
 connections = Table(
     "connections",

@@ -73,8 +73,9 @@ def trim(name: str, *, upto: int, limit: int) -> Query[int]:
     return SQL.query("trim", scalar, stream=name, upto=upto, limit=limit)
 
 
-def prune(age: timedelta, *, limit: int) -> Query[int]:
-    return SQL.query("prune", scalar, age=age, limit=limit)
+def prune(age: timedelta, *, after: str, streams: int, limit: int) -> Query[tuple[str | None, int]]:
+    """The last stream looked at, None where there are no more after this one; and how many events went."""
+    return SQL.query("prune", lambda rows: (rows[0][0], rows[0][1]), age=age, after=after, streams=streams, limit=limit)
 
 
 def _json(value: str) -> str:

@@ -80,14 +80,28 @@ with cut as (
 select count(*) from cut
 
 -- name: prune
--- Delete events older than `age`, at most `limit` of them, but no endings. Row: how many.
+-- Delete events older than `age` of the next `streams` streams after a name, at most `limit` of them, but no endings.
+-- Within a stream time follows seq, so what is old lies in front of the first event that is not, and no index on time is
+-- needed. Row: the last stream looked at (null: there are no more), and how many events went.
 -- writes: events
-with cut as (
+with page as materialized (
+    select s.stream, s.head from queue_service.streams as s
+     where s.stream > %(after)s order by s.stream limit %(streams)s
+), bounds as materialized (
+    select page.stream,
+           coalesce((select events.seq from queue_service.events
+                      where events.stream = page.stream
+                        and events.created_at >= (select clock_timestamp()) - %(age)s::interval
+                      order by events.seq limit 1), page.head + 1) as fresh
+      from page
+), old as materialized (
+    select e.stream, e.seq
+      from bounds
+      join queue_service.events as e on e.stream = bounds.stream and e.seq < bounds.fresh and not e.terminal
+     limit %(limit)s
+), cut as (
     delete from queue_service.events
-     where (stream, seq) in (
-            select e.stream, e.seq from queue_service.events as e
-             where e.created_at < (select clock_timestamp()) - %(age)s::interval and not e.terminal
-             limit %(limit)s)
-    returning seq
+     using old
+     where events.stream = old.stream and events.seq = old.seq
 )
-select count(*) from cut
+select (select max(page.stream) from page), (select count(*) from old)

@@ -140,7 +140,7 @@ class Fanout:
                 moved, head_before = tail.moved.next(), tail.head
                 events = tail.since(cursor)
                 if events is None:
-                    events = await self._fetch(queries.read(stream, after=cursor, limit=PAGE))
+                    events = await self._stored(stream, cursor)
                 for event in events:
                     if event.seq > cursor + 1:
                         yield gap(stream, cursor + 1, event.seq - 1, max(tail.head or 0, event.seq))
@@ -154,6 +154,19 @@ class Fanout:
                     return
                 elif not events:
                     await self.heard(moved)
+
+    async def _stored(self, stream: str, cursor: int) -> list[Event]:
+        """A page of what is stored after the cursor, however long the database takes to come back."""
+        while True:
+            try:
+                page: list[Event] = await self._fetch(queries.read(stream, after=cursor, limit=PAGE))
+            except DatabaseUnavailable as lost:
+                if self._failure is not None:
+                    raise self._failure from lost
+                log.debug("cannot replay a stream; trying again", why=str(lost))
+                await asyncio.sleep(PAUSE)
+            else:
+                return page
 
     async def heard(self, bell: asyncio.Event) -> None:
         """Wait for a bell of a tail. Raises what ended the watch: nobody may wait for a bell that nobody rings."""

@@ -6,7 +6,6 @@ Any number of processes may do this at once: an advisory lock lets one work and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from psycopg import sql
 from queue_service.connections import queries as connections
 from queue_service.db.execute import translated
 from queue_service.db.pool import Connection, Pool
-from queue_service.db.query import Query
 from queue_service.events import queries as events
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
@@ -26,6 +24,7 @@ log = get_logger(__name__)
 
 AHEAD = 3
 BATCH = 5_000
+STREAMS = 500
 SILENCE = timedelta(days=1)
 _LOCK = 4_718_105_520_115
 _PREFIX = "finished_runs_"
@@ -60,22 +59,32 @@ class Pruner:
         """What was made and dropped; nothing where another process holds the lock or a table is busy."""
         await self._pool.fetch(roster.prune(SILENCE))
         await self._pool.fetch(connections.prune(SILENCE))
-        turns_gone = await self._all(turns.prune)
-        events_gone = await self._all(events.prune)
+        turns_gone, events_gone = await self._turns(), await self._events()
         async with self._pool.connection() as conn:
             with translated():
                 pruned = await self._partitions(conn)
         return pruned._replace(turns=turns_gone, events=events_gone)
 
-    async def _all(self, prune: Callable[..., Query[int]]) -> int:
-        """Prune batch after batch, each a short transaction, until one comes back short."""
+    async def _turns(self) -> int:
+        """Forget turns, batch after batch, each a short transaction."""
         count = 0
-        while gone := await self._pool.fetch(prune(self._retention, limit=BATCH)):
+        while gone := await self._pool.fetch(turns.prune(self._retention, limit=BATCH)):
             count += gone
-            if gone < BATCH:
-                break
         if count:
-            log.info("pruned", statement=prune.__module__, count=count)
+            log.info("forgot turns that ended long ago", count=count)
+        return count
+
+    async def _events(self) -> int:
+        count, at = 0, ""
+        while True:
+            last, gone = await self._pool.fetch(events.prune(self._retention, after=at, streams=STREAMS, limit=BATCH))
+            count += gone
+            if last is None:
+                break
+            # A full batch may have left some behind.
+            at = last if gone < BATCH else at
+        if count:
+            log.info("deleted old events", count=count)
         return count
 
     async def _partitions(self, conn: Connection) -> Pruned:

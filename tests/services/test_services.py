@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from queue_service import App, RunState
+from queue_service import App, RunState, Turn
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.execute import fetch
@@ -136,6 +136,34 @@ class TestPruner:
             assert await self.make(app).once() == Pruned([], [])
         assert len((await self.make(app).once()).made) == AHEAD + 1
 
+    async def test_turns_that_ended_long_ago_are_forgotten_with_their_events(self, app: App, conn: Connection) -> None:
+        for number in range(6):
+            await app.turns.arm(Turn(deployment="d", message_id=f"m{number}", stream="s"))
+        await app.turns.commit_reply("d", ["m0", "m1", "m2"], {"text": "Yes."})
+        await conn.execute(
+            "update queue_service.turn_outcomes set armed_at = '2020-01-01Z' where message_id in ('m0', 'm1', 'm5')"
+        )
+        assert (await self.make(app).once()).turns == 2
+        remembered = await rows(conn, "select message_id from queue_service.turn_outcomes order by 1")
+        # m5 is as old, and still owed its ending.
+        assert remembered == [("m2",), ("m3",), ("m4",), ("m5",)]
+        assert [event.body["message_ids"] for event in await app.events.read("s")] == [["m2"]]
+        assert await app.turns.arm(Turn(deployment="d", message_id="m0", stream="s"))
+
+    async def test_old_events_are_deleted_and_endings_stay(self, app: App, conn: Connection) -> None:
+        for stream in ("s1", "s2", "s3"):
+            await app.turns.arm(Turn(deployment="d", message_id=stream, stream=stream))
+            await app.events.append_many(stream, [("delta", n) for n in range(5)])
+            await app.turns.commit_reply("d", [stream], {})
+            await app.events.append(stream, "delta", 5)
+        await conn.execute(
+            "update queue_service.events set created_at = '2020-01-01Z' where stream <> 's3' and seq <= 6 or stream = 's2'"
+        )
+        assert (await self.make(app).once()).events == 11
+        left = {stream: [event.seq for event in await app.events.read(stream)] for stream in ("s1", "s2", "s3")}
+        assert left == {"s1": [6, 7], "s2": [6], "s3": [1, 2, 3, 4, 5, 6, 7]}
+        assert (await self.make(app).once()).events == 0
+
 
 class TestListener:
     async def test_it_says_when_notices_may_have_been_missed(self, database: str, conn: Connection) -> None:
@@ -171,6 +199,10 @@ class TestWaiting:
         await eventually(lambda: one(conn, KILL, "queue_service listener"))
         await fetch(conn, queries.cancel(run_id))
         assert (await waiter).state is RunState.CANCELLED
+
+    async def test_a_run_that_nobody_may_start_any_more_ends_while_it_is_waited_for(self, app: App) -> None:
+        run_id = await app.enqueue("noop", {}, expires_in=0.05)
+        assert (await app.wait(run_id, timeout=10)).state is RunState.EXPIRED
 
     async def test_a_run_nobody_knows_is_said(self, app: App) -> None:
         with pytest.raises(RunUnknown, match="no run 999"):

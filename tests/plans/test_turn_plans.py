@@ -1,0 +1,151 @@
+"""What the statements about turns and streams read, with statistics that are wrong in either direction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from queue_service.db import pool
+from queue_service.db.query import Query
+from queue_service.events import queries as events
+from queue_service.events.queries import NewEvent
+from queue_service.turns import queries as turns
+from queue_service.turns.model import Ending, Turn, TurnFailure
+from queue_service.turns.queries import Owed
+
+TURNS, EVENTS = 100_000, 300_000
+TABLES = {"turn_markers", "turn_outcomes", "streams", "events", "runs", "connections"}
+Sync = psycopg.Connection[Any]
+
+# Deployments of a hundred turns; a twentieth of the turns has lapsed, a tenth of the outcomes has no marker any more.
+FILL = """
+insert into queue_service.streams (stream, head) select 's' || n, 300 from generate_series(1, 1000) as n;
+insert into queue_service.turn_outcomes (deployment, message_id, stream, armed_at, ended_at, seq, kind)
+select 'd' || n / 100, 'm' || n, 's' || n % 1000 + 1, clock_timestamp() - interval '20 days' * (n % 10 = 0)::int,
+       case when n % 10 = 0 then clock_timestamp() end, case when n % 10 = 0 then 1 end,
+       case when n % 10 = 0 then 'reply' end
+  from generate_series(1, 100000) as n;
+insert into queue_service.turn_markers (deployment, message_id, stream, admission, execution, deadline)
+select deployment, message_id, stream, '5 min', '1 min',
+       clock_timestamp() + interval '1 hour' * (case when substr(message_id, 2)::int % 20 = 1 then -1 else 1 end)
+  from queue_service.turn_outcomes where kind is null;
+insert into queue_service.events (stream, seq, kind, body)
+select 's' || n % 1000 + 1, n / 1000 + 1, 'delta', '{}' from generate_series(0, 299999) as n;
+"""
+
+STAGES = ["believed empty", "believed full", "believed full, empty"]
+
+
+@pytest.fixture(scope="module")
+def filled(server: str, template: str) -> Iterator[Sync]:
+    name = "queue_service_turn_plans"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"create database {name} template {template} strategy file_copy")
+        with psycopg.connect(make_conninfo(server, dbname=name), autocommit=True) as conn:
+            for table in sorted(TABLES):
+                conn.execute(f"alter table queue_service.{table} set (autovacuum_enabled = off)".encode())
+                conn.execute(f"vacuum analyze queue_service.{table}".encode())
+            conn.execute(FILL.encode())
+            yield conn
+        admin.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def stage(request: pytest.FixtureRequest, filled: Sync) -> tuple[Sync, str]:
+    """The stages follow one another on one database."""
+    filled.execute("reset all")
+    if request.param != "believed empty":
+        filled.execute("analyze")
+    if request.param == "believed full, empty":
+        for table in sorted(TABLES - {"runs", "connections"}):
+            filled.execute(f"delete from queue_service.{table}".encode())
+    filled.execute(pool._SESSION.encode())
+    return filled, request.param
+
+
+@pytest.fixture
+def conn(stage: tuple[Sync, str]) -> Iterator[Sync]:
+    """The connection, in a transaction of which nothing remains."""
+    with stage[0].transaction(force_rollback=True):
+        yield stage[0]
+
+
+def owed(message_id: str, deployment: str = "d5") -> Owed:
+    fields = Turn(deployment=deployment, message_id=message_id, stream="s7").fields(1_000)
+    return Owed(fields, timedelta(minutes=5), timedelta(minutes=1))
+
+
+def ending(number: int) -> Ending:
+    return Ending(f"d{number // 100}", f"m{number}", "reply", '{"text":"x"}')
+
+
+RUN = {
+    "queue": "agent", "task": "t", "payload": "{}", "priority": 0, "run_at": None, "delay": None, "expires_in": None,
+    "ordering_key": None, "max_attempts": None, "retry_delay": None, "timeout": None, "metadata": None,
+    "organization_id": None,
+}  # fmt: skip
+
+# Each statement, and how many rows it may look at in a full database.
+STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
+    "arm": (lambda: turns.arm([owed("new")]), 10),
+    "arm again": (lambda: turns.arm([owed("m501")]), 10),
+    "arm many": (lambda: turns.arm([owed(f"new {n}") for n in range(100)]), 1_000),
+    "dispatch": (lambda: turns.dispatch(owed("new"), RUN, None), 10),
+    "dispatch again": (lambda: turns.dispatch(owed("m501"), RUN, None), 10),
+    "end": (lambda: turns.end([ending(501)], tell=False), 15),
+    "end many": (lambda: turns.end([ending(n) for n in range(1, 1_000, 7)], tell=False), 2_000),
+    "fail_deployment": (lambda: turns.fail_deployment("d5", TurnFailure("worker_died"), tell=False), 1_500),
+    "sweep": (lambda: turns.sweep(limit=200), 3_000),
+    "sweep_one": (lambda: turns.sweep_one("d5", "m501"), 15),
+    "extend": (lambda: turns.extend("d5"), 400),
+    "withhold": (lambda: turns.withhold("d5", "internal_error", None), 400),
+    "restore": (lambda: turns.restore("d5"), 200),
+    "reset_admission": (lambda: turns.reset_admission("d5", "m501"), 2),
+    "discharge": (lambda: turns.discharge("d5", "m501"), 5),
+    "is_live": (lambda: turns.is_live("d5", "m501"), 2),
+    "standing": (lambda: turns.standing("d5", "m510"), 4),
+    "overdue": (lambda: turns.overdue(limit=50), 60),
+    "prune turns": (lambda: turns.prune(timedelta(days=14), limit=100), 500),
+    "append": (lambda: events.append([NewEvent("s7", "delta", "{}")], tell=False), 5),
+    "append many": (lambda: events.append([NewEvent(f"s{n % 50}", "delta", "{}") for n in range(100)], tell=False), 500),
+    "read": (lambda: events.read("s7", after=100, limit=50), 50),
+    "stream": (lambda: events.stream("s7"), 1),
+    "heads": (lambda: events.heads([f"s{n}" for n in range(100)]), 200),
+    "tails": (lambda: events.tails({f"s{n}": 295 for n in range(1, 100)}, limit=200), 1_000),
+    "prune events": (lambda: events.prune(timedelta(days=14), after="s5", streams=100, limit=50), 300),
+    "prune all events": (lambda: events.prune(timedelta(days=-1), after="s5", streams=100, limit=50), 100_000),
+    "trim": (lambda: events.trim("s7", upto=100, limit=50), 150),
+}  # fmt: skip
+
+
+def flattened(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from flattened(child)
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_a_statement_looks_at_what_it_takes_and_little_else(conn: Sync, stage: tuple[Sync, str], name: str) -> None:
+    make, most = STATEMENTS[name]
+    query = make()
+    row = conn.execute(f"explain (analyze, timing off, format json) {query.text}".encode(), query.params).fetchone()
+    assert row is not None
+    reads = [
+        node
+        for node in flattened(row[0][0]["Plan"])
+        if "Scan" in node["Node Type"] and node.get("Relation Name") in TABLES
+    ]
+    visited = sum(
+        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+                                + node.get("Rows Removed by Join Filter", 0))
+        for node in reads
+    )  # fmt: skip
+    kinds = {node["Node Type"] for node in reads if node["Actual Loops"]}
+    assert visited <= most, json.dumps(reads, indent=1)
+    assert kinds <= {"Index Scan", "Index Only Scan", "Tid Scan"}, json.dumps(reads, indent=1)
