@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from queue_service import App
+from queue_service import App, logs
 from queue_service.db import embedded, schema, url
 
 Scenario = Callable[[App, int], Awaitable[dict[str, float]]]
@@ -60,6 +60,7 @@ def run(build: Callable[[str], App], description: str) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     given = parser.parse_args()
+    logs.configure(level="error", fmt="auto")
     names = given.names or list(SCENARIOS)
     if unknown := set(names) - SCENARIOS.keys():
         parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from datetime import timedelta
 
 from benchmarks.harness import scenario
 from queue_service import App, Turn
+from queue_service.cli import demo_turns
 from queue_service.db import embedded
 from queue_service.services.sweeper import Sweeper
 from queue_service.turns import queries
@@ -142,6 +144,29 @@ async def follow(app: App, count: int) -> dict[str, float]:
             called[name, n] = time.perf_counter()
             appends.add(asyncio.create_task(app.events.append(name, "delta", {"n": n})))
         await asyncio.gather(*appends, *readers)
+    cut = statistics.quantiles(taken, n=100)
+    return {"p50 ms": cut[49], "p99 ms": cut[98]}
+
+
+@scenario
+async def crash(app: App, count: int) -> dict[str, float]:
+    """From SIGKILL of an agent's process to its terminal error, read by a waiter in another process than its supervisor."""
+    taken = []
+    with demo_turns.host(app.conninfo):
+        for n in range(min(count, 60)):
+            turn = Turn(deployment=f"c{uuid.uuid4().hex}", message_id="m", stream=f"crash {n}")
+            await app.turns.dispatch(turn, "agent_turn", {"text": "Think."}, queue="agents")
+            waiting = asyncio.create_task(app.turns.wait(turn.deployment, turn.message_id, timeout=30))
+            async for event in app.events.follow(turn.stream):
+                if event.kind == "status":
+                    # Every turn has a process of its own; a moment later it has said all that it will say.
+                    await asyncio.sleep(0.05)
+                    begun = time.perf_counter()
+                    os.kill(event.body["pid"], signal.SIGKILL)
+                    outcome = await waiting
+                    taken.append(1_000 * (time.perf_counter() - begun))
+                    assert outcome.code == "worker_died", outcome
+                    break
     cut = statistics.quantiles(taken, n=100)
     return {"p50 ms": cut[49], "p99 ms": cut[98]}
 

@@ -13,7 +13,7 @@ from queue_service.errors import ConfigError, StreamEnded
 from queue_service.events import queries
 from queue_service.events.model import Event, Stream, StreamState, check_kind
 from queue_service.events.queries import NewEvent
-from queue_service.services.combiner import Combiner
+from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.words import check_word
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Events:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._appending: Combiner[list[NewEvent], list[int | None]] = Combiner(self._append, name="append")
+        self._appending: Combiner[Sequence[NewEvent], Sequence[int | None]] = Combiner(self._append, name="append")
 
     async def append(self, stream: str, kind: str, body: Any = None, *, conn: Any = None) -> int:
         """Store an event at the end of a stream, which is created by its first one. Returns its seq.
@@ -46,6 +46,7 @@ class Events:
         new = [self._new(stream, kind, body) for kind, body in events]
         if not new:
             return []
+        seqs: Sequence[int | None]
         if conn is None:
             seqs = await self._appending(new)
         else:
@@ -106,17 +107,19 @@ class Events:
         check_kind(kind)
         return NewEvent(stream, kind, codec.dumps(body, what="body", limit=self._app.settings.payload_limit))
 
-    async def _append(self, calls: Sequence[list[NewEvent]]) -> list[list[int | None]]:
+    async def _append(self, calls: Sequence[Sequence[NewEvent]]) -> Sequence[Sequence[int | None] | Busy]:
         flat = [event for call in calls for event in call]
         notifier = self._app.opened.notifier
         tell = notifier.may_ride(channels.EVENTS)
-        seqs = await self._app.fetch(queries.append(flat, tell=tell))
+        seqs = await self._app.fetch(queries.append_free(flat, tell=tell))
         if not tell:
-            heads = {event.stream: seq for event, seq in zip(flat, seqs, strict=True) if seq is not None}
+            heads = {event.stream: seq for event, seq in zip(flat, seqs, strict=True) if seq}
             notifier.send(channels.appended(heads))
-        answers, at = [], 0
+        answers: list[Sequence[int | None] | Busy] = []
+        at = 0
         for call in calls:
-            answers.append(seqs[at : at + len(call)])
+            # The events of a call are of one stream: it is busy for all of them or for none.
+            answers.append(BUSY if seqs[at] == queries.BUSY else seqs[at : at + len(call)])
             at += len(call)
         return answers
 

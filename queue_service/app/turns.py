@@ -15,7 +15,7 @@ from queue_service.db.borrowed import borrow
 from queue_service.db.execute import REFUSED
 from queue_service.errors import ConfigError, DatabaseUnavailable, TurnEnded, TurnUnknown
 from queue_service.logs import get_logger
-from queue_service.services.combiner import Combiner
+from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.services.sweeper import about_turns
 from queue_service.tasks import duration
 from queue_service.turns import queries
@@ -287,14 +287,17 @@ class Turns:
                 armed[turn.key] = False
         return answers
 
-    async def _end(self, calls: Sequence[Sequence[Ending]]) -> Sequence[Sequence[Ended]]:
+    async def _end(self, calls: Sequence[Sequence[Ending]]) -> Sequence[Sequence[Ended] | Busy]:
         """One statement for the endings of several calls. Of two calls for one turn, the first wins."""
         tell = self._app.opened.notifier.may_ride(channels.EVENTS)
-        ended = await self._app.fetch(queries.end([ending for call in calls for ending in call], tell=tell))
+        ended, busy = await self._app.fetch(queries.end_free(calls, tell=tell))
         self._told(ended, tell=tell)
         unclaimed = {(each.deployment, each.message_id): each for each in ended}
-        answers = []
+        answers: list[Sequence[Ended] | Busy] = []
         for call in calls:
+            if busy and any((ending.deployment, ending.message_id) in busy for ending in call):
+                answers.append(BUSY)
+                continue
             mine = (unclaimed.pop((ending.deployment, ending.message_id), None) for ending in call)
             answers.append([each for each in mine if each is not None])
         return answers

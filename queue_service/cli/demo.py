@@ -20,7 +20,7 @@ import click
 
 from queue_service.app import App
 from queue_service.app.opened import reach
-from queue_service.cli import render
+from queue_service.cli import demo_turns, render
 from queue_service.cli.options import command, run
 from queue_service.db import schema, url
 from queue_service.errors import QueueServiceError
@@ -46,7 +46,8 @@ class Verdict:
 @command
 def demo(directory: Path | None, database_url: str | None) -> None:
     """Checksum every file of DIRECTORY (Python's standard library by default) with two worker processes, kill one of
-    them while it holds claims, and compare every result with a checksum computed here.
+    them while it holds claims, and compare every result with a checksum computed here. Then talk to three agents: one
+    answers, one is killed while it does, one hangs; each conversation gets its one ending.
 
     Runs on a Postgres of its own in a temporary directory, unless --database-url names another.
     """
@@ -68,19 +69,29 @@ def demo(directory: Path | None, database_url: str | None) -> None:
             schema.upgrade(conninfo)
             click.echo(f"schema at revision {schema.HEAD} ({time.monotonic() - begun:.1f} s)")
             verdict = run(_demo(conninfo, files))
+            _report(files, verdict, time.monotonic() - begun)
+            run(_conversations(conninfo))
         finally:
             if cluster is not None:
                 cluster.leave()
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+    click.echo("Try next: queue-service db start; queue-service --help; the example in README.md")
+
+
+def _report(files: Sequence[str], verdict: Verdict, seconds: float) -> None:
     click.echo(
         f"files {len(files):,} | done {verdict.done:,} | rescued {verdict.rescued:,} | lost {verdict.lost} | "
-        f"wrong {verdict.wrong} | {time.monotonic() - begun:.1f} s"
+        f"wrong {verdict.wrong} | {seconds:.1f} s"
     )
     if verdict.lost or verdict.wrong:
         raise click.ClickException("The queue lost or falsified something. Please report this.")
-    click.echo("Try next: queue-service db start; queue-service --help; the example in README.md")
+
+
+async def _conversations(conninfo: str) -> None:
+    async with App(conninfo) as app:
+        await demo_turns.play(app, conninfo)
 
 
 def _scratch() -> Path:

@@ -16,6 +16,9 @@ from queue_service.events.model import Event, Stream, StreamState
 SQL = Statements("queue_service.events")
 
 
+BUSY = 0
+
+
 class NewEvent(NamedTuple):
     """`body` is JSON text."""
 
@@ -27,6 +30,15 @@ class NewEvent(NamedTuple):
 def append(events: Sequence[NewEvent], *, tell: bool) -> Query[list[int | None]]:
     """The seq of each event, in the order given; None for one whose stream has ended. With `tell`, notices go out with
     the commit."""
+    return _append("append", events, tell)
+
+
+def append_free(events: Sequence[NewEvent], *, tell: bool) -> Query[list[int | None]]:
+    """As `append`, waiting for nobody: BUSY for an event whose stream another session is writing to."""
+    return _append("append_free", events, tell)
+
+
+def _append(statement: str, events: Sequence[NewEvent], tell: bool) -> Query[list[int | None]]:
     texts = [f'{{"stream":{_json(each.stream)},"kind":{_json(each.kind)},"body":{each.body}}}' for each in events]
 
     def decode(rows: Rows) -> list[int | None]:
@@ -35,7 +47,7 @@ def append(events: Sequence[NewEvent], *, tell: bool) -> Query[list[int | None]]
             seqs[place - 1] = seq
         return seqs
 
-    return SQL.query("append", decode, events="[" + ",".join(texts) + "]", tell=tell)
+    return SQL.query(statement, decode, events="[" + ",".join(texts) + "]", tell=tell)
 
 
 def read(stream: str, *, after: int, limit: int) -> Query[list[Event]]:

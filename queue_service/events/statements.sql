@@ -4,30 +4,64 @@
 -- define: event_columns
 e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text
 
--- name: append
--- Append events, in the order they stand in `events`, a JSON array of objects of stream, kind and body. Rows: the place in
--- the array and the seq. A missing one belongs to a stream that has ended, and was not stored.
--- writes: streams, events
-with asked as materialized (
+-- define: asked_events
+asked as materialized (
     select asked.*, row_number() over (partition by stream order by place) as nth
       from rows from (
         jsonb_to_recordset(%(events)s::jsonb) as (stream text, kind text, body jsonb)
       ) with ordinality as asked (stream, kind, body, place)
-), heads as (
-    insert into queue_service.streams (stream, head)
-    select stream, count(*) from asked group by stream order by stream
-        on conflict (stream) do update set head = streams.head + excluded.head
-     where streams.state <> 'ended'
-    returning stream, head
-), numbered as materialized (
+)
+
+-- define: appended
+numbered as materialized (
     select asked.*, heads.head - count(*) over (partition by asked.stream) + asked.nth as seq
       from asked join heads using (stream)
 ), stored as (
     insert into queue_service.events (stream, seq, kind, body)
     select stream, seq, kind, body from numbered
 )
+
+-- define: appended_rows
 select place, seq, case when %(tell)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
   from numbered
+
+-- name: append
+-- Append events, in the order they stand in `events`, a JSON array of objects of stream, kind and body. Rows: the place in
+-- the array and the seq. A missing one belongs to a stream that has ended, and was not stored.
+-- writes: streams, events
+with {asked_events}, heads as (
+    insert into queue_service.streams (stream, head)
+    select stream, count(*) from asked group by stream order by stream
+        on conflict (stream) do update set head = streams.head + excluded.head
+     where streams.state <> 'ended'
+    returning stream, head
+), {appended}
+{appended_rows}
+
+-- name: append_free
+-- As `append`, waiting for nobody: events of a stream that another session is writing to come back with seq 0, and were
+-- not stored. One such stream would hold up all the others.
+-- writes: streams, events
+with {asked_events}, free as materialized (
+    select s.stream from queue_service.streams as s
+     where s.stream = any(array(select asked.stream from asked))
+     order by s.stream
+       for no key update skip locked
+), known as materialized (
+    select s.stream from queue_service.streams as s where s.stream = any(array(select asked.stream from asked))
+), busy as materialized (
+    select asked.place, asked.stream from asked
+     where asked.stream not in (select free.stream from free) and asked.stream in (select known.stream from known)
+), heads as (
+    insert into queue_service.streams (stream, head)
+    select stream, count(*) from asked where stream not in (select busy.stream from busy) group by stream order by stream
+        on conflict (stream) do update set head = streams.head + excluded.head
+     where streams.state <> 'ended'
+    returning stream, head
+), {appended}
+{appended_rows}
+union all
+select busy.place, 0, null from busy
 
 -- name: read
 -- Events of a stream after a cursor, in order.

@@ -130,7 +130,7 @@ class Fanout:
         """Events after a cursor, first those that are stored, then each as it comes. Where some are stored no longer, a
         `gap` event says which. Ends where the stream has ended. Raises what ended the watch, if anything did.
         """
-        cursor, known = after, await self._fetch(queries.stream(stream)) if after else None
+        cursor, known = after, await self._fetch(queries.stream(stream))
         if after > (head := known.head if known is not None else 0):
             # The caller saw events that this database never had: it was restored, or failed over.
             yield gap(stream, head + 1, after, head)
@@ -143,7 +143,7 @@ class Fanout:
                     events = await self._stored(stream, cursor)
                 for event in events:
                     if event.seq > cursor + 1:
-                        yield gap(stream, cursor + 1, event.seq - 1, max(tail.head or 0, event.seq))
+                        yield gap(stream, cursor + 1, event.seq - 1, max(head, tail.top, event.seq))
                     yield event
                     cursor = event.seq
                 if not events and head_before is not None and cursor < head_before:

@@ -74,12 +74,17 @@ def dispatch(turn: Owed, run: dict[str, Any], notice: Notice | None) -> Query[Di
 
 def end(endings: Sequence[Ending], *, tell: bool) -> Query[list[Ended]]:
     """The turns this ended. With `tell`, notices go out with the commit."""
-    texts = [
-        f'{{"deployment":{_json(each.deployment)},"message_id":{_json(each.message_id)},"kind":{_json(each.kind)},'
-        f'"code":{_json(each.code)},"body":{each.body}}}'
-        for each in endings
-    ]
-    return SQL.query("end", _ended, endings="[" + ",".join(texts) + "]", tell=tell)
+    return SQL.query("end", _ended, endings=_endings([endings]), tell=tell)
+
+
+def end_free(calls: Sequence[Sequence[Ending]], *, tell: bool) -> Query[tuple[list[Ended], set[Key]]]:
+    """As `end`, for several calls, waiting for nobody. Also the turns that another session holds or whose stream it writes
+    to: each call that has one of them did nothing, and is to be made again."""
+
+    def decode(rows: Rows) -> tuple[list[Ended], set[Key]]:
+        return _ended([row for row in rows if row[3] is not None]), {(row[0], row[1]) for row in rows if row[3] is None}
+
+    return SQL.query("end_free", decode, endings=_endings(calls), tell=tell)
 
 
 def fail_deployment(deployment: str, failure: TurnFailure, *, tell: bool) -> Query[list[Ended]]:
@@ -183,6 +188,16 @@ def _turns(turns: Sequence[Owed]) -> str:
         for turn in turns
     ]
     return msgspec.json.encode(objects).decode()
+
+
+def _endings(calls: Sequence[Sequence[Ending]]) -> str:
+    texts = [
+        f'{{"call":{call},"deployment":{_json(each.deployment)},"message_id":{_json(each.message_id)},'
+        f'"kind":{_json(each.kind)},"code":{_json(each.code)},"body":{each.body}}}'
+        for call, endings in enumerate(calls)
+        for each in endings
+    ]
+    return "[" + ",".join(texts) + "]"
 
 
 def _interval(value: timedelta) -> str:

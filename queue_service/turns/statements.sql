@@ -52,12 +52,35 @@ heads as (
       from endings where platform <> 'api'
     returning id
 )
+
+-- define: asked_endings
+asked as materialized (
+    select distinct on (deployment, message_id) *
+      from rows from (
+        jsonb_to_recordset(%(endings)s::jsonb)
+            as (call integer, deployment text, message_id text, kind text, code text, body jsonb)
+      ) with ordinality as asked (call, deployment, message_id, kind, code, body, place)
+     order by deployment, message_id, place
+)
+
+-- define: free_streams
+free as materialized (
+    -- An array, not a subquery: as a join the planner would read every stream there is.
+    select s.stream from queue_service.streams as s
+     where s.stream = any(array(select distinct owed.stream from owed))
+     order by s.stream
+       for no key update skip locked
+), known as materialized (
+    select s.stream from queue_service.streams as s
+     where s.stream = any(array(select distinct owed.stream from owed))
+)
+
+-- define: ended_rows
 select endings.deployment, endings.message_id, endings.stream, endings.seq, endings.kind, endings.platform,
        case when %(tell)s then pg_notify('queue_service_events', endings.seq || ' ' || endings.stream)::text end,
        case when %(tell)s and endings.platform <> 'api' then
            pg_notify('queue_service_runs', '0 thread_response')::text end
   from endings
- order by endings.stream, endings.seq
 
 -- define: asked_turns
 asked as materialized (
@@ -168,21 +191,46 @@ select 'known', (select m.run_id from queue_service.turn_markers as m
 
 -- name: end
 -- End those of these turns that are still owed an ending, each with the event it was given. `endings` is a JSON array of
--- objects of deployment, message_id, kind, code and body; of two for one turn the first counts. Rows: the turns that this
--- call ended, with their event. A missing one was ended by somebody else, or never armed, and nothing was stored for it.
+-- objects of call, deployment, message_id, kind, code and body; of two for one turn the first counts. Rows: the turns that
+-- this ended, with their event. A missing one was ended by somebody else, or never armed, and nothing was stored for it.
 -- writes: turn_markers, turn_outcomes, streams, events, runs
-with asked as materialized (
-    select distinct on (deployment, message_id) *
-      from rows from (
-        jsonb_to_recordset(%(endings)s::jsonb) as (deployment text, message_id text, kind text, code text, body jsonb)
-      ) with ordinality as asked (deployment, message_id, kind, code, body, place)
-     order by deployment, message_id, place
-), taken as (
+with {asked_endings}, taken as (
     delete from queue_service.turn_markers as m
      using asked
      where m.deployment = asked.deployment and m.message_id = asked.message_id
     returning {marker_fields}, asked.kind, asked.code, asked.body
 ), {ended}
+{ended_rows}
+ order by stream, seq
+
+-- name: end_free
+-- As `end`, for several calls at once, waiting for nobody: a call of which another session holds a marker, or writes to a
+-- stream, is left alone as a whole, or it would hold up the others. Its turns come back as rows without an event.
+-- writes: turn_markers, turn_outcomes, streams, events, runs
+with {asked_endings}, owed as materialized (
+    select asked.call, m.deployment, m.message_id, m.stream
+      from asked join queue_service.turn_markers as m using (deployment, message_id)
+), locked as materialized (
+    select m.deployment, m.message_id
+      from asked join queue_service.turn_markers as m using (deployment, message_id)
+     order by m.deployment, m.message_id
+       for update of m skip locked
+), {free_streams}, busy as materialized (
+    select owed.call from owed
+     where (owed.deployment, owed.message_id) not in (select locked.deployment, locked.message_id from locked)
+        or owed.stream not in (select free.stream from free) and owed.stream in (select known.stream from known)
+), taken as (
+    delete from queue_service.turn_markers as m
+     using asked
+     where m.deployment = asked.deployment and m.message_id = asked.message_id
+       and (m.deployment, m.message_id) in (select locked.deployment, locked.message_id from locked)
+       and asked.call not in (select busy.call from busy)
+    returning {marker_fields}, asked.kind, asked.code, asked.body
+), {ended}
+{ended_rows}
+union all
+select owed.deployment, owed.message_id, owed.stream, null, null, null, null, null
+  from owed where owed.call in (select busy.call from busy)
 
 -- name: fail_deployment
 -- End every turn of a deployment with the same failure. Rows as of `end`.
@@ -200,27 +248,23 @@ with failure as materialized (
      where m.deployment = owed.deployment and m.message_id = owed.message_id
     returning {marker_fields}, 'error' as kind, failure.code, {failure_body} as body
 ), {ended}
+{ended_rows}
+ order by stream, seq
 
 -- name: sweep
 -- End turns whose deadline has passed, at most `limit` of them, oldest first. Rows as of `end`. The guard stands in the
 -- DELETE: an extend that commits first wins. Markers that another session holds are stepped over, and so are those of
 -- streams that somebody is writing to: waiting for one would hold up all the others.
 -- writes: turn_markers, turn_outcomes, streams, events, runs
-with lapsed as materialized (
+with owed as materialized (
     select m.deployment, m.message_id, m.stream from queue_service.turn_markers as m
      where m.deadline < (select clock_timestamp())
      order by m.deadline
      limit %(limit)s
        for update skip locked
-), free as materialized (
-    select s.stream from queue_service.streams as s
-     where s.stream in (select lapsed.stream from lapsed)
-     order by s.stream
-       for no key update skip locked
-), ready as materialized (
-    select lapsed.deployment, lapsed.message_id from lapsed
-     where lapsed.stream in (select free.stream from free)
-        or not exists (select from queue_service.streams as s where s.stream = lapsed.stream)
+), {free_streams}, ready as materialized (
+    select owed.deployment, owed.message_id from owed
+     where owed.stream in (select free.stream from free) or owed.stream not in (select known.stream from known)
 ), deleted as (
     delete from queue_service.turn_markers as m
      using ready
@@ -231,6 +275,8 @@ with lapsed as materialized (
       from deleted as m
      {lapsed_failure}
 ), {ended}
+{ended_rows}
+ order by stream, seq
 
 -- name: sweep_one
 -- As `sweep`, for one turn, and waiting for whoever holds it.
@@ -244,6 +290,8 @@ with deleted as (
       from deleted as m
      {lapsed_failure}
 ), {ended}
+{ended_rows}
+ order by stream, seq
 
 -- name: discharge
 -- Forget what is owed to a turn, without an event: it was answered by other means. Row: its stream.

@@ -100,6 +100,8 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "dispatch again": (lambda: turns.dispatch(owed("m501"), RUN, None), 10),
     "end": (lambda: turns.end([ending(501)], tell=False), 15),
     "end many": (lambda: turns.end([ending(n) for n in range(1, 1_000, 7)], tell=False), 2_000),
+    "end free": (lambda: turns.end_free([[ending(501)]], tell=False), 25),
+    "end many free": (lambda: turns.end_free([[ending(n)] for n in range(1, 1_000, 7)], tell=False), 3_500),
     "fail_deployment": (lambda: turns.fail_deployment("d5", TurnFailure("worker_died"), tell=False), 1_500),
     "sweep": (lambda: turns.sweep(limit=200), 3_000),
     "sweep_one": (lambda: turns.sweep_one("d5", "m501"), 15),
@@ -114,6 +116,9 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "prune turns": (lambda: turns.prune(timedelta(days=14), limit=100), 500),
     "append": (lambda: events.append([NewEvent("s7", "delta", "{}")], tell=False), 5),
     "append many": (lambda: events.append([NewEvent(f"s{n % 50}", "delta", "{}") for n in range(100)], tell=False), 500),
+    "append free": (lambda: events.append_free([NewEvent("s7", "delta", "{}")], tell=False), 8),
+    "append many free": (
+        lambda: events.append_free([NewEvent(f"s{n % 50}", "delta", "{}") for n in range(100)], tell=False), 500),
     "read": (lambda: events.read("s7", after=100, limit=50), 50),
     "stream": (lambda: events.stream("s7"), 1),
     "heads": (lambda: events.heads([f"s{n}" for n in range(100)]), 200),
