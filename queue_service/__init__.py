@@ -6,6 +6,7 @@ from queue_service.runs.model import Run, RunState
 from queue_service.tasks import Cancel, Retry, Snooze
 from queue_service.turns.model import Outcome, Turn, TurnFailure
 from queue_service.worker.process import Worker
+from queue_service.worker.supervisor import Supervisor
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "RunState",
     "Snooze",
     "StreamState",
+    "Supervisor",
     "Turn",
     "TurnFailure",
     "Worker",

@@ -11,7 +11,8 @@
     ├── DuplicateRun             a live run holds the singleton key, and the caller asked to be told
     ├── TurnUnknown              this turn was never armed, or was forgotten since
     ├── TurnEnded                this turn has had its ending; it cannot be armed again
-    └── StreamEnded              this stream takes no more events
+    ├── StreamEnded              this stream takes no more events
+    └── DeploymentDown           there is no child process to pass a turn to
 
 Losing an election is not in the tree: it is a return value. Each class carries the exit code the command line uses for it.
 """
@@ -108,7 +109,7 @@ class TurnEnded(QueueServiceError):
         self.message_id = message_id
         self.outcome = outcome
         super().__init__(
-            f"Turn {message_id!r} of deployment {deployment!r} has ended with {_how(outcome)}. Nothing was armed: read "
+            f"Turn {message_id!r} of deployment {deployment!r} has {_how(outcome)}. Nothing was armed: read "
             "its outcome, or send the message under a new id."
         )
 
@@ -119,6 +120,10 @@ class StreamEnded(QueueServiceError):
         super().__init__(f"Stream {stream!r} has ended, and the event was not stored. Set its state to go on with it.")
 
 
+class DeploymentDown(QueueServiceError):
+    """There is no child to pass a turn to. The turn keeps its deadline; it was not ended by this."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause naming the closest known word, with a leading space, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -126,4 +131,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _how(outcome: Any) -> str:
-    return f"{outcome.kind} {outcome.code}" if outcome.code else f"a {outcome.kind}"
+    if outcome.kind == "discharged":
+        return "been discharged by an operator"
+    return f"ended with {outcome.kind} {outcome.code}" if outcome.code else f"ended with a {outcome.kind}"

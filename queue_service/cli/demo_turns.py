@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -45,6 +46,7 @@ async def play(app: App, conninfo: str) -> None:
 async def _converse(app: App, scene: Scene) -> None:
     turn = Turn(deployment=scene.deployment, message_id="m1", stream=f"conversation with {scene.deployment}")
     await app.turns.dispatch(turn, "agent_turn", {"text": scene.text}, queue="agents", execution=EXECUTION)
+    waiting = asyncio.create_task(app.turns.wait(turn.deployment, turn.message_id, timeout=PATIENCE))
     click.echo(f"\n{scene.deployment} < {scene.text}")
     pid, struck, words = 0, time.monotonic(), 0
     async for event in app.events.follow(turn.stream):
@@ -59,7 +61,7 @@ async def _converse(app: App, scene: Scene) -> None:
                 click.echo(f"          {scene.harm.name} to its process {pid}")
         elif event.terminal:
             break
-    outcome = await app.turns.wait(turn.deployment, turn.message_id, timeout=PATIENCE)
+    outcome = await waiting
     _tell(scene, outcome, time.monotonic() - struck)
 
 

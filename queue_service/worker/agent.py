@@ -1,0 +1,206 @@
+"""The child's side of the supervisor's protocol: one JSON object a line, in on standard input, out on standard output.
+
+To the child: `turn`, `late` (an answer to these messages came too late and was dropped), `stop`. From the child: the
+structs below. A child ends when its standard input does: its supervisor is gone then, and nobody hears it any more.
+`serve` is all of this for a child in Python; any other program may speak it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from queue_service.logs import get_logger
+from queue_service.turns.model import TurnFailure
+
+log = get_logger(__name__)
+
+MAX_LINE = 64 * 1024 * 1024
+PR_SET_PDEATHSIG = 1
+
+
+class Said(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
+    """A line of the child."""
+
+
+class Ready(Said, frozen=True): ...
+
+
+class Beat(Said, frozen=True): ...
+
+
+class Event(Said, frozen=True):
+    message_id: str
+    kind: str
+    body: Any = None
+
+
+class Reply(Said, frozen=True):
+    message_ids: list[str]
+    body: Any
+
+
+class Fail(Said, frozen=True):
+    message_id: str
+    code: str
+    message: str | None = None
+    reason: str | None = None
+
+
+class Withhold(Said, frozen=True):
+    code: str
+    reason: str | None = None
+
+
+class Restore(Said, frozen=True): ...
+
+
+class TurnGiven(msgspec.Struct, frozen=True):
+    """A turn as the child gets it."""
+
+    message_id: str
+    stream: str
+    payload: Any
+    platform: str = "api"
+    channel_id: str | None = None
+    user_id: str | None = None
+    organization_id: str | None = None
+    metadata: Mapping[str, Any] = {}
+
+
+class Conversation:
+    """What a handler works with: the turn it was given, and what it may say before it answers."""
+
+    def __init__(self, turn: TurnGiven, say: Callable[[Said], Awaitable[None]]) -> None:
+        self.turn = turn
+        self._say = say
+
+    async def event(self, kind: str, body: Any = None) -> None:
+        """Append an event to the stream of the turn."""
+        await self._say(Event(self.turn.message_id, kind, body))
+
+    async def withhold(self, code: str, reason: str | None = None) -> None:
+        """The provider failed: unless it recovers, the turns of this deployment end with this code."""
+        await self._say(Withhold(code, reason))
+
+    async def restore(self) -> None:
+        """The provider recovered."""
+        await self._say(Restore())
+
+
+Handler = Callable[[Conversation], Awaitable[Mapping[str, Any] | TurnFailure]]
+
+
+async def serve(handler: Handler, *, beat: float = 1.0) -> None:
+    """Answer turns until told to stop, or until the supervisor is gone. `handler` returns the reply, or a TurnFailure;
+    what it raises ends its turn with `internal_error`. Turns are handled at the same time.
+
+    Signs of life are given every `beat` seconds while there is a turn, from the event loop: a handler that blocks the
+    loop gives none. `stop` and SIGTERM let handlers end; the supervisor's grace bounds them.
+    """
+    child = _Child(handler, beat)
+    await child.run()
+
+
+class _Child:
+    def __init__(self, handler: Handler, beat: float) -> None:
+        self._handler = handler
+        self._beat = beat
+        self._working: set[asyncio.Task[None]] = set()
+        self._stopped = asyncio.Event()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stopped.set)
+        _die_with_parent()
+        async with _pipes() as (lines, self._out):
+            await self._say(Ready())
+            beating = asyncio.create_task(self._beats())
+            reading = asyncio.create_task(self._read(lines))
+            stopping = asyncio.create_task(self._stopped.wait())
+            try:
+                await asyncio.wait([reading, stopping, beating], return_when=asyncio.FIRST_COMPLETED)
+                if stopping.done() and self._working:
+                    idle = asyncio.create_task(asyncio.wait(self._working))
+                    await asyncio.wait([reading, idle], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                everything = [beating, reading, stopping, *self._working]
+                for task in everything:
+                    task.cancel()
+                await asyncio.gather(*everything, return_exceptions=True)
+
+    async def _read(self, lines: asyncio.StreamReader) -> None:
+        """Until standard input ends."""
+        while line := await lines.readline():
+            told = msgspec.json.decode(line)
+            if told["type"] == "stop":
+                self._stopped.set()
+            elif told["type"] == "turn" and not self._stopped.is_set():
+                task = asyncio.create_task(self._handle(msgspec.convert(told, TurnGiven)))
+                self._working.add(task)
+                task.add_done_callback(self._working.discard)
+            elif told["type"] == "late":
+                log.warning("an answer came too late and was dropped", message_ids=told["message_ids"])
+
+    async def _handle(self, turn: TurnGiven) -> None:
+        try:
+            answer = await self._handler(Conversation(turn, self._say))
+        except Exception as error:
+            log.exception("a turn's handler failed", message_id=turn.message_id)
+            answer = TurnFailure("internal_error", reason=type(error).__name__)
+        if isinstance(answer, TurnFailure):
+            await self._say(Fail(turn.message_id, answer.code, answer.message, answer.reason))
+        else:
+            await self._say(Reply([turn.message_id], answer))
+
+    async def _beats(self) -> None:
+        while True:
+            await asyncio.sleep(self._beat)
+            if self._working:
+                await self._say(Beat())
+
+    async def _say(self, said: Said) -> None:
+        # A supervisor that is gone is noticed at the end of standard input.
+        with contextlib.suppress(ConnectionError):
+            self._out.write(msgspec.json.encode(said) + b"\n")
+            await self._out.drain()
+
+
+@contextlib.asynccontextmanager
+async def _pipes() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """The two pipes, under numbers of their own that no process started here inherits: what is printed goes to standard
+    error, and what is run here neither reads our turns nor holds our pipes open."""
+    loop = asyncio.get_running_loop()
+    incoming, outgoing = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    os.close(nothing)
+    lines = asyncio.StreamReader(MAX_LINE)
+    reading, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), incoming)
+    writing, flow = await loop.connect_write_pipe(
+        lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader()), outgoing
+    )
+    out = asyncio.StreamWriter(writing, flow, None, loop)
+    try:
+        yield lines, out
+    finally:
+        # What was said last is still on its way, and goes first.
+        out.close()
+        reading.close()
+        with contextlib.suppress(ConnectionError):
+            await out.wait_closed()
+
+
+def _die_with_parent() -> None:
+    """On Linux even a child that is stopped, or blocks its loop, does not outlive the supervisor's process."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

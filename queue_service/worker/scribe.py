@@ -1,0 +1,161 @@
+"""Stores what a deployment's child says, in the order it was said, and until the database takes it.
+
+Events between two answers go together, in one statement for each stream; an answer waits for the events before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import psycopg
+
+from queue_service.app import App
+from queue_service.db.execute import REFUSED
+from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, SchemaMismatch, StreamEnded
+from queue_service.logs import get_logger
+from queue_service.turns.model import TurnFailure, known_code
+from queue_service.worker.agent import Event, Fail, Reply, Restore, Said, Withhold
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+# Between two tries to reach the database, in seconds.
+FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
+# What cannot be stored however often it is sent.
+HOPELESS = (ConfigError, PayloadRefused, StreamEnded, *REFUSED)
+LOST = (DatabaseUnavailable, SchemaMismatch, psycopg.Error)
+
+
+class Scribe:
+    """`late` is told of turns whose answer came after their ending; `done` is called when there is room for more."""
+
+    def __init__(
+        self, app: App, deployment: str, *, late: Callable[[list[str]], None], done: Callable[[], None]
+    ) -> None:
+        self._app = app
+        self._deployment = deployment
+        self._late = late
+        self._done = done
+        self._log = log.bind(deployment=deployment)
+        self._inbox: list[Said] = []
+        self._news = asyncio.Event()
+        self._closed = False
+        self._streams: dict[str, str] = {}
+        self._withheld: Withhold | None = None
+
+    @property
+    def left(self) -> int:
+        return len(self._inbox)
+
+    def expect(self, message_id: str, stream: str) -> None:
+        """A turn is given to the child: this is where its events go."""
+        self._streams[message_id] = stream
+        if self._withheld is not None:
+            # Armed since the provider failed, it would be extended by every beat.
+            self.put(self._withheld)
+
+    def put(self, said: Said) -> None:
+        self._inbox.append(said)
+        self._news.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._news.set()
+
+    async def run(self) -> None:
+        """Until `close` was called and all is stored."""
+        while self._inbox or not self._closed:
+            await self._news.wait()
+            self._news.clear()
+            said, self._inbox = self._inbox, []
+            events: dict[str, list[tuple[str, Any]]] = {}
+            for each in said:
+                if isinstance(each, Event):
+                    self._collect(each, events)
+                else:
+                    await self._append(events)
+                    await self._answer(each)
+            await self._append(events)
+            if not self._inbox:
+                self._done()
+
+    def _collect(self, event: Event, events: dict[str, list[tuple[str, Any]]]) -> None:
+        stream = self._streams.get(event.message_id)
+        if stream is None:
+            self._log.warning("an event of no turn of this child was dropped", message_id=event.message_id)
+        else:
+            events.setdefault(stream, []).append((event.kind, event.body))
+
+    async def _append(self, events: dict[str, list[tuple[str, Any]]]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for stream, several in events.items():
+                group.create_task(self._append_to(stream, several))
+        events.clear()
+
+    async def _append_to(self, stream: str, events: list[tuple[str, Any]]) -> None:
+        try:
+            await self._persist("events", lambda: self._app.events.append_many(stream, events))
+        except HOPELESS as refused:
+            if len(events) > 1:
+                for event in events:
+                    await self._append_to(stream, [event])
+            else:
+                self._log.warning("an event was refused", stream=stream, why=type(refused).__name__)
+
+    async def _answer(self, said: Said) -> None:
+        try:
+            match said:
+                case Reply(message_ids, body):
+                    await self._end(
+                        message_ids, lambda: self._app.turns.commit_reply(self._deployment, message_ids, body)
+                    )
+                case Fail(message_id, code, message, reason):
+                    failure = TurnFailure(known_code(code) or code, message, reason)
+                    await self._end([message_id], lambda: self._fail_one(message_id, failure))
+                case Withhold(code, reason):
+                    self._withheld = Withhold(known_code(code) or code, reason)
+                    code = self._withheld.code
+                    await self._persist("withhold", lambda: self._app.turns.withhold(self._deployment, code, reason))
+                case Restore():
+                    self._withheld = None
+                    await self._persist("restore", lambda: self._app.turns.restore(self._deployment))
+        except HOPELESS as refused:
+            self._log.error("what a child said was refused", what=type(said).__name__, why=type(refused).__name__)
+
+    async def _fail_one(self, message_id: str, failure: TurnFailure) -> list[str]:
+        return [message_id] if await self._app.turns.fail(self._deployment, message_id, failure) else []
+
+    async def _end(self, message_ids: list[str], end: Callable[[], Awaitable[list[str]]]) -> None:
+        ended = await self._persist("the ending of a turn", end)
+        for message_id in message_ids:
+            self._streams.pop(message_id, None)
+        late = [message_id for message_id in message_ids if message_id not in ended]
+        if late:
+            self._log.warning("an answer came too late and was dropped", message_ids=late)
+            self._late(late)
+
+    async def fail_all(self, failure: TurnFailure) -> list[str]:
+        """The crash path: the turns end now, or as soon as the database can be reached."""
+        ended = await self._persist(
+            "the end of a child", lambda: self._app.turns.fail_deployment(self._deployment, failure)
+        )
+        if ended:
+            self._log.warning("turns ended with their child", code=failure.code, count=len(ended))
+        return ended
+
+    async def _persist(self, what: str, write: Callable[[], Awaitable[T]]) -> T:
+        """Try until the database takes it. A write whose answer was lost may be made twice: an ending then counts once,
+        and an event comes twice."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return await write()
+            except HOPELESS:
+                raise
+            except LOST as lost:
+                self._log.error("the database did not take what a child left; trying again", what=what, why=repr(lost))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE)

@@ -1,0 +1,595 @@
+"""Real children under real signals: turns end with the child that died, and with no other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from queue_service import App, Outcome, Turn
+from queue_service.db import embedded, schema
+from queue_service.db.cluster import Cluster
+from queue_service.db.pool import Connection, connect
+from queue_service.errors import ConfigError, DeploymentDown
+from queue_service.settings import load
+from queue_service.worker.supervisor import Supervisor
+from tests.support import eventually, one, rows
+
+CHILD = [sys.executable, str(Path(__file__).with_name("child_for_tests.py"))]
+BODIES = "select kind, body from queue_service.events where stream = 's' order by seq"
+
+
+def turn(message_id: str = "m", stream: str = "s") -> Turn:
+    return Turn(deployment="d", message_id=message_id, stream=stream)
+
+
+async def armed(app: App, message_id: str = "m", stream: str = "s", **deadlines: float) -> Turn:
+    made = turn(message_id, stream)
+    await app.turns.arm(made, **deadlines)
+    return made
+
+
+async def given(app: App, child: Supervisor, *steps: list[Any], message_id: str = "m") -> Turn:
+    made = await armed(app, message_id)
+    await child.send(made, list(steps))
+    return made
+
+
+async def ending(app: App, message_id: str = "m") -> Outcome:
+    return await app.turns.wait("d", message_id, timeout=20)
+
+
+async def kinds(conn: Connection) -> list[str]:
+    return [kind for kind, _ in await rows(conn, BODIES)]
+
+
+# A turn that goes well
+
+
+async def test_what_a_child_says_is_stored_in_the_order_it_was_said(app: App, conn: Connection) -> None:
+    steps = [["delta", n] for n in range(300)]
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, *steps, ["reply", {"text": "done"}])
+        outcome = await ending(app)
+    assert outcome.kind == "reply"
+    stored = await rows(conn, BODIES)
+    assert [body for kind, body in stored if kind == "delta"] == list(range(300))
+    assert stored[-1][1]["text"] == "done"
+
+
+async def test_a_reply_may_end_several_turns_of_several_streams(app: App) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        for name in ("m1", "m2"):
+            await child.send(await armed(app, name, f"stream of {name}"), [])
+        reply = {"type": "reply", "message_ids": ["m1", "m2"], "body": {"text": "both"}}
+        await given(app, child, ["say", reply], message_id="m3")
+        assert [(await ending(app, name)).kind for name in ("m1", "m2")] == ["reply", "reply"]
+        assert await app.turns.is_live("d", "m3")
+
+
+async def test_a_child_may_fail_a_turn_with_a_code_and_an_unknown_code_ends_it_too(app: App) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        for name, code in [("m1", "provider_overloaded"), ("m2", "nonsense")]:
+            line = {"type": "fail", "message_id": name, "code": code, "message": "Busy."}
+            await given(app, child, ["say", line], message_id=name)
+        outcomes = [await ending(app, name) for name in ("m1", "m2")]
+    assert [(outcome.code, outcome.message) for outcome in outcomes] == [
+        ("provider_overloaded", "Busy."),
+        ("internal_error", "Busy."),
+    ]
+
+
+async def test_a_reply_that_is_not_quite_json_ends_its_turn(app: App) -> None:
+    text = '{"type":"reply","message_ids":["m"],"body":{"lone":"\\ud83d","number":NaN}}\n'
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["write", text])
+        outcome = await ending(app)
+    assert outcome.kind == "reply"
+    assert outcome.body is not None
+    assert outcome.body["lone"] == "\ufffd"
+
+
+# A child that ends by itself
+
+
+async def test_a_killed_child_ends_its_turns_with_the_signal_in_the_reason(app: App) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["kill", "SIGKILL"], message_id="m1")
+        await armed(app, "m2")
+        ended = await child.wait()
+        outcomes = [await ending(app, name) for name in ("m1", "m2")]
+    assert (ended.reason, ended.deliberate, sorted(ended.message_ids)) == ("killed by SIGKILL", False, ["m1", "m2"])
+    assert {outcome.code for outcome in outcomes} == {"worker_died"}
+    assert {(outcome.body or {})["reason"] for outcome in outcomes} == {"killed by SIGKILL"}
+
+
+async def test_a_kill_reaches_the_waiter_within_moments(app: App) -> None:
+    taken = []
+    for number in range(20):
+        async with Supervisor(app, "d", CHILD) as child:
+            await given(app, child, ["delta", "begun"], message_id=f"m{number}")
+            stored = (
+                f"select count(*) = {number * 2 + 1} from queue_service.events"  # its delta, and two of each before
+            )
+            await eventually(lambda: app.fetch(_scalar(stored)))  # noqa: B023
+            waiting = asyncio.create_task(ending(app, f"m{number}"))
+            assert child.pid is not None
+            begun = time.perf_counter()
+            os.kill(child.pid, signal.SIGKILL)
+            assert (await waiting).code == "worker_died"
+            taken.append(time.perf_counter() - begun)
+    print(f"\nkill to ending: p50 {statistics.median(taken) * 1e3:.1f} ms, worst {max(taken) * 1e3:.1f} ms")  # noqa: T201
+    assert statistics.median(taken) < 0.05
+
+
+def _scalar(sql: str) -> Any:
+    from queue_service.db.query import Query, scalar
+
+    return Query(sql, scalar, {})
+
+
+async def test_an_exit_code_is_told(app: App) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["exit", 3])
+        assert (await child.wait()).reason == "exit code 3"
+        outcome = await ending(app)
+    assert (outcome.code, (outcome.body or {})["reason"]) == ("worker_died", "exit code 3")
+
+
+async def test_a_child_that_was_never_ready_has_failed_to_start(app: App) -> None:
+    await armed(app)
+    async with Supervisor(app, "d", [*CHILD, '[["exit", 1]]', "mute"]) as child:
+        await child.wait()
+    assert (await ending(app)).code == "worker_startup_failed"
+
+
+async def test_a_reply_in_the_pipe_wins_over_the_crash_behind_it(app: App) -> None:
+    for number in range(10):
+        async with Supervisor(app, "d", CHILD) as child:
+            await given(app, child, ["reply", {"n": number}], ["kill", "SIGKILL"], message_id=f"m{number}")
+            assert (await child.wait()).message_ids == []
+        assert (await ending(app, f"m{number}")).kind == "reply"
+
+
+async def test_a_process_that_the_child_left_behind_does_not_hide_its_end(app: App) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["leave", 8], ["kill", "SIGKILL"])
+        assert (await asyncio.wait_for(child.wait(), 6)).message_ids == ["m"]
+
+
+async def test_turns_of_other_deployments_are_left_alone(app: App) -> None:
+    other = Turn(deployment="other", message_id="m", stream="s")
+    await app.turns.arm(other)
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["exit", 0])
+        await child.wait()
+    assert await app.turns.is_live("other", "m")
+
+
+async def test_nothing_is_sent_to_a_child_that_has_ended(app: App) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["exit", 0])
+        await child.wait()
+        late = await armed(app, "late")
+        with pytest.raises(DeploymentDown, match="exit code 0"):
+            await child.send(late, [])
+    assert await app.turns.is_live("d", "late")
+
+
+# A child that is stopped
+
+
+@pytest.mark.parametrize("how", [[], ["stubborn"]])
+async def test_a_deliberate_stop_ends_no_turn(app: App, conn: Connection, how: list[str]) -> None:
+    child = Supervisor(app, "d", [*CHILD, *how], grace=5)
+    await child.start()
+    await given(app, child, ["delta", "begun"])
+    await eventually(lambda: kinds(conn))
+    await child.stop()
+    ended = await child.wait()
+    assert (ended.deliberate, ended.message_ids) == (True, [])
+    assert await app.turns.is_live("d", "m")
+    assert await kinds(conn) == ["delta"]
+
+
+async def test_a_child_that_ignores_the_stop_is_killed_after_its_grace_and_ends_no_turn(
+    app: App, conn: Connection
+) -> None:
+    child = Supervisor(app, "d", [*CHILD, '[["ignore", "SIGTERM"]]', "stubborn"], grace=0.3)
+    await child.start()
+    await given(app, child, ["delta", "begun"])
+    await eventually(lambda: kinds(conn))
+    begun = time.monotonic()
+    await child.stop()
+    assert 0.3 <= time.monotonic() - begun < 3
+    assert (await child.wait()).reason == "killed by SIGKILL"
+    assert await app.turns.is_live("d", "m")
+
+
+async def test_a_failing_kill_after_the_spawn_neither_clears_the_mark_nor_signals(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Supervisor(app, "d", [*CHILD, "stubborn"], grace=0.2)
+    await child.start()
+    await given(app, child)
+    pid = child.pid
+    assert pid is not None
+
+    def refuse(self: Any, number: int) -> None:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.subprocess.Process, "send_signal", refuse)
+        stopping = asyncio.create_task(child.stop())
+        await eventually(lambda: child._stopping)
+        assert await app.turns.is_live("d", "m")
+        # It ends in its own time, as a crash would look, and it still was meant.
+        os.kill(pid, signal.SIGKILL)
+        await stopping
+    assert (await child.wait()).deliberate
+    assert await app.turns.is_live("d", "m")
+
+
+async def test_a_failing_kill_of_a_running_child_signals_nothing(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child)
+
+        def refuse(self: Any, number: int) -> None:
+            raise PermissionError("not yours")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncio.subprocess.Process, "send_signal", refuse)
+            child._signal(signal.SIGTERM)
+        assert not child._stopping
+        await given(app, child, ["reply", {}], message_id="next")
+        assert (await ending(app, "next")).kind == "reply"
+        assert await app.turns.is_live("d", "m")
+
+
+# A child that cannot be started
+
+
+@pytest.mark.parametrize("command", [["/nonexistent/agent"], ["/etc/hostname"], ["/"], ["a\x00b"]])
+async def test_a_spawn_error_ends_the_turns_and_says_what_to_do(app: App, command: list[str]) -> None:
+    await armed(app)
+    child = Supervisor(app, "d", command)
+    with pytest.raises(ConfigError, match=r"could not be started: .* Check that"):
+        await child.start()
+    outcome = await ending(app)
+    assert outcome.code == "worker_startup_failed"
+    with pytest.raises(DeploymentDown):
+        await child.send(turn(), [])
+    await child.stop()
+
+
+async def test_a_command_that_is_one_text_is_refused(app: App) -> None:
+    with pytest.raises(ConfigError, match="is a list"):
+        Supervisor(app, "d", "python agent.py")
+
+
+# Signs of life
+
+
+async def test_signs_of_life_extend_the_turns_of_a_child(app: App) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        made = await armed(app, admission=0.6, execution=0.6)
+        # Four times as long as the deadline without a beat.
+        await child.send(made, [["beat", 24, 0.1], ["reply", {}]])
+        assert (await ending(app)).kind == "reply"
+
+
+async def test_many_signs_of_life_are_few_statements(
+    app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    extend = app.turns.extend
+
+    async def counted(deployment: str) -> list[str]:
+        calls.append(deployment)
+        return await extend(deployment)
+
+    monkeypatch.setattr(app.turns, "extend", counted)
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["beat", 500, 0.002], ["reply", {}])
+        await ending(app)
+    assert 1 <= len(calls) <= 16
+
+
+async def test_a_failing_extend_is_survived_and_told(
+    app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(deployment: str) -> list[str]:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(app.turns, "extend", broken)
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["beat", 10, 0.05], ["reply", {}])
+        assert (await ending(app)).kind == "reply"
+    assert [record.levelname for record in caplog.records if "sign of life" in record.message] == ["ERROR"]
+
+
+async def test_a_stopped_process_is_found_unresponsive_by_its_deadline(app: App) -> None:
+    child = Supervisor(app, "d", CHILD, grace=0.2)
+    await child.start()
+    made = await armed(app, execution=0.5)
+    await child.send(made, [["delta", "begun"], ["kill", "SIGSTOP"], ["reply", {"text": "too late"}]])
+    assert (await ending(app)).code == "worker_unresponsive"
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGCONT)
+    await child.stop()
+
+
+async def test_a_withheld_turn_is_not_extended_and_ends_with_the_providers_code(app: App) -> None:
+    withhold = {"type": "withhold", "code": "provider_quota_exhausted", "reason": "429"}
+    async with Supervisor(app, "d", CHILD) as child:
+        made = await armed(app, execution=0.6)
+        await child.send(made, [["say", withhold], ["beat", 30, 0.1]])
+        outcome = await ending(app)
+    assert (outcome.code, (outcome.body or {})["reason"]) == ("provider_quota_exhausted", "429")
+
+
+async def test_a_turn_sent_while_its_provider_fails_is_withheld_too(app: App, conn: Connection) -> None:
+    withheld = "select message_id from queue_service.turn_markers where failure_code = 'provider_overloaded' order by 1"
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["say", {"type": "withhold", "code": "provider_overloaded"}], message_id="m1")
+        await eventually(lambda: rows(conn, withheld))
+        await given(app, child, message_id="m2")
+        await eventually(lambda: _equal(rows(conn, withheld), [("m1",), ("m2",)]))
+        await given(app, child, ["say", {"type": "restore"}], message_id="m3")
+        await eventually(lambda: _equal(rows(conn, withheld), []))
+
+
+async def _equal(asked: Any, expected: object) -> bool:
+    return bool(await asked == expected)
+
+
+async def test_a_reply_after_the_ending_is_dropped_and_the_child_is_told(
+    app: App, conn: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        made = await given(app, child, ["delta", "begun"])
+        await eventually(lambda: kinds(conn))
+        await conn.execute("update queue_service.turn_markers set deadline = clock_timestamp() - interval '1 minute'")
+        await app.turns.sweep()
+        await given(app, child, message_id="after")
+        await child.send(made, [["reply", {"text": "late"}]])
+        await eventually(lambda: _equal(one(conn, "select body from queue_service.events where kind = 'late'"), ["m"]))
+    assert await kinds(conn) == ["delta", "error", "late"]
+    assert (await ending(app)).code == "worker_unresponsive"
+    assert any("too late" in record.message for record in caplog.records)
+
+
+# A child that does not keep to the protocol
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["hello\n", "\n", "[]\n", "17\n", '{"type":"news"}\n', '{"type":"event"}\n', '{"x":1}\n', '{"type":"beat",\n', "{'a': 1}\n",
+     '{"type":"event","message_id":"m","kind":"reply"}\n', '{"type":"withhold","code":"nonsense"}\n',
+     '{"type":"event","message_id":"stranger","kind":"delta"}\n', '{"type":[]}\n', "\x80\n", "[" * 5000 + "\n"],
+)  # fmt: skip
+async def test_a_line_that_means_nothing_is_survived(
+    app: App, conn: Connection, caplog: pytest.LogCaptureFixture, line: str
+) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, ["write", line], ["reply", {"text": "fine"}])
+        assert (await ending(app)).kind == "reply"
+    assert await kinds(conn) == ["reply"]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [["write", '{"type":"reply","message_ids":"m","body":{}}\n'], ["write", '{"type":"fail"}\n'],
+     ["write", '{"type":"reply","message_ids":["m"],\n'], ["flood", 5_000_000]],
+)  # fmt: skip
+async def test_an_answer_that_cannot_be_read_ends_the_child_with_a_reason(app: App, step: list[Any]) -> None:
+    async with Supervisor(app, "d", CHILD) as child:
+        await given(app, child, step, ["beat", 100, 0.1])
+        ended = await asyncio.wait_for(child.wait(), 10)
+        outcome = await ending(app)
+    assert ended.reason.startswith("it wrote a")
+    assert (outcome.code, (outcome.body or {})["reason"]) == ("worker_died", ended.reason)
+
+
+async def test_payloads_are_not_logged(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    async with Supervisor(app, "d", CHILD) as child:
+        text = '{"type":"reply","message_ids":["m"],"body":"s3cret", oh\n'
+        await given(app, child, ["write", "s3cret\n"], ["write", text])
+        await child.wait()
+    assert "s3cret" not in caplog.text
+
+
+# Pipes that are full
+
+
+async def test_a_stopped_child_with_a_full_pipe_blocks_only_its_own_sender(app: App) -> None:
+    child = Supervisor(app, "d", CHILD, grace=0.3)
+    await child.start()
+    await given(app, child, ["kill", "SIGSTOP"])
+    big = await armed(app, "big")
+    sending = asyncio.create_task(child.send(big, [["delta", "x" * 4_000_000]]))
+    await asyncio.sleep(0)
+    async with Supervisor(app, "other", CHILD) as other:
+        healthy = Turn(deployment="other", message_id="m", stream="s")
+        await app.turns.arm(healthy)
+        await other.send(healthy, [["reply", {}]])
+        assert (await app.turns.wait("other", "m", timeout=10)).kind == "reply"
+    assert not sending.done()
+    begun = time.monotonic()
+    await child.stop()
+    assert time.monotonic() - begun < 3
+    with pytest.raises(DeploymentDown):
+        await sending
+    assert await app.turns.is_live("d", "big")
+
+
+async def test_a_talkative_child_is_held_back_while_nothing_can_be_stored_and_loses_nothing(
+    app: App, session: Any, conn: Connection
+) -> None:
+    holder = await session()
+    await holder.execute("insert into queue_service.streams (stream) values ('s') on conflict do nothing")
+    async with Supervisor(app, "d", CHILD) as child:
+        async with holder.transaction():
+            await holder.execute("select from queue_service.streams where stream = 's' for update")
+            await given(app, child, *[["delta", "x" * 100_000]] * 150, ["reply", {}], ["kill", "SIGKILL"])
+            assert child._child is not None
+            await eventually(lambda: child._child is not None and child._child._output.is_paused)
+        assert (await ending(app)).kind == "reply"
+        assert (await child.wait()).message_ids == []
+    assert len(await kinds(conn)) == 151
+
+
+# A database that is gone
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A server of this test's own, with our schema, to be stopped and started."""
+    cluster = Cluster(tmp_path / "cluster", embedded.programs(), {"fsync": "off", "full_page_writes": "off"})
+    cluster.use()
+    try:
+        schema.upgrade(cluster.conninfo)
+        yield cluster
+    finally:
+        cluster.stop()
+        cluster.leave()
+
+
+async def test_a_crash_and_a_reply_during_an_outage_are_told_when_the_database_is_back(
+    own_cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    paces = {"LEASE": "2s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
+    settings = load({f"QUEUE_SERVICE_{name}": value for name, value in paces.items()})
+    async with App(own_cluster.conninfo, settings=settings) as app, Supervisor(app, "d", CHILD) as child:
+        await given(app, child, message_id="lost")
+        answered = await armed(app, "answered")
+        await asyncio.to_thread(own_cluster.stop)
+        await child.send(answered, [["reply", {"text": "said in the dark"}], ["kill", "SIGKILL"]])
+        await eventually(lambda: any("did not take" in record.message for record in caplog.records), within=40)
+        await asyncio.to_thread(own_cluster.start)
+        ended = await asyncio.wait_for(child.wait(), 60)
+        conn = await connect(own_cluster.conninfo)
+        stored = await rows(conn, "select message_id, kind, code from queue_service.turn_outcomes order by 1")
+        await conn.close()
+    assert ended.message_ids == ["lost"]
+    assert stored == [("answered", "reply", None), ("lost", "error", "worker_died")]
+
+
+# A supervisor that is gone
+
+
+def _runs(pid: int) -> bool:
+    """An orphan that nobody collects has ended all the same."""
+    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout  # noqa: S607
+    return state.strip() not in {"", "Z"}
+
+
+SUPERVISING = """
+import asyncio, sys
+from queue_service import App
+from queue_service.worker.supervisor import Supervisor
+async def main():
+    async with App(sys.argv[1]) as app, Supervisor(app, "d", sys.argv[2:]) as child:
+        print(child.pid, flush=True)
+        await child.wait()
+asyncio.run(main())
+"""
+AGENT = """
+import asyncio
+from queue_service.worker.agent import serve
+async def echo(conversation):
+    await conversation.event("delta", {"text": "..."})
+    print("for standard error")
+    if conversation.turn.payload == "raise":
+        raise RuntimeError("as it was told to")
+    if conversation.turn.payload == "linger":
+        await asyncio.sleep(0.3)  # the work of its handler
+    return {"text": conversation.turn.payload}
+asyncio.run(serve(echo, beat=0.05))
+"""
+
+
+@pytest.mark.parametrize("command", [CHILD, [sys.executable, "-c", AGENT]], ids=["stdin", "library"])
+async def test_a_child_does_not_outlive_a_killed_supervisor(database: str, command: list[str]) -> None:
+    supervising = subprocess.Popen([sys.executable, "-c", SUPERVISING, database, *command], stdout=subprocess.PIPE)  # noqa: ASYNC220
+    assert supervising.stdout is not None
+    with supervising.stdout as told:
+        pid = int(await asyncio.to_thread(told.readline))
+    assert _runs(pid)
+    supervising.kill()
+    supervising.wait()
+    await eventually(lambda: not _runs(pid))
+
+
+async def test_a_cancelled_supervisor_takes_its_child_along_and_ends_no_turn(app: App) -> None:
+    child = Supervisor(app, "d", CHILD)
+    await child.start()
+    await given(app, child)
+    pid, life = child.pid, child._life
+    assert pid is not None
+    assert life is not None
+    life.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await life
+    await eventually(lambda: not _runs(pid))
+    assert await app.turns.is_live("d", "m")
+
+
+# The library's own child
+
+
+async def test_a_child_in_python_answers_fails_and_stops_in_good_order(app: App, conn: Connection) -> None:
+    async with Supervisor(app, "d", [sys.executable, "-c", AGENT]) as child:
+        for payload in ("hello", "raise", "linger"):
+            await child.send(await armed(app, payload), payload)
+        outcomes = [await ending(app, name) for name in ("hello", "raise")]
+        # What is under way when it is told to stop is finished first.
+        await child.stop()
+        assert (await child.wait()).reason == "exit code 0"
+    assert [(outcome.kind, outcome.code) for outcome in outcomes] == [("reply", None), ("error", "internal_error")]
+    assert (await ending(app, "linger")).kind == "reply"
+    assert "RuntimeError" in json.dumps(outcomes[1].body)
+
+
+def test_a_supervisor_works_on_the_other_event_loop_too(database: str) -> None:
+    async def crash() -> str:
+        async with App(database) as app, Supervisor(app, "d", CHILD) as child:
+            await given(app, child, ["delta", "x" * 1_000_000], ["kill", "SIGKILL"])
+            return (await child.wait()).reason
+
+    async def stop() -> str:
+        async with App(database) as app:
+            async with Supervisor(app, "d", [sys.executable, "-c", AGENT]) as child:
+                await given(app, child, message_id="m2")
+                await ending(app, "m2")
+            return (await child.wait()).reason
+
+    assert [uvloop.run(each()) for each in (crash, stop)] == ["killed by SIGKILL", "exit code 0"]
+
+
+# The example
+
+
+async def test_the_example_holds_its_conversation_and_shows_the_crash(database: str) -> None:
+    root = Path(__file__).parents[2]
+    finished = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "examples/agent.py"],
+        cwd=root, env={**os.environ, "QUEUE_SERVICE_DATABASE_URL": database},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert "(worker_died, killed by SIGKILL; " in finished.stdout
+    assert finished.stdout.rstrip().endswith("reply: You said: Are you back?")
