@@ -9,10 +9,11 @@ import click
 COMMANDS = {
     "config": ("queue_service.cli.config:config", "Show the settings in force."),
     "db": ("queue_service.cli.db:db", "Migrate, start, stop and inspect the database."),
-    "demo": ("queue_service.cli.demo:demo", "Checksum a directory with two workers, one of them killed."),
+    "demo": ("queue_service.cli.demo:demo", "See a worker killed, an agent killed, and nothing lost."),
     "enqueue": ("queue_service.cli.enqueue:enqueue", "Enqueue one run, or many from standard input."),
+    "markers": ("queue_service.cli.markers:markers", "List and end the turns that are owed an ending."),
     "queues": ("queue_service.cli.queues:queues", "List, pause and resume queues."),
-    "runs": ("queue_service.cli.runs:runs", "List, show, retry, cancel and delete runs."),
+    "runs": ("queue_service.cli.runs:runs", "List, show, explain, retry, cancel and delete runs."),
     "version": ("queue_service.cli.config:version", "Show the version and the schema revision it needs."),
     "worker": ("queue_service.cli.worker:worker", "Work on queues."),
     "workers": ("queue_service.cli.workers:workers", "List worker processes."),

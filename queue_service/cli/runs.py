@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 import click
 
@@ -9,15 +10,18 @@ from queue_service.app import App
 from queue_service.cli import render
 from queue_service.cli.options import command, json_option, load_app, with_app
 from queue_service.errors import RunUnknown
+from queue_service.queues import queries as queues
+from queue_service.roster import queries as roster
 from queue_service.runs import queries
 from queue_service.runs.model import Run, RunState
+from queue_service.turns import queries as turns
 
 ids = click.argument("run_ids", type=int, nargs=-1, required=True, metavar="ID...")
 
 
 @click.group()
 def runs() -> None:
-    """List, show, retry, cancel and delete runs."""
+    """List, show, explain, retry, cancel and delete runs."""
 
 
 @runs.command("list")
@@ -75,6 +79,38 @@ def show(run_id: int, as_json: bool, database_url: str | None) -> None:
             click.echo(f"{name:16} {_shown(value)}")
 
 
+class Surroundings(NamedTuple):
+    """What a run depends on: since when its queue is paused, the workers, and the turn it works on, with its deadline."""
+
+    paused_at: datetime | None
+    workers: Sequence[roster.Worker]
+    turn: tuple[str, str, datetime] | None
+
+
+@runs.command()
+@click.argument("run_id", type=int, metavar="ID")
+@json_option
+@command
+def why(run_id: int, as_json: bool, database_url: str | None) -> None:
+    """What a run awaits, and until when."""
+
+    async def body(app: App) -> tuple[Run | None, Surroundings]:
+        run = await app.get(run_id)
+        paused = {queue.name: queue.paused_at for queue in await app.fetch(queues.listed())}
+        workers = await app.fetch(roster.listed(app.settings.lease))
+        turn = await app.fetch(turns.of_run(run_id))
+        return run, Surroundings(paused.get(run.queue) if run else None, workers, turn)
+
+    run, around = with_app(load_app(None, database_url), body)
+    if run is None:
+        raise RunUnknown(run_id)
+    sentence = " ".join(filter(None, (awaited(run, around), turn_of(around))))
+    if as_json:
+        render.as_json({"id": run.id, "state": run.state, "why": sentence})
+    else:
+        click.echo(sentence)
+
+
 @runs.command()
 @ids
 @command
@@ -100,6 +136,71 @@ def delete(run_ids: tuple[int, ...], yes: bool, database_url: str | None) -> Non
     if not yes:
         click.confirm(f"Delete {len(run_ids)} runs for good?", abort=True, err=True)
     _each(run_ids, database_url, lambda app: app.delete, done="deleted", otherwise="is running, or unknown")
+
+
+def awaited(run: Run, around: Surroundings) -> str:
+    """What the run waits for, and until when; or how it ended."""
+    if run.state is RunState.QUEUED:
+        return _queued(run, around)
+    if run.state is RunState.RUNNING:
+        return _running(run, around)
+    how = f", {_failure(run)}" if run.error else ""
+    return f"Ended {run.state.value} {_when(run.finished_at)}{how}."
+
+
+def turn_of(around: Surroundings) -> str:
+    """The turn that the run works on; nothing where there is none."""
+    if around.turn is None:
+        return ""
+    deployment, message_id, deadline = around.turn
+    return f"It works on turn {message_id} of deployment {deployment}, whose deadline is {_when(deadline)}."
+
+
+def _queued(run: Run, around: Surroundings) -> str:
+    expires = "" if run.expires_at is None else f" It expires {_when(run.expires_at)}."
+    tried = f"Attempt {run.attempt} failed ({_failure(run)}); " if run.failures and run.error else ""
+    if _is_ahead(run.run_at):
+        what = f"{tried}tried again {_when(run.run_at)}." if tried else f"Scheduled for {_when(run.run_at)}."
+        return what + expires
+    what = f"{tried}{'queued' if tried else 'Queued'}, and due since {_when(run.run_at)}"
+    return f"{what}; {_taken_up_by(run, around)}.{expires}"
+
+
+def _taken_up_by(run: Run, around: Surroundings) -> str:
+    if around.paused_at is not None:
+        since = render.ago(around.paused_at)
+        return f"queue {run.queue} was paused {since}: `queue-service queues resume {run.queue}` goes on with it"
+    serving = [worker for worker in around.workers if worker.is_alive and run.queue in worker.queues]
+    if not serving:
+        start = f"queue-service worker -a module:app -q {run.queue}"
+        return f"no live worker works on queue {run.queue}: start one with `{start}`"
+    count = "a free place of the worker" if len(serving) == 1 else f"a free place of the {len(serving)} workers"
+    return f"waits for {count} on queue {run.queue}, and for one that knows task {run.task}"
+
+
+def _running(run: Run, around: Surroundings) -> str:
+    since = "" if run.claimed_at is None else f" {render.ago(run.claimed_at)}"
+    what = f"Attempt {run.attempt} began{since} and runs on"
+    asked = " Its cancellation was asked for." if run.cancel_requested else ""
+    for worker in around.workers:
+        if worker.id == run.worker_id:
+            seen = f"which was heard of {render.ago(worker.seen_at)}"
+            fate = "" if worker.is_alive else ": when its lease lapses, another worker takes over"
+            return f"{what} worker {worker.id} ({worker.name}), {seen}{fate}.{asked}"
+    return f"{what} a worker that is gone: when its lease lapses, another takes over.{asked}"
+
+
+def _failure(run: Run) -> str:
+    error = run.error or {}
+    return f"{error.get('reason')}: {error.get('message')}".splitlines()[0]
+
+
+def _is_ahead(moment: datetime) -> bool:
+    return moment > datetime.now(UTC)
+
+
+def _when(moment: datetime | None) -> str:
+    return "at some time" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S} ({render.ago(moment)})"
 
 
 def _each(
