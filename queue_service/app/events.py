@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +74,12 @@ class Events:
         Ends when the stream has ended and all of it was given. Survives outages of the database while it waits.
         """
         _check_range(after, 1)
-        async for event in self._app.opened.fanout.follow(stream, after):
-            yield event
+        opened = self._app.opened
+        # Who follows a conversation waits for its endings, and needs no worker to be alive for them.
+        with opened.sweeping():
+            async with contextlib.aclosing(opened.fanout.follow(stream, after)) as events:
+                async for event in events:
+                    yield event
 
     async def stream(self, stream: str) -> Stream | None:
         """A stream's head and state; None for one that does not exist yet."""

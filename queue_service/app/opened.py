@@ -21,6 +21,7 @@ from queue_service.services.endings import Endings
 from queue_service.services.fanout import Fanout
 from queue_service.services.loop import every
 from queue_service.services.notifier import Notifier
+from queue_service.services.outcomes import Outcomes
 from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
 
@@ -45,6 +46,12 @@ class Opened:
             self.pool.fetch,
             Listener(conninfo, [channels.EVENTS]),
             poll_interval=settings.poll_interval.total_seconds(),
+        )
+        self.outcomes = Outcomes(
+            self.pool.fetch,
+            self.fanout,
+            poll_interval=settings.poll_interval.total_seconds(),
+            grace=settings.lease.total_seconds() / 3,
         )
         self._sweeper = Sweeper(self.pool.fetch, self._tell, max_losses=settings.max_losses, grace=settings.lease / 3)
         self._sweep_interval = settings.sweep_interval

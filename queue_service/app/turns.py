@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from queue_service.app.enqueue import drive_any
 from queue_service.db import channels
 from queue_service.db.borrowed import borrow
 from queue_service.db.execute import REFUSED
-from queue_service.errors import ConfigError, DatabaseUnavailable, TurnEnded, TurnUnknown
+from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, TurnEnded, TurnUnknown
 from queue_service.logs import get_logger
 from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.services.sweeper import about_turns
@@ -40,8 +39,6 @@ log = get_logger(__name__)
 
 # Another session that arms or dispatches the same turn makes us look again; this often in a row is no coincidence.
 TRIES = 20
-# After a deadline, or an outage, a waiter looks again in this many seconds at the earliest.
-BREATH = 0.05
 
 
 class Turns:
@@ -132,22 +129,25 @@ class Turns:
     async def extend(self, deployment: str) -> list[str]:
         """A sign of life of a deployment: each of its turns has its whole `execution` before it again, except those
         withheld. Returns their message ids."""
+        check_word(deployment, "deployment")
         return await self._app.fetch(queries.extend(deployment))
 
     async def withhold(self, deployment: str, code: str, reason: str | None = None) -> list[str]:
         """The deployment lives, but its provider failed: its turns are no longer extended, and if they lapse, they end with
         this code. Returns their message ids. `restore` takes it back."""
+        check_word(deployment, "deployment")
         failure = TurnFailure(code, reason=reason)
         return await self._app.fetch(queries.withhold(deployment, failure.code, failure.reason))
 
     async def restore(self, deployment: str) -> list[str]:
         """The provider recovered: a sign of life for the turns that were withheld, whose message ids are returned."""
+        check_word(deployment, "deployment")
         return await self._app.fetch(queries.restore(deployment))
 
     async def reset_admission(self, deployment: str, message_id: str) -> bool:
         """The turn waits to be taken up again, as when it was released from behind another: it has its whole `admission`
         before it. False: it is owed no ending."""
-        return await self._app.fetch(queries.reset_admission(deployment, message_id))
+        return await self._app.fetch(queries.reset_admission(*_key(deployment, message_id)))
 
     # Endings
 
@@ -162,15 +162,16 @@ class Turns:
         """
         if isinstance(message_ids, str):
             raise ConfigError(f"message_ids is a list of ids, not the one text {message_ids!r}.")
+        check_word(deployment, "deployment")
         limit = self._app.settings.payload_limit
-        endings = [replied(deployment, message_id, body, limit) for message_id in dict.fromkeys(message_ids)]
+        endings = [replied(deployment, each, body, limit) for each in dict.fromkeys(message_ids) if _may_name(each)]
         for refused in (ending for ending in endings if ending.kind == "error"):
             log.error("a reply cannot be stored", deployment=deployment, message_id=refused.message_id)
         return [ended.message_id for ended in await self._decide(endings, conn)]
 
     async def fail(self, deployment: str, message_id: str, failure: TurnFailure, *, conn: Any = None) -> bool:
         """End a turn with an error. False: it was not owed an ending any more (or never), and nothing was stored."""
-        return bool(await self._decide([failed(deployment, message_id, failure)], conn))
+        return bool(await self._decide([failed(*_key(deployment, message_id), failure)], conn))
 
     async def fail_deployment(self, deployment: str, failure: TurnFailure) -> list[str]:
         """End every turn of a deployment with an error, as when its process died. Returns their message ids."""
@@ -186,7 +187,7 @@ class Turns:
         passed on; so must it not if this raises: TurnUnknown for a turn never armed, DatabaseUnavailable.
         """
         await self.fail(deployment, message_id, TurnFailure("rejected", reason))
-        standing = await self._standing((deployment, message_id))
+        standing = await self._standing(_key(deployment, message_id))
         if standing.outcome is None:
             raise DatabaseUnavailable(f"Turn {message_id!r} was armed anew while it was rejected. Reject it again.")
         return standing.outcome
@@ -194,7 +195,7 @@ class Turns:
     async def discharge(self, deployment: str, message_id: str) -> bool:
         """Forget what is owed to a turn, without an event: for an operator who has answered by other means. Its outcome is
         `discharged`. False: nothing was owed."""
-        return await self._app.fetch(queries.discharge(deployment, message_id))
+        return await self._app.fetch(queries.discharge(*_key(deployment, message_id)))
 
     async def sweep(self) -> int:
         """End the turns whose deadline has passed, with the code they were withheld with, or else `worker_unresponsive`.
@@ -206,11 +207,11 @@ class Turns:
     async def is_live(self, deployment: str, message_id: str) -> bool:
         """True while this very turn is owed an ending and its deadline has not passed. What the turn needs to go on, such
         as a fresh credential, is given only then."""
-        return await self._app.fetch(queries.is_live(deployment, message_id))
+        return await self._app.fetch(queries.is_live(*_key(deployment, message_id)))
 
     async def outcome(self, deployment: str, message_id: str) -> Outcome | None:
         """How the turn ended; None while it has not, or for one never armed."""
-        standing = await self._app.fetch(queries.standing(deployment, message_id))
+        standing = await self._app.fetch(queries.standing(*_key(deployment, message_id)))
         return None if standing is None else standing.outcome
 
     async def wait(self, deployment: str, message_id: str, *, timeout: timedelta | float | None = None) -> Outcome:
@@ -218,27 +219,12 @@ class Turns:
         turn. Survives outages of the database. Raises TimeoutError after `timeout`, TurnUnknown for a turn never armed.
         """
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
-        key = deployment, message_id
+        key = _key(deployment, message_id)
         opened = self._app.opened
         try:
             async with asyncio.timeout(seconds):
-                standing = await self._standing(key)
-                if standing.outcome is not None:
-                    return standing.outcome
-                with opened.sweeping(), opened.fanout.watch(standing.stream) as tail:
-                    spared_until = 0.0
-                    while True:
-                        # Taken before the look: what ends between the two rings it.
-                        bell = tail.ended_turns.next()
-                        try:
-                            standing = await self._look(key, may_end=time.monotonic() >= spared_until)
-                        except DatabaseUnavailable as lost:
-                            # Nobody could extend the turn either: whoever still lives is to have the first word.
-                            log.debug("cannot look for a turn's ending; trying again", why=str(lost))
-                            spared_until = time.monotonic() + self._app.settings.lease.total_seconds() / 3
-                        if standing.outcome is not None:
-                            return standing.outcome
-                        await _rung(opened.fanout.heard(bell), self._patience(standing))
+                with opened.sweeping():
+                    return await opened.outcomes.wait(key)
         except TimeoutError:
             raise TimeoutError(
                 f"Turn {message_id!r} did not end within {seconds:g} s. It goes on; wait again."
@@ -329,33 +315,28 @@ class Turns:
         return standing
 
     async def _stands(self, key: Key, conn: Any) -> bool:
-        """True for a turn that is owed its ending; False for one nobody knows (it was forgotten at this moment)."""
+        """True for a turn that is owed its ending; False for one that was forgotten at this moment, or whose marker was
+        deleted by hand."""
         standing: Standing | None = await self._fetch(queries.standing(*key), conn)
         if standing is not None and standing.outcome is not None:
             raise TurnEnded(*key, standing.outcome)
-        return standing is not None
-
-    async def _look(self, key: Key, *, may_end: bool) -> Standing:
-        """How the turn stands, once it was ended here if it has lapsed."""
-        standing = await self._standing(key)
-        if standing.outcome is None and standing.seconds_left is not None and standing.seconds_left <= 0 and may_end:
-            await self._app.fetch(queries.sweep_one(*key))
-            standing = await self._standing(key)
-        return standing
-
-    def _patience(self, standing: Standing) -> float:
-        """How long to wait for a bell before looking again: until the deadline, which may have moved by then."""
-        poll = self._app.settings.poll_interval.total_seconds()
-        left = standing.seconds_left
-        return max(left, BREATH) if left is not None and left > 0 else poll
+        return standing is not None and standing.seconds_left is not None
 
 
-async def _rung(bell: Any, patience: float) -> None:
+def _key(deployment: str, message_id: str) -> Key:
+    check_word(deployment, "deployment")
+    check_word(message_id, "message_id")
+    return deployment, message_id
+
+
+def _may_name(message_id: str) -> bool:
+    """Whether a turn can have this id. One that cannot must not cost the others of its reply their ending."""
     try:
-        async with asyncio.timeout(patience):
-            await bell
-    except TimeoutError:
-        pass
+        check_word(message_id, "message_id")
+    except (ConfigError, PayloadRefused) as refused:
+        log.error("no turn has such an id; it is passed over", why=str(refused))
+        return False
+    return True
 
 
 def _permitted(options: dict[str, Any]) -> dict[str, Any]:

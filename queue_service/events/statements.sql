@@ -17,8 +17,9 @@ numbered as materialized (
     select asked.*, heads.head - count(*) over (partition by asked.stream) + asked.nth as seq
       from asked join heads using (stream)
 ), stored as (
+    -- A recordset turns the null of JSON into that of SQL.
     insert into queue_service.events (stream, seq, kind, body)
-    select stream, seq, kind, body from numbered
+    select stream, seq, kind, coalesce(body, 'null'::jsonb) from numbered
 )
 
 -- define: appended_rows

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,9 +63,10 @@ class Tail:
         self.ended_turns = Bell()
 
     def place(self, head: int) -> None:
-        """The first look: what came before this is not kept here."""
+        """Begin anew: what came up to this is not kept here. A turn may have ended before, so whoever waits looks again."""
+        self.events.clear()
         self.base = self.head = head
-        self.moved.ring()
+        self.touch()
 
     def extend(self, events: Collection[Event]) -> None:
         for event in events:
@@ -126,9 +127,9 @@ class Fanout:
             if not tail.watchers:
                 self._tails.pop(stream, None)
 
-    async def follow(self, stream: str, after: int) -> AsyncIterator[Event]:
+    async def follow(self, stream: str, after: int) -> AsyncGenerator[Event, None]:
         """Events after a cursor, first those that are stored, then each as it comes. Where some are stored no longer, a
-        `gap` event says which. Ends where the stream has ended. Raises what ended the watch, if anything did.
+        `gap` event says which. Ends where the stream has ended. Raises DatabaseUnavailable where the watch has ended.
         """
         cursor, known = after, await self._fetch(queries.stream(stream))
         if after > (head := known.head if known is not None else 0):
@@ -162,18 +163,24 @@ class Fanout:
                 page: list[Event] = await self._fetch(queries.read(stream, after=cursor, limit=PAGE))
             except DatabaseUnavailable as lost:
                 if self._failure is not None:
-                    raise self._failure from lost
+                    raise self._lost() from lost
                 log.debug("cannot replay a stream; trying again", why=str(lost))
                 await asyncio.sleep(PAUSE)
             else:
                 return page
 
     async def heard(self, bell: asyncio.Event) -> None:
-        """Wait for a bell of a tail. Raises what ended the watch: nobody may wait for a bell that nobody rings."""
+        """Wait for a bell of a tail. Raises DatabaseUnavailable where the watch has ended, and nobody rings it."""
         if self._failure is None:
             await bell.wait()
         if self._failure is not None:
-            raise self._failure
+            raise self._lost()
+
+    def _lost(self) -> DatabaseUnavailable:
+        # A new one for each who waits: a traceback that they shared would grow with every one of them.
+        lost = DatabaseUnavailable(f"Streams are followed no longer: {self._failure}")
+        lost.__cause__ = self._failure
+        return lost
 
     async def close(self) -> None:
         if self._running is not None:
@@ -201,6 +208,9 @@ class Fanout:
         async for heard in self._listener.notices():
             told = None if isinstance(heard, Gap) else channels.read_appended(heard.payload)
             if told is None:
+                # Not every ending has an event: a discharged turn has none, and its notice may be what was lost.
+                for each in self._tails.values():
+                    each.ended_turns.ring()
                 self._doubt(self._tails)
                 continue
             stream, seq = told
@@ -276,3 +286,6 @@ class Fanout:
             if len(events) == PAGE:
                 self._behind.add(name)
                 self._wake.set()
+            elif tail is not None and tail.head is not None and tail.head < tail.top:
+                # That head was read from the stream before: what leads up to it was trimmed away.
+                tail.place(tail.top)

@@ -50,9 +50,8 @@ class TurnFailure:
             raise ConfigError(f"There is no failure code {self.code!r}.{nearest(str(self.code), SENTENCES)}")
         for name in ("message", "reason"):
             text = getattr(self, name)
-            if text is not None:
-                # A failure must be storable, whatever an exception or a dying process put into its text.
-                object.__setattr__(self, name, sanitised(str(text))[:MAX_REASON])
+            # A failure must be storable, whatever an exception or a dying process put into its text.
+            object.__setattr__(self, name, sanitised(str(text))[:MAX_REASON] if text else None)
 
     @property
     def sentence(self) -> str:
