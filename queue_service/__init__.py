@@ -1,6 +1,7 @@
 """A durable runs queue on Postgres, and turns that always end."""
 
 from queue_service.app import App
+from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, Renderer
 from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Run, RunState
 from queue_service.tasks import Cancel, Retry, Snooze
@@ -11,10 +12,14 @@ from queue_service.worker.supervisor import Supervisor
 __version__ = "0.1.0"
 
 __all__ = [
+    "NOT_MINE",
     "App",
     "Cancel",
+    "Deliveries",
+    "Delivery",
     "Event",
     "Outcome",
+    "Renderer",
     "Retry",
     "Run",
     "RunState",

@@ -53,6 +53,15 @@ class Snooze:
         self.delay = duration(delay, "Snooze(delay)")
 
 
+class Defer(Snooze):
+    """Returned by a handler that leaves its run to another process: `owner` may claim it after `delay`, and others a second
+    later. Counts as neither success nor failure."""
+
+    def __init__(self, delay: timedelta | float, owner: str | None = None) -> None:
+        super().__init__(delay)
+        self.owner = owner
+
+
 class Cancel:
     """Returned by a handler: end this run `cancelled`, for this reason, without a retry."""
 

@@ -34,6 +34,13 @@ def owner(channel: Channel) -> Query[str | None]:
     return SQL.query("owner", scalar, platform=platform, channel_id=channel_id)
 
 
+def deliver(platform: str, channel_id: str | None, payload: str, organization_id: str | None) -> Query[int]:
+    """The id of the run. `payload` is JSON text: what the statements that end turns give to their deliveries."""
+    return SQL.query(
+        "deliver", scalar, platform=platform, channel_id=channel_id, payload=payload, organization_id=organization_id
+    )
+
+
 def prune(age: timedelta) -> Query[None]:
     return SQL.query("prune", nothing, age=age)
 

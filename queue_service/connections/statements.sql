@@ -1,5 +1,9 @@
 -- Every statement about connections. A connection is held by one process at a time, for as long as it renews its lease.
 
+-- define: live_owner
+select owner from queue_service.connections
+ where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()
+
 -- name: hold
 -- Hold a channel's connection, unless another process does. Row: the owner, where it is now this one.
 -- writes: connections
@@ -27,8 +31,14 @@ returning platform, channel_id
 
 -- name: owner
 -- The process that holds a channel's connection, while its lease lasts.
-select owner from queue_service.connections
- where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()
+{live_owner}
+
+-- name: deliver
+-- Store the delivery of an event, reserved for the process that holds the channel's connection. Row: the id of the run.
+-- writes: runs
+insert into queue_service.runs (queue, task, payload, organization_id, reserved_for)
+values ('thread_response', 'deliver', %(payload)s::jsonb, %(organization_id)s, ({live_owner}))
+returning id
 
 -- name: prune
 -- Forget connections whose lease lapsed long ago.

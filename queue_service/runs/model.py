@@ -107,13 +107,15 @@ class Ending(NamedTuple):
 
 class Return(NamedTuple):
     """A claimed run goes back to its queue: in `delay` seconds, or to its old place when that is None. `failed` counts
-    a failure of the handler. A run whose cancellation was requested ends `cancelled` instead.
+    a failure of the handler; the owner it is `reserved_for` may claim it a second before others. A run whose cancellation
+    was requested ends `cancelled` instead.
     """
 
     claim: Claim
     delay: float | None = None
     failed: bool = False
     error: str = "null"
+    reserved_for: str | None = None
 
 
 class Floor(NamedTuple):

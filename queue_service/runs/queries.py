@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+import msgspec
+
 from queue_service.codec import loads
 from queue_service.db import channels
 from queue_service.db.channels import Notice
@@ -76,8 +78,9 @@ def reserve(
     return SQL.query("reserve", decode, count=count, delay=delay, run_at=run_at, expires_in=expires_in)
 
 
-def scan(queues: Sequence[str], tasks: Sequence[str]) -> Query[Scan]:
-    return SQL.query("scan", _scan, queues=list(queues), tasks=list(tasks))
+def scan(queues: Sequence[str], tasks: Sequence[str], *, owner: str | None = None) -> Query[Scan]:
+    """What `claim` by this owner could take; without one, what is reserved for nobody."""
+    return SQL.query("scan", _scan, queues=list(queues), tasks=list(tasks), owner=owner)
 
 
 def claim(
@@ -88,8 +91,10 @@ def claim(
     limit: int,
     worker_id: int,
     lease: timedelta,
+    owner: str | None = None,
 ) -> Query[list[tuple[Run, int]]]:
-    """The claimed runs, first to be executed first, each with the id of the lease that holds it."""
+    """The claimed runs, first to be executed first, each with the id of the lease that holds it. `owner` is whose runs come
+    a second before they are anyone's."""
     priorities = sorted(floors, reverse=True)
     return SQL.query(
         "claim",
@@ -102,6 +107,7 @@ def claim(
         limit=limit,
         worker_id=worker_id,
         lease=lease,
+        owner=owner,
     )
 
 
@@ -231,6 +237,7 @@ def _return_json(back: Return) -> str:
     parts = [] if back.delay is None else [f'"delay":{back.delay!r}']
     parts += ['"failed":true'] if back.failed else []
     parts += [] if back.error == "null" else [f'"error":{back.error}']
+    parts += [] if back.reserved_for is None else [f'"reserved_for":{msgspec.json.encode(back.reserved_for).decode()}']
     return "{" + ",".join(parts) + "}"
 
 

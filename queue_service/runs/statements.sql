@@ -5,6 +5,9 @@
 -- and with zero rows expected it will read the whole table as the outer side of a join. So `runs` is never joined:
 -- it is reached by `id = any(array)` or by an ordered walk along the claim index with a limit, and nothing else. That
 -- index holds `id + 0`, so that the first can never be served by the second.
+--
+-- A run that is `reserved_for` an owner is for a second, from its run_at on, that owner's to claim. After that it is
+-- anyone's, so that an owner who died delays it and no more.
 
 -- define: history_columns
 id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, losses, max_attempts, priority, state,
@@ -37,6 +40,10 @@ select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.ru
        %(metadata)s::jsonb, %(organization_id)s
   from (select coalesce(%(run_at)s::timestamptz,
                         clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
+
+-- define: for_us
+(runs.reserved_for is null or runs.reserved_for = %(owner)s::text
+                or runs.run_at < (select clock_timestamp()) - interval '1 second')
 
 -- define: held_claim
 runs.id = any(%(ids)s::bigint[])
@@ -132,14 +139,16 @@ select moment.now, due.queue, due.priority, due.run_at, due.id
            and runs.run_at <= (select clock_timestamp())
            and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
            and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+           and {for_us}
          order by runs.run_at, runs.id + 0 limit 1
      ) as first
   ) as due on true
 
 -- name: claim
 -- Take up to `limit` due runs of one queue, higher priority first, each priority from its floor on. Passed over: runs of
--- tasks not named, expired ones, suspects (see claim_suspect), and what another session is claiming. A paused queue
--- gives none. The clock is read in a subquery, since a volatile function cannot bound an index scan.
+-- tasks not named, expired ones, suspects (see claim_suspect), those reserved for another owner, and what another
+-- session is claiming. A paused queue gives none. The clock is read in a subquery, since a volatile function cannot
+-- bound an index scan.
 -- writes: runs, leases
 with picked as materialized (
     select candidate.id
@@ -152,6 +161,7 @@ with picked as materialized (
            and runs.run_at <= (select clock_timestamp())
            and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
            and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+           and {for_us}
          order by runs.run_at, runs.id + 0
          limit %(limit)s
            for update skip locked
@@ -224,8 +234,9 @@ returning id, attempt
 -- name: give_back
 -- Return claimed runs to their queue: after a delay, or to their old place where there is none. One asked to be
 -- cancelled meanwhile ends so instead. One row for each claim that was still held. An outcome is an object of delay (in
--- seconds), failed and error. The runs are locked before cancel_requested is looked at: a request that came in between
--- would otherwise fit neither branch.
+-- seconds), failed, error and reserved_for; without the last, the run is anyone's. The runs are locked before
+-- cancel_requested is looked at: a request that came in between would otherwise fit neither branch. The owner of a
+-- reserved run is told with the commit: it has a second, and a poll may come later (counting `told` makes it happen).
 -- writes: runs, finished_runs, leases
 with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
@@ -251,11 +262,15 @@ with freed as (
        set state = 'queued', lease_id = null, claimed_at = null,
            failures = failures + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
            run_at = coalesce(clock_timestamp() + make_interval(secs => ({outcome} ->> 'delay')::float8), run_at),
-           error = coalesce({outcome} -> 'error', error)
+           error = coalesce({outcome} -> 'error', error), reserved_for = {outcome} ->> 'reserved_for'
      where runs.id = any(array(select held.id from held where not held.cancel_requested))
-    returning id, attempt
+    returning id, attempt, queue, priority, reserved_for
+), told as (
+    select pg_notify('queue_service_runs', priority || ' ' || queue)::text from queued where reserved_for is not null
 )
-select id, attempt from queued union all select id, attempt from cancelled
+select id, attempt from queued where (select count(*) from told) >= 0
+union all
+select id, attempt from cancelled
 
 -- name: sweep
 -- Take the leases that have lapsed, at most `limit` of them, and with them the runs they held. Each goes back to its

@@ -10,18 +10,24 @@
 m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata, m.armed_at
 
 -- define: ended
-heads as (
+due as materialized (
+    -- A turn that has had its ending gets no second one, even if somebody put its marker back by hand.
+    select taken.* from taken
+     where not exists (select from queue_service.turn_outcomes as o
+                        where o.deployment = taken.deployment and o.message_id = taken.message_id
+                          and o.kind is not null)
+), heads as (
     -- The row lock is kept to the end of the transaction: the order of seq is the order of commits, without gaps.
     insert into queue_service.streams (stream, head)
-    select taken.stream, count(*) from taken group by taken.stream order by taken.stream
+    select due.stream, count(*) from due group by due.stream order by due.stream
         on conflict (stream) do update set head = streams.head + excluded.head
     returning stream, head
 ), numbered as materialized (
-    select taken.*,
-           heads.head + 1 - row_number() over (partition by taken.stream order by armed_at desc, message_id desc) as seq
-      from taken join heads using (stream)
+    select due.*,
+           heads.head + 1 - row_number() over (partition by due.stream order by armed_at desc, message_id desc) as seq
+      from due join heads using (stream)
 ), outcomes as (
-    -- A turn that has its ending already gets no second one, even if somebody put its marker back by hand.
+    -- The unique key has the last word, whatever this statement's snapshot did not show.
     insert into queue_service.turn_outcomes (deployment, message_id, stream, armed_at, ended_at, seq, kind, code)
     select deployment, message_id, stream, armed_at, clock_timestamp(), seq, kind, code from numbered
      order by deployment, message_id

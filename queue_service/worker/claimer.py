@@ -48,6 +48,7 @@ class Claimer:
         worker_id: int,
         lease: timedelta,
         poll_interval: timedelta,
+        owner: str,
     ) -> None:
         self._wire = wire
         self._executors = executors
@@ -57,6 +58,7 @@ class Claimer:
         self._worker_id = worker_id
         self._lease = lease
         self._poll = poll_interval.total_seconds()
+        self._owner = owner
         self._floors = Floors()
         # Queues that may have more than was claimed.
         self._hopeful: set[str] = set(executors)
@@ -133,7 +135,7 @@ class Claimer:
     async def _look_everywhere(self) -> None:
         # Emptied before the look: a hint that comes while it is under way tells of something it may not see.
         self._hopeful.clear()
-        scan = await self._wire.fetch(queries.scan(list(self._executors), self._tasks))
+        scan = await self._wire.fetch(queries.scan(list(self._executors), self._tasks, owner=self._owner))
         self._hopeful |= self._floors.scanned(scan)
 
     async def _claim(self, executor: Executor) -> None:
@@ -148,6 +150,7 @@ class Claimer:
                 limit=wanted,
                 worker_id=self._worker_id,
                 lease=self._lease,
+                owner=self._owner,
             )
         )
         self._floors.claimed(executor.queue, [run for run, _ in claimed])

@@ -21,7 +21,7 @@ from queue_service import backoff, codec
 from queue_service.errors import PayloadRefused
 from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Return, Run, RunState
-from queue_service.tasks import Cancel, Snooze, Task, Tasks
+from queue_service.tasks import Cancel, Defer, Snooze, Task, Tasks
 from queue_service.worker.finisher import Finisher, Outcome
 from queue_service.worker.leases import Held, Lease
 from queue_service.worker.threads import Threads
@@ -229,7 +229,8 @@ class Executor:
 
     def _outcome(self, run: Run, returned: Any) -> Outcome:
         if isinstance(returned, Snooze):
-            return Return(run.claim, delay=returned.delay.total_seconds())
+            owner = returned.owner if isinstance(returned, Defer) else None
+            return Return(run.claim, delay=returned.delay.total_seconds(), reserved_for=owner)
         if isinstance(returned, Cancel):
             return _cancelled(run, returned.reason)
         try:

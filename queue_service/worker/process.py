@@ -140,6 +140,7 @@ class _Parts:
             worker_id=worker_id,
             lease=settings.lease,
             poll_interval=settings.poll_interval,
+            owner=app.identity,
         )
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, on_lost=self._lose, on_cancel=self._cancel
