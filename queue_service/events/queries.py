@@ -85,9 +85,10 @@ def trim(name: str, *, upto: int, limit: int) -> Query[int]:
     return SQL.query("trim", scalar, stream=name, upto=upto, limit=limit)
 
 
-def prune(age: timedelta, *, after: str, streams: int, limit: int) -> Query[tuple[str | None, int]]:
-    """The last stream looked at, None where there are no more after this one; and how many events went."""
-    return SQL.query("prune", lambda rows: (rows[0][0], rows[0][1]), age=age, after=after, streams=streams, limit=limit)
+def aged(age: timedelta, *, after: str, limit: int) -> Query[list[tuple[str, int | None]]]:
+    """The next streams after a name, and the seq up to which the events of each are older than this; None where there
+    is none to delete."""
+    return SQL.query("aged", lambda rows: [(row[0], row[1]) for row in rows], age=age, after=after, limit=limit)
 
 
 def _json(value: str) -> str:

@@ -14,8 +14,10 @@ asked as materialized (
 
 -- define: appended
 numbered as materialized (
-    select asked.*, heads.head - count(*) over (partition by asked.stream) + asked.nth as seq
-      from asked join heads using (stream)
+    -- Heads are looked up in an object: a join would be a loop within a loop, for the planner believes in one row of each.
+    select asked.*, (ends.heads -> asked.stream)::bigint - count(*) over (partition by asked.stream) + asked.nth as seq
+      from asked cross join (select jsonb_object_agg(stream, head) as heads from heads) as ends
+     where ends.heads ? asked.stream
 ), stored as (
     -- A recordset turns the null of JSON into that of SQL.
     insert into queue_service.events (stream, seq, kind, body)
@@ -106,37 +108,29 @@ select head, pg_notify('queue_service_events', head || ' ' || stream)::text from
 -- writes: events
 with cut as (
     delete from queue_service.events
-     where (stream, seq) in (
-            select e.stream, e.seq from queue_service.events as e
+     where stream = %(stream)s and seq = any(array(
+            select e.seq from queue_service.events as e
              where e.stream = %(stream)s and e.seq <= %(upto)s and not e.terminal
-             order by e.seq limit %(limit)s)
+             order by e.seq limit %(limit)s))
     returning seq
 )
 select count(*) from cut
 
--- name: prune
--- Delete events older than `age` of the next `streams` streams after a name, at most `limit` of them, but no endings.
--- Within a stream time follows seq, so what is old lies in front of the first event that is not, and no index on time is
--- needed. Row: the last stream looked at (null: there are no more), and how many events went.
--- writes: events
-with page as materialized (
-    select s.stream, s.head from queue_service.streams as s
-     where s.stream > %(after)s order by s.stream limit %(streams)s
-), bounds as materialized (
-    select page.stream,
-           coalesce((select events.seq from queue_service.events
-                      where events.stream = page.stream
-                        and events.created_at >= (select clock_timestamp()) - %(age)s::interval
-                      order by events.seq limit 1), page.head + 1) as fresh
-      from page
-), old as materialized (
-    select e.stream, e.seq
-      from bounds
-      join queue_service.events as e on e.stream = bounds.stream and e.seq < bounds.fresh and not e.terminal
-     limit %(limit)s
-), cut as (
-    delete from queue_service.events
-     using old
-     where events.stream = old.stream and events.seq = old.seq
-)
-select (select max(page.stream) from page), (select count(*) from old)
+-- name: aged
+-- The next `limit` streams after a name, and of each the last event that is older than `age` (null: there is nothing to
+-- delete up to it). Within a stream time follows seq, so what is old lies in front of the first event that is not, and no
+-- index on time is needed.
+select page.stream, case when oldest.seq < coalesce(fresh.seq, page.head + 1) then coalesce(fresh.seq - 1, page.head) end
+  from (select s.stream, s.head from queue_service.streams as s
+         where s.stream > %(after)s order by s.stream limit %(limit)s) as page
+  left join lateral (
+    select events.seq from queue_service.events
+     where events.stream = page.stream and not events.terminal
+     order by events.seq limit 1
+  ) as oldest on true
+  left join lateral (
+    select events.seq from queue_service.events
+     where events.stream = page.stream and events.created_at >= (select clock_timestamp()) - %(age)s::interval
+     order by events.seq limit 1
+  ) as fresh on true
+ order by page.stream

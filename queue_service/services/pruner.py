@@ -25,6 +25,7 @@ log = get_logger(__name__)
 AHEAD = 3
 BATCH = 5_000
 STREAMS = 500
+TURNS = 500
 SILENCE = timedelta(days=1)
 _LOCK = 4_718_105_520_115
 _PREFIX = "finished_runs_"
@@ -68,21 +69,22 @@ class Pruner:
     async def _turns(self) -> int:
         """Forget turns, batch after batch, each a short transaction."""
         count = 0
-        while gone := await self._pool.fetch(turns.prune(self._retention, limit=BATCH)):
+        while gone := await self._pool.fetch(turns.prune(self._retention, limit=TURNS)):
             count += gone
         if count:
             log.info("forgot turns that ended long ago", count=count)
         return count
 
     async def _events(self) -> int:
+        """Trim stream after stream. What was trimmed before has few events left in front of the first fresh one."""
         count, at = 0, ""
-        while True:
-            last, gone = await self._pool.fetch(events.prune(self._retention, after=at, streams=STREAMS, limit=BATCH))
-            count += gone
-            if last is None:
-                break
-            # A full batch may have left some behind.
-            at = last if gone < BATCH else at
+        while streams := await self._pool.fetch(events.aged(self._retention, after=at, limit=STREAMS)):
+            for stream, upto in streams:
+                while upto is not None and (
+                    gone := await self._pool.fetch(events.trim(stream, upto=upto, limit=BATCH))
+                ):
+                    count += gone
+            at = streams[-1][0]
         if count:
             log.info("deleted old events", count=count)
         return count

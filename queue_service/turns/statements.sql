@@ -5,6 +5,12 @@
 -- Locks are taken in this order: outcomes, markers, streams; those of one kind by ascending key. A statement that ends
 -- turns touches their outcomes last all the same: it holds the marker, and nobody else writes the outcome of a turn
 -- whose marker is held.
+--
+-- A plan that was made while a table was empty is kept when it is full, and as a join it would read the whole of it. So no
+-- table is joined: a row is looked up in a lateral subquery with a limit, which has no plan but its key; and where a join
+-- cannot be avoided (a row that is deleted or updated), its key is bounded by arrays as well. What the statement has made
+-- itself is believed to be one row: it is looked up in a hash (an `in` that is no condition by itself, so that it does not
+-- become a join) or in an object, not joined by a loop within a loop.
 
 -- define: marker_fields
 m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata, m.armed_at
@@ -12,10 +18,14 @@ m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.org
 -- define: ended
 due as materialized (
     -- A turn that has had its ending gets no second one, even if somebody put its marker back by hand.
-    select taken.* from taken
-     where not exists (select from queue_service.turn_outcomes as o
-                        where o.deployment = taken.deployment and o.message_id = taken.message_id
-                          and o.kind is not null)
+    select taken.*
+      from taken
+      left join lateral (
+        select true as ended from queue_service.turn_outcomes as o
+         where o.deployment = taken.deployment and o.message_id = taken.message_id and o.kind is not null
+         limit 1
+      ) as had on true
+     where had.ended is null
 ), heads as (
     -- The row lock is kept to the end of the transaction: the order of seq is the order of commits, without gaps.
     insert into queue_service.streams (stream, head)
@@ -24,8 +34,9 @@ due as materialized (
     returning stream, head
 ), numbered as materialized (
     select due.*,
-           heads.head + 1 - row_number() over (partition by due.stream order by armed_at desc, message_id desc) as seq
-      from due join heads using (stream)
+           ((select jsonb_object_agg(heads.stream, heads.head) from heads) -> due.stream)::bigint
+           + 1 - row_number() over (partition by due.stream order by armed_at desc, message_id desc) as seq
+      from due
 ), outcomes as (
     -- The unique key has the last word, whatever this statement's snapshot did not show.
     insert into queue_service.turn_outcomes (deployment, message_id, stream, armed_at, ended_at, seq, kind, code)
@@ -37,7 +48,8 @@ due as materialized (
      where turn_outcomes.kind is null
     returning deployment, message_id
 ), endings as materialized (
-    select numbered.* from numbered join outcomes using (deployment, message_id)
+    select numbered.* from numbered
+     where ((deployment, message_id) in (select outcomes.deployment, outcomes.message_id from outcomes)) is true
 ), stored as (
     insert into queue_service.events (stream, seq, kind, terminal, body)
     select stream, seq, kind, true,
@@ -68,6 +80,11 @@ asked as materialized (
       ) with ordinality as asked (call, deployment, message_id, kind, code, body, place)
      order by deployment, message_id, place
 )
+
+-- define: is_asked
+m.deployment = asked.deployment and m.message_id = asked.message_id
+       and m.deployment = any(array(select asked.deployment from asked))
+       and m.message_id = any(array(select asked.message_id from asked))
 
 -- define: free_streams
 free as materialized (
@@ -101,13 +118,20 @@ asked as materialized (
      order by deployment, message_id
         on conflict (deployment, message_id) do nothing
     returning deployment, message_id
+), known_streams as materialized (
+    select s.stream from queue_service.streams as s where s.stream = any(array(select distinct asked.stream from asked))
 ), streams as (
     -- Looked for first: an insert that meets the row would wait for whoever is writing to it.
     insert into queue_service.streams (stream)
-    select distinct asked.stream from asked join opened using (deployment, message_id)
-     where not exists (select from queue_service.streams where streams.stream = asked.stream)
+    select distinct asked.stream from asked
+     where {is_opened} and asked.stream not in (select known_streams.stream from known_streams)
      order by asked.stream
         on conflict (stream) do nothing
+), known as (
+    select o.* from asked cross join lateral (
+        select o.deployment, o.message_id, o.kind from queue_service.turn_outcomes as o
+         where o.deployment = asked.deployment and o.message_id = asked.message_id limit 1
+    ) as o
 )
 
 -- define: marker_columns
@@ -144,18 +168,21 @@ o.deployment, o.message_id, o.stream, o.armed_at, o.ended_at, o.kind, o.code, o.
          where events.stream = o.stream and events.seq = o.seq and events.terminal),
        extract(epoch from m.deadline - clock_timestamp())::float8
 
+-- define: is_opened
+((asked.deployment, asked.message_id) in (select opened.deployment, opened.message_id from opened)) is true
+
 -- name: arm
 -- Owe each of these turns an ending. `turns` is a JSON array of objects. Rows: 'armed', or 'known' for one that was armed
 -- before (see `standing` for how it stands). A turn without a row is being armed by another session: send it again.
 -- writes: turn_outcomes, turn_markers, streams
 with {asked_turns}, armed as (
     insert into queue_service.turn_markers {marker_columns}
-    select {marker_values}, null from asked join opened using (deployment, message_id)
+    select {marker_values}, null from asked where {is_opened}
     returning deployment, message_id
 )
 select deployment, message_id, 'armed' from armed
 union all
-select o.deployment, o.message_id, 'known' from asked join queue_service.turn_outcomes as o using (deployment, message_id)
+select known.deployment, known.message_id, 'known' from known
 
 -- name: dispatch
 -- Arm one turn and store the run that works on it, both or neither; or only the run, where the turn is armed and has none.
@@ -164,10 +191,13 @@ select o.deployment, o.message_id, 'known' from asked join queue_service.turn_ou
 -- writes: turn_outcomes, turn_markers, streams, runs
 with {asked_turns}, pending as (
     -- Locked, so that of two sessions that dispatch an armed turn, the second finds its run.
-    select m.deployment, m.message_id
-      from asked join queue_service.turn_markers as m using (deployment, message_id)
-     where m.run_id is null
-       for update of m
+    select m.*
+      from asked
+     cross join lateral (
+        select m.deployment, m.message_id from queue_service.turn_markers as m
+         where m.deployment = asked.deployment and m.message_id = asked.message_id and m.run_id is null
+         limit 1 for update
+     ) as m
 ), stored as (
     insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, max_attempts,
                                     retry_delay, timeout, metadata, organization_id)
@@ -180,19 +210,20 @@ with {asked_turns}, pending as (
     returning id
 ), armed as (
     insert into queue_service.turn_markers {marker_columns}
-    select {marker_values}, stored.id from asked join opened using (deployment, message_id) cross join stored
+    select {marker_values}, stored.id from asked cross join stored where {is_opened}
 ), begun as (
     update queue_service.turn_markers as m
        set run_id = stored.id, deadline = clock_timestamp() + m.admission, admitted_at = null
-      from stored, pending
-     where m.deployment = pending.deployment and m.message_id = pending.message_id
+      from stored
+     where m.deployment = any(array(select pending.deployment from pending))
+       and m.message_id = any(array(select pending.message_id from pending))
 )
 select 'dispatched', id, null, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end
   from stored
 union all
 select 'known', (select m.run_id from queue_service.turn_markers as m
-                  where m.deployment = o.deployment and m.message_id = o.message_id), o.kind, null
-  from asked join queue_service.turn_outcomes as o using (deployment, message_id)
+                  where m.deployment = known.deployment and m.message_id = known.message_id), known.kind, null
+  from known
  where not exists (select from stored)
 
 -- name: end
@@ -203,7 +234,7 @@ select 'known', (select m.run_id from queue_service.turn_markers as m
 with {asked_endings}, taken as (
     delete from queue_service.turn_markers as m
      using asked
-     where m.deployment = asked.deployment and m.message_id = asked.message_id
+     where {is_asked}
     returning {marker_fields}, asked.kind, asked.code, asked.body
 ), {ended}
 {ended_rows}
@@ -214,13 +245,19 @@ with {asked_endings}, taken as (
 -- stream, is left alone as a whole, or it would hold up the others. Its turns come back as rows without an event.
 -- writes: turn_markers, turn_outcomes, streams, events, runs
 with {asked_endings}, owed as materialized (
-    select asked.call, m.deployment, m.message_id, m.stream
-      from asked join queue_service.turn_markers as m using (deployment, message_id)
+    select asked.call, m.*
+      from asked
+     cross join lateral (
+        select m.deployment, m.message_id, m.stream from queue_service.turn_markers as m
+         where m.deployment = asked.deployment and m.message_id = asked.message_id limit 1
+     ) as m
 ), locked as materialized (
-    select m.deployment, m.message_id
-      from asked join queue_service.turn_markers as m using (deployment, message_id)
-     order by m.deployment, m.message_id
-       for update of m skip locked
+    select m.*
+      from asked
+     cross join lateral (
+        select m.deployment, m.message_id from queue_service.turn_markers as m
+         where m.deployment = asked.deployment and m.message_id = asked.message_id limit 1 for update skip locked
+     ) as m
 ), {free_streams}, busy as materialized (
     select owed.call from owed
      where (owed.deployment, owed.message_id) not in (select locked.deployment, locked.message_id from locked)
@@ -228,7 +265,7 @@ with {asked_endings}, owed as materialized (
 ), taken as (
     delete from queue_service.turn_markers as m
      using asked
-     where m.deployment = asked.deployment and m.message_id = asked.message_id
+     where {is_asked}
        and (m.deployment, m.message_id) in (select locked.deployment, locked.message_id from locked)
        and asked.call not in (select busy.call from busy)
     returning {marker_fields}, asked.kind, asked.code, asked.body
@@ -250,8 +287,8 @@ with failure as materialized (
        for update
 ), taken as (
     delete from queue_service.turn_markers as m
-     using owed, failure
-     where m.deployment = owed.deployment and m.message_id = owed.message_id
+     using failure
+     where m.deployment = %(deployment)s and m.message_id = any(array(select owed.message_id from owed))
     returning {marker_fields}, 'error' as kind, failure.code, {failure_body} as body
 ), {ended}
 {ended_rows}
@@ -263,18 +300,18 @@ with failure as materialized (
 -- streams that somebody is writing to: waiting for one would hold up all the others.
 -- writes: turn_markers, turn_outcomes, streams, events, runs
 with owed as materialized (
-    select m.deployment, m.message_id, m.stream from queue_service.turn_markers as m
+    select m.ctid as place, m.stream from queue_service.turn_markers as m
      where m.deadline < (select clock_timestamp())
      order by m.deadline
      limit %(limit)s
        for update skip locked
-), {free_streams}, ready as materialized (
-    select owed.deployment, owed.message_id from owed
-     where owed.stream in (select free.stream from free) or owed.stream not in (select known.stream from known)
-), deleted as (
+), {free_streams}, deleted as (
+    -- By its place, which is held. A row that was updated since the snapshot is missed, and swept the next time.
     delete from queue_service.turn_markers as m
-     using ready
-     where m.deployment = ready.deployment and m.message_id = ready.message_id and m.deadline < clock_timestamp()
+     where m.ctid = any(array(
+            select owed.place from owed
+             where owed.stream in (select free.stream from free) or owed.stream not in (select known.stream from known)))
+       and m.deadline < clock_timestamp()
     returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution
 ), taken as materialized (
     select {marker_fields}, {lapsed_fields}
@@ -319,11 +356,11 @@ returning stream, pg_notify('queue_service_events', '0 ' || stream)::text
 -- writes: turn_markers
 update queue_service.turn_markers as m
    set deadline = clock_timestamp() + m.execution, admitted_at = coalesce(m.admitted_at, clock_timestamp())
- where (m.deployment, m.message_id) in (
-        select owed.deployment, owed.message_id from queue_service.turn_markers as owed
+ where m.deployment = %(deployment)s and m.message_id = any(array(
+        select owed.message_id from queue_service.turn_markers as owed
          where owed.deployment = %(deployment)s and owed.failure_code is null
-         order by owed.deployment, owed.message_id
-           for update)
+         order by owed.message_id
+           for update))
    and m.failure_code is null
 returning m.message_id
 
@@ -333,11 +370,11 @@ returning m.message_id
 -- writes: turn_markers
 update queue_service.turn_markers as m
    set failure_code = %(code)s, failure_reason = %(reason)s
- where (m.deployment, m.message_id) in (
-        select owed.deployment, owed.message_id from queue_service.turn_markers as owed
+ where m.deployment = %(deployment)s and m.message_id = any(array(
+        select owed.message_id from queue_service.turn_markers as owed
          where owed.deployment = %(deployment)s
-         order by owed.deployment, owed.message_id
-           for update)
+         order by owed.message_id
+           for update))
 returning m.message_id
 
 -- name: restore
@@ -346,11 +383,11 @@ returning m.message_id
 update queue_service.turn_markers as m
    set failure_code = null, failure_reason = null, deadline = clock_timestamp() + m.execution,
        admitted_at = coalesce(m.admitted_at, clock_timestamp())
- where (m.deployment, m.message_id) in (
-        select owed.deployment, owed.message_id from queue_service.turn_markers as owed
+ where m.deployment = %(deployment)s and m.message_id = any(array(
+        select owed.message_id from queue_service.turn_markers as owed
          where owed.deployment = %(deployment)s and owed.failure_code is not null
-         order by owed.deployment, owed.message_id
-           for update)
+         order by owed.message_id
+           for update))
 returning m.message_id
 
 -- name: reset_admission
@@ -413,15 +450,19 @@ select m.deployment, m.message_id, m.deadline from queue_service.turn_markers as
 -- Forget turns that were armed before `age` ago and have ended, at most `limit` of them, and their events. Row: how many.
 -- writes: turn_outcomes, events
 with old as (
+    -- By their places: what is deleted here is never updated.
     delete from queue_service.turn_outcomes
-     where (deployment, message_id) in (
-            select o.deployment, o.message_id from queue_service.turn_outcomes as o
+     where ctid = any(array(
+            select o.ctid from queue_service.turn_outcomes as o
              where o.armed_at < (select clock_timestamp()) - %(age)s::interval and o.kind is not null
-             order by o.armed_at limit %(limit)s for update skip locked)
+             order by o.armed_at limit %(limit)s for update skip locked))
     returning stream, seq
 ), cut as (
     delete from queue_service.events
-     using old
-     where events.stream = old.stream and events.seq = old.seq
+     where ctid = any(array(
+            select e.ctid from old cross join lateral (
+                select events.ctid from queue_service.events
+                 where events.stream = old.stream and events.seq = old.seq limit 1
+            ) as e))
 )
 select count(*) from old

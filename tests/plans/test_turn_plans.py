@@ -1,14 +1,17 @@
-"""What the statements about turns and streams read, with statistics that are wrong in either direction."""
+"""What the statements about turns and streams read: with plans that were made for empty tables and kept when they were full,
+with statistics that are wrong in either direction, and with right ones.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from queue_service.db import pool
@@ -39,7 +42,15 @@ insert into queue_service.events (stream, seq, kind, body)
 select 's' || n % 1000 + 1, n / 1000 + 1, 'delta', '{}' from generate_series(0, 299999) as n;
 """
 
-STAGES = ["believed empty", "believed full", "believed full, empty"]
+STAGES = ["planned while empty", "believed empty", "believed full", "believed full, empty"]
+
+# Where Postgres cannot tell from the statement.
+TYPES = {"priority": "smallint", "max_attempts": "integer", "tell": "boolean"}
+
+
+class Stage(NamedTuple):
+    conn: Sync
+    name: str
 
 
 @pytest.fixture(scope="module")
@@ -51,29 +62,47 @@ def filled(server: str, template: str) -> Iterator[Sync]:
             for table in sorted(TABLES):
                 conn.execute(f"alter table queue_service.{table} set (autovacuum_enabled = off)".encode())
                 conn.execute(f"vacuum analyze queue_service.{table}".encode())
+            conn.execute(pool._SESSION.encode())
+            for number, (make, _) in enumerate(STATEMENTS.values()):
+                prepare(conn, f"p{number}", make())
             conn.execute(FILL.encode())
             yield conn
         admin.execute(f"drop database {name} with (force)")
 
 
+def prepare(conn: Sync, name: str, query: Query[Any]) -> None:
+    """Prepare the statement, and have it planned at once."""
+    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
+    text = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", query.text).replace("%%", "%")
+    types = ", ".join(TYPES.get(each, "unknown") for each in names)
+    conn.execute(f"prepare {name} ({types}) as {text}".encode())
+    conn.execute(sql.SQL("explain ") + execution(name, query))
+
+
+def execution(name: str, query: Query[Any]) -> sql.Composed:
+    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
+    values = sql.SQL(", ").join(sql.Literal(query.params[each]) for each in names)
+    return sql.SQL("execute {} ({})").format(sql.Identifier(name), values)
+
+
 @pytest.fixture(scope="module", params=STAGES)
-def stage(request: pytest.FixtureRequest, filled: Sync) -> tuple[Sync, str]:
+def stage(request: pytest.FixtureRequest, filled: Sync) -> Stage:
     """The stages follow one another on one database."""
-    filled.execute("reset all")
-    if request.param != "believed empty":
+    if "full" in request.param:
+        filled.execute("reset all")
         filled.execute("analyze")
+        filled.execute(pool._SESSION.encode())
     if request.param == "believed full, empty":
         for table in sorted(TABLES - {"runs", "connections"}):
             filled.execute(f"delete from queue_service.{table}".encode())
-    filled.execute(pool._SESSION.encode())
-    return filled, request.param
+    return Stage(filled, request.param)
 
 
 @pytest.fixture
-def conn(stage: tuple[Sync, str]) -> Iterator[Sync]:
+def conn(stage: Stage) -> Iterator[Sync]:
     """The connection, in a transaction of which nothing remains."""
-    with stage[0].transaction(force_rollback=True):
-        yield stage[0]
+    with stage.conn.transaction(force_rollback=True):
+        yield stage.conn
 
 
 def owed(message_id: str, deployment: str = "d5") -> Owed:
@@ -123,8 +152,7 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "stream": (lambda: events.stream("s7"), 1),
     "heads": (lambda: events.heads([f"s{n}" for n in range(100)]), 200),
     "tails": (lambda: events.tails({f"s{n}": 295 for n in range(1, 100)}, limit=200), 1_000),
-    "prune events": (lambda: events.prune(timedelta(days=14), after="s5", streams=100, limit=50), 300),
-    "prune all events": (lambda: events.prune(timedelta(days=-1), after="s5", streams=100, limit=50), 100_000),
+    "aged": (lambda: events.aged(timedelta(days=14), after="s5", limit=100), 300),
     "trim": (lambda: events.trim("s7", upto=100, limit=50), 150),
 }  # fmt: skip
 
@@ -136,21 +164,25 @@ def flattened(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
-def test_a_statement_looks_at_what_it_takes_and_little_else(conn: Sync, stage: tuple[Sync, str], name: str) -> None:
+def test_a_statement_looks_at_what_it_takes_and_little_else(conn: Sync, stage: Stage, name: str) -> None:
     make, most = STATEMENTS[name]
     query = make()
-    row = conn.execute(f"explain (analyze, timing off, format json) {query.text}".encode(), query.params).fetchone()
+    explain = "explain (analyze, timing off, format json) "
+    if stage.name == "planned while empty":
+        place = list(STATEMENTS).index(name)
+        row = conn.execute(sql.SQL(explain) + execution(f"p{place}", query)).fetchone()
+    else:
+        row = conn.execute(f"{explain}{query.text}".encode(), query.params).fetchone()
     assert row is not None
-    reads = [
-        node
-        for node in flattened(row[0][0]["Plan"])
-        if "Scan" in node["Node Type"] and node.get("Relation Name") in TABLES
-    ]
+    nodes = list(flattened(row[0][0]["Plan"]))
+    reads = [node for node in nodes if "Scan" in node["Node Type"] and node.get("Relation Name") in TABLES]
     visited = sum(
-        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
-                                + node.get("Rows Removed by Join Filter", 0))
-        for node in reads
-    )  # fmt: skip
+        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) for node in reads
+    )
+    # A loop over two lists of one batch is cheap while the batch is small.
+    discarded = sum(node["Actual Loops"] * node.get("Rows Removed by Join Filter", 0) for node in nodes)
     kinds = {node["Node Type"] for node in reads if node["Actual Loops"]}
-    assert visited <= most, json.dumps(reads, indent=1)
-    assert kinds <= {"Index Scan", "Index Only Scan", "Tid Scan"}, json.dumps(reads, indent=1)
+    told = [(node["Node Type"], node.get("Index Name"), node["Actual Rows"], node["Actual Loops"]) for node in reads]
+    assert visited <= most, "\n".join(map(str, told))
+    assert discarded <= 21_000
+    assert kinds <= {"Index Scan", "Index Only Scan", "Tid Scan"}, "\n".join(map(str, told))

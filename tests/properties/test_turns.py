@@ -269,8 +269,9 @@ class Turns(RuleBasedStateMachine):
             " where stream = %s and seq <= %s",
             [stream, upto],
         )
-        _, gone = self.ask(events.prune(DAY, after="", streams=9, limit=99))
-        self.cut(stream, upto, gone)
+        for name, last in self.ask(events.aged(DAY, after="", limit=9)):
+            if last is not None:
+                self.cut(name, last, self.ask(events.trim(name, upto=last, limit=99)))
 
     def cut(self, stream: str, upto: int, gone: int) -> None:
         """Events up to there went, except endings."""
