@@ -107,9 +107,10 @@ select head, pg_notify('queue_service_events', head || ' ' || stream)::text from
 -- Row: how many.
 -- writes: events
 with cut as (
+    -- By their places: an event is never updated.
     delete from queue_service.events
-     where stream = %(stream)s and seq = any(array(
-            select e.seq from queue_service.events as e
+     where ctid = any(array(
+            select e.ctid from queue_service.events as e
              where e.stream = %(stream)s and e.seq <= %(upto)s and not e.terminal
              order by e.seq limit %(limit)s))
     returning seq

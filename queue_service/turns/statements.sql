@@ -215,8 +215,8 @@ with {asked_turns}, pending as (
     update queue_service.turn_markers as m
        set run_id = stored.id, deadline = clock_timestamp() + m.admission, admitted_at = null
       from stored
-     where m.deployment = any(array(select pending.deployment from pending))
-       and m.message_id = any(array(select pending.message_id from pending))
+     where m.deployment = (select pending.deployment from pending)
+       and m.message_id = (select pending.message_id from pending)
 )
 select 'dispatched', id, null, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end
   from stored
