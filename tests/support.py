@@ -93,6 +93,17 @@ async def working(app: App, queues: dict[str, int] | None = None, **options: Any
         await running
 
 
+@asynccontextmanager
+async def refusing(conn: Connection, table: str, what: str) -> AsyncIterator[None]:
+    """While this lasts, the database stores no row of the table for which `what` is true."""
+    constraint = f"alter table queue_service.{table} add constraint refused check (({what}) is not true) not valid"
+    await conn.execute(constraint.encode())
+    try:
+        yield
+    finally:
+        await conn.execute(f"alter table queue_service.{table} drop constraint refused".encode())
+
+
 def local_programs() -> Path:
     """Where the server programs of this machine are."""
     found = shutil.which("initdb")

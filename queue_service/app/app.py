@@ -6,7 +6,7 @@ import asyncio
 import copy
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, overload
 
@@ -26,6 +26,7 @@ from queue_service.errors import ConfigError, DuplicateRun, RunUnknown
 from queue_service.queues import queries as queue_queries
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Run
+from queue_service.services.combiner import Combiner
 from queue_service.settings import Settings
 from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
 
@@ -49,17 +50,24 @@ class App:
         self.settings = settings or settings_module.load(os.environ)
         self.database = url.choose(database, os.environ, self.settings.data_dir)
         self.tasks = Tasks()
-        self.turns = Turns(self)
-        self.events = Events(self)
         # Names this process among those that hold connections; a process that starts again is another one.
         self.identity = uuid.uuid4().hex
+        self._assemble()
+
+    def _assemble(self) -> None:
+        """What belongs to this object alone, and to one event loop."""
+        self.turns = Turns(self)
+        self.events = Events(self)
+        self._enqueuing: Combiner[NewRun, int] = Combiner(
+            self._enqueue, name="enqueue", weigh=lambda new: len(new.payload) + len(new.metadata or "")
+        )
         self._open: Opened | None = None
         self._users = 0
 
     def _twin(self) -> App:
         """An App for the same database with the same tasks, and connections of its own."""
         twin = copy.copy(self)
-        vars(twin).update(_open=None, _users=0, turns=Turns(twin), events=Events(twin))
+        App._assemble(twin)
         return twin
 
     # Tasks
@@ -190,6 +198,8 @@ class App:
             singleton_key=singleton_key, ordering_key=ordering_key, max_attempts=max_attempts,
             retry_delay=retry_delay, timeout=timeout, metadata=metadata, organization_id=organization_id,
         )  # fmt: skip
+        if conn is None and singleton_key is None:
+            return await self._enqueuing(new)
         return await self._store(lambda notice: enqueueing.enqueue(new, on_conflict, notice), new, conn)
 
     async def enqueue_many(
@@ -265,6 +275,14 @@ class App:
     def notify(self, notices: Iterable[channels.Notice]) -> None:
         """Send notices soon, coalesced with those of the rest of this process."""
         self.opened.notifier.send(list(notices))
+
+    async def _enqueue(self, news: Sequence[NewRun]) -> Sequence[int]:
+        """Store the runs of callers that came together."""
+        if len(news) == 1:
+            return [await self._store(lambda notice: enqueueing.enqueue(news[0], "return", notice), news[0], None)]
+        ids = await self.fetch(queries.enqueue_all(news))
+        self.opened.notifier.send([told for new in news if (told := enqueueing.notice(new)) is not None])
+        return ids
 
     async def _store(self, store: Callable[[channels.Notice | None], Steps[T]], new: NewRun, conn: Any) -> T:
         notice = enqueueing.notice(new)

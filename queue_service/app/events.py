@@ -29,7 +29,9 @@ class Events:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._appending: Combiner[Sequence[NewEvent], Sequence[int | None]] = Combiner(self._append, name="append")
+        self._appending: Combiner[Sequence[NewEvent], Sequence[int | None]] = Combiner(
+            self._append, name="append", weigh=lambda events: sum(len(event.body) for event in events)
+        )
 
     async def append(self, stream: str, kind: str, body: Any = None, *, conn: Any = None) -> int:
         """Store an event at the end of a stream, which is created by its first one. Returns its seq.

@@ -48,8 +48,12 @@ class Turns:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._arming: Combiner[Owed, bool | None] = Combiner(self._arm, name="arm")
-        self._ending: Combiner[Sequence[Ending], Sequence[Ended]] = Combiner(self._end, name="end")
+        self._arming: Combiner[Owed, bool | None] = Combiner(
+            self._arm, name="arm", weigh=lambda owed: len(str(owed.fields["metadata"]))
+        )
+        self._ending: Combiner[Sequence[Ending], Sequence[Ended]] = Combiner(
+            self._end, name="end", weigh=lambda endings: sum(len(ending.body) for ending in endings)
+        )
 
     # The promise
 

@@ -28,9 +28,21 @@ REFUSED = (psycopg.DataError, pg.ProgramLimitExceeded, pg.StatementTooComplex)
 _SCHEMA_MISSING = (pg.UndefinedTable, pg.InvalidSchemaName, pg.UndefinedColumn, pg.UndefinedFunction)
 
 
+@contextmanager
+def cancellable() -> Iterator[None]:
+    """Makes sure that a cancellation that came meanwhile is raised. `asyncio.wait_for`, which psycopg and its pool use,
+    drops one that comes at the same moment as its result (before Python 3.12, python/cpython#86296), and whoever
+    cancelled would wait for ever."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    yield
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+
+
 async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline: float = DEADLINE) -> T:
     """Run the query and decode its rows. On DatabaseUnavailable from a passed deadline the connection is closed."""
-    with translated():
+    with translated(), cancellable():
         try:
             async with asyncio.timeout(deadline):
                 # Not conn.cursor(): a caller's connection may make cursors and rows of other kinds.

@@ -16,7 +16,7 @@ import psycopg_pool
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import TransactionStatus
 
-from queue_service.db.execute import DEADLINE, fetch, may_repeat, translated
+from queue_service.db.execute import DEADLINE, cancellable, fetch, may_repeat, translated
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 
@@ -127,7 +127,12 @@ class Pool:
             return conn
         self._waiting += 1
         try:
-            return await self._pool.getconn()
+            with cancellable():
+                conn = await self._pool.getconn()
+        except asyncio.CancelledError:
+            if conn is not None:
+                await self._pool.putconn(conn)
+            raise
         except psycopg_pool.PoolTimeout:
             raise DatabaseUnavailable(
                 f"No connection became free within {DEADLINE:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE "
@@ -135,6 +140,7 @@ class Pool:
             ) from None
         finally:
             self._waiting -= 1
+        return conn
 
     async def _give(self, conn: Connection) -> None:
         idle = not conn.closed and conn.info.transaction_status is TransactionStatus.IDLE

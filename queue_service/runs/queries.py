@@ -57,6 +57,11 @@ def enqueue(new: NewRun, notice: Notice | None = None) -> Query[int | None]:
     return SQL.query("enqueue", scalar, **_fields(new, notice))
 
 
+def enqueue_all(news: Sequence[NewRun]) -> Query[list[int]]:
+    """The ids, in order. None of the runs has a singleton key."""
+    return SQL.query("enqueue_all", column, runs=msgspec.json.encode([_object(new) for new in news]).decode())
+
+
 def replace(new: NewRun, notice: Notice | None = None) -> Query[int | None]:
     """The id; None if the run that holds the singleton key is already running."""
     return SQL.query("replace", scalar, **_fields(new, notice))
@@ -212,6 +217,21 @@ def depth(queue: str) -> Query[Depth]:
 def _fields(new: NewRun, notice: Notice | None) -> dict[str, object]:
     fields = {name: getattr(new, name) for name in NewRun.__slots__}
     return fields | {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
+
+
+def _object(new: NewRun) -> dict[str, object]:
+    """Without the fields that are null."""
+    fields: dict[str, object] = {"queue": new.queue, "task": new.task, "priority": new.priority}
+    fields["payload"] = msgspec.Raw(new.payload.encode())
+    for name in ("run_at", "ordering_key", "max_attempts", "organization_id"):
+        if (value := getattr(new, name)) is not None:
+            fields[name] = value
+    for name in ("delay", "expires_in", "retry_delay", "timeout"):
+        if (value := getattr(new, name)) is not None:
+            fields[name] = f"{value.total_seconds():.6f} s"
+    if new.metadata is not None:
+        fields["metadata"] = msgspec.Raw(new.metadata.encode())
+    return fields
 
 
 def _batch(

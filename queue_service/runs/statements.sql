@@ -79,6 +79,29 @@ with stored as (
 )
 select id, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end from stored
 
+-- name: enqueue_all
+-- Store runs of several callers, none of which has a singleton key: then nothing is waited for. `runs` is a JSON array of
+-- objects. Rows: their ids, in the order of the array.
+-- writes: runs
+with asked as materialized (
+    select nextval('queue_service.runs_id_seq') as id, asked.*,
+           coalesce(asked.run_at, clock_timestamp() + coalesce(asked.delay, interval '0')) as due
+      from rows from (
+        jsonb_to_recordset(%(runs)s::jsonb)
+            as (queue text, task text, payload jsonb, priority smallint, delay interval, run_at timestamptz,
+                expires_in interval, ordering_key text, max_attempts integer, retry_delay interval, timeout interval,
+                metadata jsonb, organization_id text)
+      ) with ordinality as asked (queue, task, payload, priority, delay, run_at, expires_in, ordering_key, max_attempts,
+                                  retry_delay, timeout, metadata, organization_id, place)
+), stored as (
+    insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, ordering_key, max_attempts,
+                                    retry_delay, timeout, metadata, organization_id)
+    select id, queue, task, payload, priority, due, due + expires_in, ordering_key, max_attempts, retry_delay, timeout,
+           metadata, organization_id
+      from asked
+)
+select id from asked order by place
+
 -- name: replace
 -- Store a run, or put it in the place of the queued one that holds its singleton key, whose id it keeps.
 -- None: the holder is running, and nothing changed.

@@ -7,6 +7,7 @@ import random
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
+from queue_service.db.execute import cancellable
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 
@@ -20,7 +21,8 @@ async def every(interval: timedelta, once: Callable[[], Awaitable[object]], *, n
     lost = False
     while True:
         try:
-            await once()
+            with cancellable():
+                await once()
             if lost:
                 log.info("the database is back", service=name)
             lost = False

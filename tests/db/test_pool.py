@@ -248,3 +248,21 @@ class TestPool:
         assert await pool.fetch(queries.sweep(limit=1, max_losses=3)) == []
         await lapse(conn)
         assert [each.run_id for each in await pool.fetch(queries.sweep(limit=1, max_losses=3))] == [run_id]
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_cancellation_that_comes_with_the_connection_is_not_lost(pool: Pool, turns: int) -> None:
+    held = [await pool._take() for _ in range(2)]
+    waiting = asyncio.create_task(pool.fetch(PID))
+    await eventually(lambda: pool._waiting == 1)
+    await asyncio.sleep(0.05)  # its wait has begun, which nothing tells
+    await pool._give(held.pop())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    # Nor is the connection that it was given.
+    async with asyncio.timeout(5), pool.connection():
+        pass
+    await pool._give(held.pop())

@@ -309,11 +309,29 @@ class TestASignOfLife:
 
     async def test_does_not_extend_a_turn_whose_provider_failed(self, app: App) -> None:
         await armed(app)
+        await app.turns.extend("dep-1")
         assert await app.turns.withhold("dep-1", "provider_quota_exhausted", "429") == ["m1"]
         withheld = await only(app)
         assert (withheld.failure_code, withheld.failure_reason) == ("provider_quota_exhausted", "429")
         assert await app.turns.extend("dep-1") == []
         assert (await only(app)).deadline == withheld.deadline
+
+    async def test_of_a_turn_withheld_before_any_other_ends_its_admission_once(self, app: App) -> None:
+        await app.turns.arm(turn(), admission=3_600, execution=60)
+        await app.turns.withhold("dep-1", "provider_overloaded")
+        for _ in range(2):
+            assert await app.turns.extend("dep-1") == []
+            marker = await only(app)
+            assert marker.admitted_at is not None
+            assert abs(marker.deadline - marker.admitted_at - MINUTE) < timedelta(seconds=1)
+        assert (await only(app)).deadline == marker.deadline
+
+    async def test_never_gives_a_withheld_turn_more_time(self, app: App) -> None:
+        await app.turns.arm(turn(), admission=30, execution=60)
+        await app.turns.withhold("dep-1", "provider_overloaded")
+        before = await only(app)
+        await app.turns.extend("dep-1")
+        assert (await only(app)).deadline == before.deadline
 
     async def test_does_not_touch_what_was_withheld_and_extends_what_was_armed_since(self, app: App) -> None:
         await armed(app, "m1")

@@ -172,8 +172,11 @@ class Turns(RuleBasedStateMachine):
     def extend(self, deployment: str) -> None:
         expected = {key: turn for key, turn in self.owed(deployment).items() if turn.withheld is None}
         assert sorted(self.ask(queries.extend(deployment))) == sorted(message for _, message in expected)
-        for turn in expected.values():
-            turn.alive()
+        for turn in self.owed(deployment).values():
+            if turn.withheld is None:
+                turn.alive()
+            # Its admission is over, but it gets no time that it has not had.
+            turn.is_admitted = True
 
     @rule(deployment=deployments, code=codes, falls_silent=st.booleans())
     def withhold(self, deployment: str, code: str, *, falls_silent: bool) -> None:

@@ -19,8 +19,8 @@ import pytest
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query, column
-from queue_service.turns import queries
 from queue_service.services.combiner import BUSY
+from queue_service.turns import queries
 from queue_service.turns.model import Ending, Turn, TurnFailure, failed, replied
 from tests.races.stepper import Actor, Finish, History, Role, Stage
 
