@@ -13,7 +13,7 @@ import time
 import uuid
 from datetime import timedelta
 
-from benchmarks.harness import scenario
+from benchmarks.scenario import scenario
 from queue_service import App, Turn
 from queue_service.cli import demo_turns
 from queue_service.db import embedded
@@ -49,18 +49,18 @@ async def turns(app: App, count: int) -> dict[str, float]:
 
 
 @scenario
-async def processes(app: App, count: int) -> dict[str, float]:
+async def turns_processes(app: App, count: int) -> dict[str, float]:
     """arm + commit_reply from four processes, and the same two statements by pgbench, one after the other."""
     count = min(count, 10_000)
     command = [sys.executable, "-m", "benchmarks.turns", app.conninfo, str(count)]
     workers = [await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE) for _ in range(PROCESSES)]
     answers = await asyncio.gather(*(worker.communicate() for worker in workers))
     ours = sum(float(out) for out, _ in answers)
-    pgbench = await asyncio.to_thread(_pgbench, app.conninfo)
+    pgbench = await asyncio.to_thread(_pgbench, app.conninfo, seconds=1 + count // 1_400)
     return {"turns/s": ours, "turns/s, pgbench": pgbench, "ratio": ours / pgbench}
 
 
-def _pgbench(conninfo: str) -> float:
+def _pgbench(conninfo: str, seconds: int) -> float:
     """What sixteen connections of pgbench reach with the two statements, prepared, and no notices."""
     key = '"deployment":"d\' || :client_id || \'","message_id":"p\' || :id || \'"'
     waits = '"stream":"s\' || :stream || \'","platform":"api","metadata":{},"admission":"5 min","execution":"1 min"'
@@ -78,7 +78,7 @@ def _pgbench(conninfo: str) -> float:
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
         file.write(script)
         file.flush()
-        options = ["-n", "-M", "prepared", "-c", str(CALLERS), "-j", "2", "-T", "8", "-f", file.name]
+        options = ["-n", "-M", "prepared", "-c", str(CALLERS), "-j", "2", "-T", str(seconds), "-f", file.name]
         out = subprocess.run(
             [str(embedded.programs() / "pgbench"), *options, conninfo], stdout=subprocess.PIPE, text=True, check=True
         ).stdout
@@ -94,13 +94,15 @@ def _one_line(text: str) -> str:
 @scenario
 async def sweep(app: App, count: int) -> dict[str, float]:
     """100,000 lapsed turns of 1,000 streams, ended by four sweepers at once."""
+    count = 2 * count
     async with app.pool.connection() as conn:
         await conn.execute(
             "with armed as (insert into queue_service.turn_outcomes (deployment, message_id, stream) "
-            "select 'd' || n % 100, n::text, 's' || n % 1000 from generate_series(1, 100000) as n "
+            "select 'd' || n %% 100, n::text, 's' || n %% 1000 from generate_series(1, %s) as n "
             "returning deployment, message_id, stream) "
             "insert into queue_service.turn_markers (deployment, message_id, stream, admission, execution, deadline) "
-            "select deployment, message_id, stream, '1 s', '1 s', clock_timestamp() from armed"
+            "select deployment, message_id, stream, '1 s', '1 s', clock_timestamp() from armed",
+            [count],
         )
     apps = [App(app.conninfo) for _ in range(4)]
     for each in apps:
@@ -115,8 +117,8 @@ async def sweep(app: App, count: int) -> dict[str, float]:
     async with app.pool.connection() as conn:
         cursor = await conn.execute("select count(*) from queue_service.events where terminal")
         (events,) = await cursor.fetchone() or (0,)
-    assert sum(ended) == events == 100_000, (ended, events)
-    return {"seconds": taken, "turns/s": 100_000 / taken}
+    assert sum(ended) == events == count, (ended, events)
+    return {"seconds": taken, "turns/s": count / taken}
 
 
 @scenario
@@ -153,7 +155,7 @@ async def crash(app: App, count: int) -> dict[str, float]:
     """From SIGKILL of an agent's process to its terminal error, read by a waiter in another process than its supervisor."""
     taken = []
     with demo_turns.host(app.conninfo):
-        for n in range(min(count, 60)):
+        for n in range(max(2, min(count // 800, 60))):
             turn = Turn(deployment=f"c{uuid.uuid4().hex}", message_id="m", stream=f"crash {n}")
             await app.turns.dispatch(turn, "agent_turn", {"text": "Think."}, queue="agents")
             waiting = asyncio.create_task(app.turns.wait(turn.deployment, turn.message_id, timeout=30))
