@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import errors as pg
 from sqlalchemy import NullPool, create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -14,7 +16,7 @@ from queue_service import App, RunState
 from queue_service.db import channels
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, DuplicateRun
-from tests.support import claimed, eventually, one, rows
+from tests.support import claimed, eventually, one, refusing, rows
 
 NASTY = ["tab\t", "line\nfeed\r", "back\\slash \\N \\.", "quote ' \" }", "ünïcode \U0001f600", "", "\x7f", "\\u0000"]
 
@@ -100,6 +102,56 @@ class TestMany:
     async def test_singleton_keys_are_for_single_runs(self, app: App) -> None:
         with pytest.raises(ConfigError, match="one by one"):
             await app.enqueue_many("noop", [{}], singleton_key="k")
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"queue": "q", "priority": -3, "organization_id": "acme", "ordering_key": "o"},
+    {"delay": 60, "expires_in": timedelta(minutes=5), "metadata": {"m": [1, None, "\u20ac"]}},
+    {"run_at": datetime(2031, 2, 3, 4, 5, 6, 789, tzinfo=UTC), "max_attempts": 7, "retry_delay": 2.5, "timeout": 0.25},
+]
+# All but what no two runs have in common.
+COLUMNS = (
+    "select queue, task, payload - 'n', priority, singleton_key, ordering_key, max_attempts, retry_delay, timeout, metadata, "
+    "organization_id, state, attempt, round(extract(epoch from run_at - created_at) / 60 / 60)::int, expires_at - run_at "
+    "from queue_service.runs where id = any(%s) order by array_position(%s, id)"
+)
+
+
+class TestTogether:
+    async def test_callers_that_share_a_statement_store_what_each_would_have_stored_alone(
+        self, app: App, conn: Connection
+    ) -> None:
+        alone = [await app.enqueue("noop", {"n": 0, "text": NASTY[3]}, **options) for options in OPTIONS]
+        calls = [app.enqueue("noop", {"n": n, "text": NASTY[3]}, **OPTIONS[n % len(OPTIONS)]) for n in range(40)]
+        ids = await asyncio.gather(*calls)
+        assert [payload["n"] for (payload,) in await rows(
+            conn, "select payload from queue_service.runs where id = any(%s) order by array_position(%s, id)", ids, ids
+        )] == list(range(40))  # fmt: skip
+        assert await rows(conn, COLUMNS, ids, ids) == 10 * await rows(conn, COLUMNS, alone, alone)
+        statements = await one(
+            conn, "select count(distinct xmin::text) from queue_service.runs where id = any(%s)", ids
+        )
+        assert statements < 10
+
+    async def test_one_that_is_refused_is_alone_in_it(self, app: App, conn: Connection) -> None:
+        async with refusing(conn, "runs", "payload ->> 'n' = '7'"):
+            answers = await asyncio.gather(*(app.enqueue("noop", {"n": n}) for n in range(20)), return_exceptions=True)
+        assert [n for n, answer in enumerate(answers) if not isinstance(answer, int)] == [7]
+        assert isinstance(answers[7], pg.CheckViolation)
+        assert await count(conn) == 19
+
+    async def test_workers_hear_of_each_queue(self, app: App, conn: Connection) -> None:
+        heard: set[str] = set()
+        await conn.execute(f"listen {channels.RUNS}".encode())
+        conn.add_notify_handler(lambda notice: heard.add(notice.payload))
+        await asyncio.gather(*(app.enqueue("noop", {}, queue=f"q{n % 4}") for n in range(40)))
+
+        async def all_told() -> bool:
+            await conn.execute("select 1")
+            return {payload.split()[-1] for payload in heard} == {"q0", "q1", "q2", "q3"}
+
+        await eventually(all_told)
 
 
 class TestSingletonKey:
