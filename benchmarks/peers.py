@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import select
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ PYTHON = CONTENDERS / ".venv"
 NODE = CONTENDERS / "node"
 NODE_VERSION = "22.23.3"
 OURS = "queue_service"
+PATIENCE = 300.0
 NODE_PEERS = {"graphile-worker", "pg-boss"}
 
 
@@ -103,7 +105,11 @@ class Program:
         stdin.flush()
 
     def answer(self) -> dict[str, float]:
-        if not (line := _pipes(self._process)[1].readline()):
+        stdout = _pipes(self._process)[1]
+        if not select.select([stdout], [], [], PATIENCE)[0]:
+            self._process.kill()
+            raise PeerFailed(f"{self.name} gave no answer within {PATIENCE:g} s")
+        if not (line := stdout.readline()):
             raise PeerFailed(f"{self.name} ended without an answer, with {self._process.wait()}")
         answer: dict[str, float] = json.loads(line)
         return answer
