@@ -99,6 +99,7 @@ class Task(Generic[P, R]):
             parameters=[p for p in signature.parameters.values() if p.name != self.run_parameter]
         )
         _check_parameters(name, self._signature)
+        self._parameters = frozenset(self._signature.parameters)
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in self._signature.parameters.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,7 @@ class Task(Generic[P, R]):
     def check(self, payload: Mapping[str, Any]) -> None:
         """Raise PayloadRefused unless the function can be called with these keywords."""
         # The usual payload names each parameter; only another one is worth the ten times slower look.
-        if payload.keys() == self._signature.parameters.keys() and not self._takes_any:
+        if payload.keys() == self._parameters and not self._takes_any:
             return
         try:
             self._signature.bind(**payload)
