@@ -11,11 +11,13 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from queue_service import App
 from queue_service.db import pool
+from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Return, RunState
-from tests.support import claim
+from tests.support import claim, one
 
 LEASE = timedelta(seconds=30)
 Sync = psycopg.Connection[Any]
@@ -128,3 +130,13 @@ def test_claiming_changes_no_index(database: str) -> None:
             "from (select 'queue_service.runs'::regclass::oid as c) as runs"
         ).fetchone()
     assert row == (500, 500)
+
+
+async def test_a_bulk_enqueue_writes_pages_not_rows(app: App, conn: Connection) -> None:
+    count = 10_000
+    await app.enqueue_many("noop", [{"n": n} for n in range(count)])
+    before = await one(conn, "select pg_current_wal_insert_lsn()")
+    await app.enqueue_many("noop", [{"n": n} for n in range(count)])
+    written = await one(conn, "select pg_current_wal_insert_lsn() - %s::pg_lsn", before)
+    # 265 bytes a run with its two index entries; row by row it would be 309.
+    assert written < 285 * count
