@@ -18,14 +18,14 @@ from typing import Any
 
 import psycopg
 
-from benchmarks import peers, report, scenario, turns
+from benchmarks import floor, peers, report, scenario, turns
 from benchmarks.arena import Arena, Figures
-from benchmarks.contests import CONTESTS, TASTE, Sizes
+from benchmarks.contests import ALONE, CONTESTS, LONG, TASTE, Sizes
 from benchmarks.scenario import SCENARIOS
 from queue_service import logs
 from queue_service.db import embedded, schema, url
 
-assert turns.CALLERS, "importing it lists its scenarios"
+assert turns.CALLERS + floor.BATCH, "importing them lists their scenarios"
 CONTENDERS = [peers.OURS, "procrastinate", "pgqueuer", "graphile-worker", "pg-boss"]
 
 
@@ -41,10 +41,11 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--taste", action="store_true", help="tiny sizes, to see that it works; the figures mean nothing"
     )
+    parser.add_argument("--long", action="store_true", help=f"also {', '.join(sorted(LONG))}: an hour more")
     parser.add_argument("--database-url", help="an existing server, on which a database is made and dropped")
     parser.add_argument("--results", type=Path, metavar="DIR", help="write JSON, a table and charts to this directory")
     given = parser.parse_args(arguments)
-    given.names = given.names or known
+    given.names = given.names or [name for name in known if given.long or name not in LONG]
     given.only = given.only.split(",") if given.only else CONTENDERS
     if unknown := set(given.names) - set(known):
         parser.error(f"there is no {', '.join(sorted(unknown))}")
@@ -60,9 +61,15 @@ def _told(name: str) -> str:
 
 def measure(arena: Arena, given: argparse.Namespace) -> Figures:
     figures, sizes = Figures(), TASTE if given.taste else Sizes()
+    if not given.taste:
+        # The first to use a new server finds it cold.
+        for contender in arena.names:
+            CONTESTS["drain"](arena, contender, TASTE)
     for number in range(given.rounds):
         for name in given.names:
-            for contender in arena.names if name in CONTESTS else [peers.OURS]:
+            together = name in CONTESTS and name not in ALONE
+            turn = number % len(arena.names)
+            for contender in [*arena.names[turn:], *arena.names[:turn]] if together else [peers.OURS]:
                 taken = one(arena, name, contender, sizes)
                 if taken:
                     figures.add(name, contender, taken)
@@ -89,7 +96,7 @@ def one(arena: Arena, name: str, contender: str, sizes: Sizes) -> dict[str, floa
 def main() -> None:
     given = options(sys.argv[1:])
     logs.configure(level="error", fmt="auto")
-    contending = given.only if set(given.names) & CONTESTS.keys() else [peers.OURS]
+    contending = given.only if set(given.names) & (CONTESTS.keys() - ALONE) else [peers.OURS]
     commands = peers.commands(contending)
     scratch = Path(tempfile.mkdtemp(prefix="queue_service-bench-"))
     scratch.chmod(0o711)

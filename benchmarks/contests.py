@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,20 +19,30 @@ class Sizes(NamedTuple):
     backlog: int = 1_000_000
     queues: int = 1_000
     times: int = 6
+    minutes: float = 30.0
 
     def of(self, name: str, count: int) -> int:
         """Procrastinate gets a tenth of the jobs, or one round of it would last as long as all the others."""
         return count // 10 if name == "procrastinate" else count
 
 
-TASTE = Sizes(drain=600, single=100, samples=20, seconds=1.0, backlog=2_000, queues=5, times=2)
+TASTE = Sizes(drain=600, single=100, samples=20, seconds=1.0, backlog=2_000, queues=5, times=2, minutes=0.1)
 Contest = Callable[[Arena, str, Sizes], dict[str, float]]
 CONTESTS: dict[str, Contest] = {}
+# Those that only we are put through, and those that take so long that they have to be asked for.
+ALONE: set[str] = set()
+LONG: set[str] = set()
 
 
 def contest(function: Contest) -> Contest:
     CONTESTS[function.__name__] = function
     return function
+
+
+def long(function: Contest) -> Contest:
+    LONG.add(function.__name__)
+    ALONE.add(function.__name__)
+    return contest(function)
 
 
 @contest
@@ -143,6 +154,36 @@ def queues(arena: Arena, name: str, sizes: Sizes) -> dict[str, float]:
     """Asynchronous no-op jobs of a thousand queues (entrypoints, task identifiers), one worker process."""
     count = sizes.of(name, sizes.drain)
     return {"jobs/s": _worked(arena, name, count, {"queues": sizes.queues}, queues=sizes.queues)}
+
+
+@long
+def ten_million(arena: Arena, name: str, sizes: Sizes) -> dict[str, float]:
+    """The first jobs of ten million."""
+    with arena.programs(name) as (program,):
+        for _ in range(10):
+            program.ask("bulk", count=sizes.backlog)
+        worked = program.ask("work", count=sizes.drain, left=1)
+    return {"jobs/s": worked["rate"], "RSS MB": worked["rss"]}
+
+
+@long
+def soak(arena: Arena, name: str, sizes: Sizes) -> dict[str, float]:
+    """1,000 jobs a second for half an hour: what grows."""
+    sample = "select pg_relation_size(oid) / 1e6 from pg_class where relname = any(%s) order by relname"
+    seconds = 60 * sizes.minutes
+    seen: list[list[float]] = []
+    with arena.programs(name) as (program,), arena.connection() as conn:
+        program.tell("steady", rate=1_000, seconds=seconds)
+        # Early, when everything has found its size, and late.
+        for wait in (seconds / 5, seconds * 3 / 4):
+            time.sleep(wait)
+            rows = conn.execute(sample, [["runs", "runs_claim_idx", "runs_pkey"]]).fetchall()
+            seen.append([program.rss, *(float(row[0]) for row in rows)])
+        figures = program.answer(patience=seconds)
+    named = ["RSS MB", "runs MB", "claim index MB", "primary key MB"]
+    grown = {f"{what}, {when}": value for when, values in zip(("early", "late"), seen, strict=True)
+             for what, value in zip(named, values, strict=True)}  # fmt: skip
+    return {"jobs/s": figures["rate"], "p50 ms": figures["p50"], "p99 ms": figures["p99"], **grown}
 
 
 def _worked(arena: Arena, name: str, count: int, made: dict[str, Any], **how: Any) -> float:

@@ -94,6 +94,12 @@ class Program:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def rss(self) -> float:
+        """In MB, now. Linux only."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
     def ask(self, verb: str, **options: Any) -> dict[str, float]:
         """Have it do something, to the end. Raises PeerFailed."""
         self.tell(verb, **options)
@@ -104,11 +110,11 @@ class Program:
         stdin.write(json.dumps({"do": verb, **options}) + "\n")
         stdin.flush()
 
-    def answer(self) -> dict[str, float]:
+    def answer(self, patience: float = 0.0) -> dict[str, float]:
         stdout = _pipes(self._process)[1]
-        if not select.select([stdout], [], [], PATIENCE)[0]:
+        if not select.select([stdout], [], [], PATIENCE + patience)[0]:
             self._process.kill()
-            raise PeerFailed(f"{self.name} gave no answer within {PATIENCE:g} s")
+            raise PeerFailed(f"{self.name} gave no answer within {PATIENCE + patience:g} s")
         if not (line := stdout.readline()):
             raise PeerFailed(f"{self.name} ended without an answer, with {self._process.wait()}")
         answer: dict[str, float] = json.loads(line)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import statistics
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ CHARTS = {
         ("latency", "p99 ms", "idle, call to handler, p99 ms (less is better)"),
     ],
 }
+TROUBLES = ("backlog", "ten_million", "scheduled", "queues", "processes")
 COST = ("ms", "MB", "bytes", "transactions", "seconds")
 
 
@@ -65,7 +67,24 @@ class Report:
                 cells = [_cell(measured[name].get(figure, [])) for name in named]
                 cells += [self._ratio(scenario, figure, named)] if wide else []
                 lines.append(f"| {figure} | {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *self._beside_fresh()]) + "\n"
+
+    def _beside_fresh(self) -> list[str]:
+        """How much of our rate on a fresh queue is left where others have trouble."""
+        fresh = self.figures.median("drain", peers.OURS, "jobs/s")
+        rates = {name: self.figures.median(name, peers.OURS, "jobs/s") for name in TROUBLES}
+        rates["pinned (last of its rounds to its first)"] = self.figures.median("pinned", peers.OURS, "last, jobs/s")
+        first = self.figures.median("pinned", peers.OURS, "first, jobs/s")
+        lines = [
+            f"| {name} | {rate / (first if 'pinned' in name and first else fresh):.2f} |"
+            for name, rate in rates.items()
+            if rate and fresh
+        ]
+        return (
+            ["", "**queue_service, to its own drain of a fresh queue**", "", "| | |", "|---|---|", *lines]
+            if lines
+            else []
+        )
 
     def _ratio(self, scenario: str, figure: str, named: list[str]) -> str:
         mine = self.figures.median(scenario, peers.OURS, figure)
@@ -120,5 +139,5 @@ def number(value: float) -> str:
 def _cell(values: list[float]) -> str:
     if not values:
         return ""
-    low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
+    low, middle, high = min(values), statistics.median(values), max(values)
     return number(middle) if len(values) == 1 else f"{number(middle)} ({number(low)} to {number(high)})"

@@ -1,0 +1,60 @@
+"""How near the worker comes to its own statements, and enqueues to what pgbench makes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import timedelta
+
+from benchmarks.scenario import scenario
+from queue_service import App, Worker
+from queue_service.db.pool import Wire
+from queue_service.runs import queries
+from queue_service.runs.model import Ending, Floor, RunState
+from queue_service.worker.floors import FRONT
+
+BATCH = 500
+
+
+@scenario
+async def floor(app: App, count: int) -> dict[str, float]:
+    """Claim and finish in a bare loop, one statement after the other, and the whole worker."""
+    done = asyncio.Event()
+    handled = [0.0, 0.0, 0.0]
+
+    @app.task()
+    async def noop(n: int) -> None:
+        handled[0] += 1
+        handled[1] = handled[1] or time.perf_counter()
+        if handled[0] == count:
+            handled[2] = time.perf_counter()
+            done.set()
+
+    payloads = [{"n": n} for n in range(count)]
+    await app.enqueue_many("noop", payloads)
+    bare = count / await _bare(app, count)
+    await app.enqueue_many("noop", payloads)
+    worker = Worker(app, {"default": 100})
+    running = asyncio.create_task(worker.run())
+    await done.wait()
+    worker.stop()
+    await running
+    whole = count / (handled[2] - handled[1])
+    return {"bare loop, runs/s": bare, "worker, runs/s": whole, "worker to bare loop": whole / bare}
+
+
+async def _bare(app: App, count: int) -> float:
+    """Seconds for claiming and finishing so many, each batch from where the last one ended, as the worker does."""
+    wire, place, left = Wire(app.conninfo, application="bare loop"), FRONT, count
+    lease = timedelta(seconds=30)
+    begun = time.perf_counter()
+    while left:
+        claim = queries.claim("default", {0: place}, tasks=["noop"], limit=BATCH, worker_id=1, lease=lease)
+        runs = await wire.fetch(claim)
+        endings = [Ending(run.claim, RunState.SUCCEEDED) for run, _ in runs]
+        await wire.fetch(queries.finish(endings, worker_id=1, freed={held for _, held in runs}))
+        left -= len(runs)
+        place = Floor(runs[-1][0].run_at, runs[-1][0].id)
+    taken = time.perf_counter() - begun
+    await wire.close()
+    return taken
