@@ -9,7 +9,6 @@ import pytest
 
 from queue_service.errors import DatabaseUnavailable
 from queue_service.services.combiner import LANES, MOST, MOST_BYTES, Combiner
-from tests.support import eventually
 
 
 class Server:
@@ -30,10 +29,19 @@ class Server:
             raise ValueError(min(numbers))
         return [2 * number for number in numbers]
 
-    async def call(self, count: int) -> list[asyncio.Task[int]]:
-        tasks = [asyncio.create_task(self.combiner(number)) for number in range(count)]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+    async def call(self, *numbers: int) -> list[asyncio.Task[int]]:
+        """Calls made at the same moment, after which a moment has passed."""
+        tasks = [asyncio.create_task(self.combiner(number)) for number in numbers]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return tasks
+
+    async def occupied(self) -> list[asyncio.Task[int]]:
+        """Calls that are under way, one after the other, on every lane."""
+        tasks = []
+        for number in range(LANES):
+            tasks += await self.call(number)
+        assert self.batches == [[number] for number in range(LANES)]
         return tasks
 
 
@@ -48,28 +56,44 @@ async def test_a_lone_call_goes_at_once(server: Server) -> None:
     assert server.batches == [[4]]
 
 
-async def test_those_that_come_meanwhile_go_together_and_each_gets_its_own_answer(server: Server) -> None:
-    tasks = await server.call(10)
-    later = [asyncio.create_task(server.combiner(number)) for number in range(10, 50)]
-    await asyncio.sleep(0)
-    assert server.batches == [[number] for number in range(LANES)]
+async def test_those_that_come_at_the_same_moment_go_together(server: Server) -> None:
+    tasks = await server.call(*range(10))
+    assert server.batches == [list(range(10))]
     server.gate.set()
-    assert await asyncio.gather(*tasks, *later) == [2 * number for number in range(50)]
+    assert await asyncio.gather(*tasks) == [2 * number for number in range(10)]
+
+
+async def test_those_that_come_meanwhile_go_together_and_each_gets_its_own_answer(server: Server) -> None:
+    tasks = await server.occupied()
+    for number in range(LANES, 50):
+        tasks += await server.call(number)
+    server.gate.set()
+    assert await asyncio.gather(*tasks) == [2 * number for number in range(50)]
     assert server.batches[LANES:] == [list(range(LANES, 50))]
 
 
+async def test_callers_that_go_together_stay_together(server: Server) -> None:
+    server.gate.set()
+
+    async def caller(first: int) -> None:
+        for number in range(20):
+            await server.combiner(first + number)
+
+    await asyncio.gather(*map(caller, range(16)))
+    assert [len(batch) for batch in server.batches] == 20 * [16]
+
+
 async def test_a_batch_is_bounded(server: Server) -> None:
-    tasks = await server.call(3 * MOST)
+    tasks = await server.call(*range(3 * MOST))
     server.gate.set()
     assert await asyncio.gather(*tasks) == [2 * number for number in range(3 * MOST)]
     assert max(map(len, server.batches)) == MOST
 
 
 async def test_a_batch_is_bounded_by_what_it_carries_but_for_one_item(server: Server) -> None:
-    tasks = await server.call(LANES)
+    tasks = await server.occupied()
     sizes = [MOST_BYTES // 2, MOST_BYTES // 2, 1, 3 * MOST_BYTES, 2]
-    tasks += [asyncio.create_task(server.combiner(size)) for size in sizes]
-    await asyncio.sleep(0)
+    tasks += await server.call(*sizes)
     server.gate.set()
     await asyncio.gather(*tasks)
     assert server.batches[LANES:] == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
@@ -93,7 +117,8 @@ async def test_where_the_database_is_gone_nobody_tries_one_by_one(server: Server
 
 
 async def test_a_caller_who_gives_up_takes_nothing_from_the_others_and_is_not_sent(server: Server) -> None:
-    tasks = await server.call(6)
+    tasks = await server.occupied()
+    tasks += await server.call(*range(LANES, 6))
     for number in (0, 4):
         tasks[number].cancel()
     await asyncio.sleep(0)
@@ -104,16 +129,24 @@ async def test_a_caller_who_gives_up_takes_nothing_from_the_others_and_is_not_se
 
 
 async def test_nobody_waits_for_a_lane_that_was_cancelled(server: Server) -> None:
-    tasks = await server.call(LANES + 3)
-    server.gate.set()
-    server.gate.clear()
-    await eventually(lambda: server.combiner._lanes)
+    tasks = await server.call(1, 2, 3)
     for lane in tuple(server.combiner._lanes):
         lane.cancel()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
-    assert DatabaseUnavailable in {type(each) for each in answers}
+    assert {type(each) for each in answers} == {DatabaseUnavailable}
     server.gate.set()
     assert await server.combiner(1) == 2
+
+
+async def test_nobody_waits_for_a_lane_that_was_cancelled_before_it_began(server: Server) -> None:
+    tasks = [asyncio.create_task(server.combiner(number)) for number in range(3)]
+    while not server.combiner._lanes:
+        await asyncio.sleep(0)
+    assert server.batches == []
+    for lane in tuple(server.combiner._lanes):
+        lane.cancel()
+    server.gate.set()
+    assert await asyncio.gather(*tasks) == [0, 2, 4]
 
 
 async def test_whatever_comes_and_goes_nobody_is_left_waiting(server: Server) -> None:
