@@ -11,6 +11,7 @@ from queue_service import App, Worker
 from queue_service.db.pool import Wire
 from queue_service.runs import queries
 from queue_service.runs.model import Ending, Floor, RunState
+from queue_service.runs.queries import Wanted
 from queue_service.worker.floors import FRONT
 
 BATCH = 500
@@ -49,7 +50,7 @@ async def _bare(app: App, count: int) -> float:
     lease = timedelta(seconds=30)
     begun = time.perf_counter()
     while left:
-        claim = queries.claim("default", {0: place}, tasks=["noop"], limit=BATCH, worker_id=1, lease=lease)
+        claim = queries.claim([Wanted("default", BATCH, {0: place})], tasks=["noop"], worker_id=1, lease=lease)
         runs = await wire.fetch(claim)
         endings = [Ending(run.claim, RunState.SUCCEEDED) for run, _ in runs]
         await wire.fetch(queries.finish(endings, worker_id=1, freed={held for _, held in runs}))

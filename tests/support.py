@@ -18,6 +18,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
+from queue_service.runs.queries import Wanted
 from queue_service.worker.floors import FRONT
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ def claim(
 ) -> Query[list[tuple[Run, int]]]:  # fmt: skip
     """A claim from the front."""
     floors = dict.fromkeys(priorities, FRONT)
-    return queries.claim(queue, floors, tasks=tasks, limit=limit, worker_id=worker_id, lease=lease)
+    return queries.claim([Wanted(queue, limit, floors)], tasks=tasks, worker_id=worker_id, lease=lease)
 
 
 async def claimed(conn: Connection, **options: Any) -> list[tuple[Run, int]]:

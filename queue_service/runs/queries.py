@@ -88,28 +88,35 @@ def scan(queues: Sequence[str], tasks: Sequence[str], *, owner: str | None = Non
     return SQL.query("scan", _scan, queues=list(queues), tasks=list(tasks), owner=owner)
 
 
+class Wanted(NamedTuple):
+    """How many runs to claim of a queue, and where to begin at each of its priorities."""
+
+    queue: str
+    runs: int
+    floors: Mapping[int, Floor]
+
+
 def claim(
-    queue: str,
-    floors: Mapping[int, Floor],
+    asked: Sequence[Wanted],
     *,
     tasks: Sequence[str],
-    limit: int,
     worker_id: int,
     lease: timedelta,
     owner: str | None = None,
 ) -> Query[list[tuple[Run, int]]]:
-    """The claimed runs, first to be executed first, each with the id of the lease that holds it. `owner` is whose runs come
-    a second before they are anyone's."""
-    priorities = sorted(floors, reverse=True)
+    """The claimed runs, those of each queue in the order of execution, each with the id of the one lease that holds them
+    all. `owner` is whose runs come a second before they are anyone's."""
+    lanes = [(each.queue, priority, each.floors[priority]) for each in asked for priority in sorted(each.floors)[::-1]]
     return SQL.query(
         "claim",
         _claimed,
-        queue=queue,
-        priorities=priorities,
-        floors=[floors[priority].run_at for priority in priorities],
-        floor_ids=[floors[priority].id for priority in priorities],
+        queues=[each.queue for each in asked],
+        wanted=[each.runs for each in asked],
+        lanes=[queue for queue, _, _ in lanes],
+        priorities=[priority for _, priority, _ in lanes],
+        floors=[floor.run_at for _, _, floor in lanes],
+        floor_ids=[floor.id for _, _, floor in lanes],
         tasks=list(tasks),
-        limit=limit,
         worker_id=worker_id,
         lease=lease,
         owner=owner,

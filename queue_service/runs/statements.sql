@@ -168,29 +168,36 @@ select moment.now, due.queue, due.priority, due.run_at, due.id
   ) as due on true
 
 -- name: claim
--- Take up to `limit` due runs of one queue, higher priority first, each priority from its floor on. Passed over: runs of
--- tasks not named, expired ones, suspects (see claim_suspect), those reserved for another owner, and what another
--- session is claiming. A paused queue gives none. The clock is read in a subquery, since a volatile function cannot
--- bound an index scan.
+-- Take due runs of some queues, from each at most as many as are `wanted`, higher priority first, each priority from its
+-- floor on. Passed over: runs of tasks not named, expired ones, suspects (see claim_suspect), those reserved for another
+-- owner, and what another session is claiming. A paused queue gives none. The clock is read in a subquery, since a volatile
+-- function cannot bound an index scan.
 -- writes: runs, leases
-with picked as materialized (
-    select candidate.id
-      from unnest(%(priorities)s::smallint[], %(floors)s::timestamptz[], %(floor_ids)s::bigint[])
-        as floor (priority, run_at, id)
+with asked as materialized (
+    select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
+     where asked.queue not in (select name from queue_service.queues where paused_at is not null)
+), picked as materialized (
+    select chosen.id
+      from asked
      cross join lateral (
-        select runs.id from queue_service.runs
-         where runs.queue = %(queue)s and runs.priority = floor.priority
-           and (runs.run_at, runs.id + 0) >= (floor.run_at, floor.id)
-           and runs.run_at <= (select clock_timestamp())
-           and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
-           and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-           and {for_us}
-         order by runs.run_at, runs.id + 0
-         limit %(limit)s
-           for update skip locked
-     ) as candidate
-     where not exists (select from queue_service.queues where name = %(queue)s and paused_at is not null)
-     limit %(limit)s
+        select candidate.id
+          from unnest(%(lanes)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[], %(floor_ids)s::bigint[])
+            as floor (queue, priority, run_at, id)
+         cross join lateral (
+            select runs.id from queue_service.runs
+             where runs.queue = floor.queue and runs.priority = floor.priority
+               and (runs.run_at, runs.id + 0) >= (floor.run_at, floor.id)
+               and runs.run_at <= (select clock_timestamp())
+               and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
+               and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+               and {for_us}
+             order by runs.run_at, runs.id + 0
+             limit asked.wanted
+               for update skip locked
+         ) as candidate
+         where floor.queue = asked.queue
+         limit asked.wanted
+     ) as chosen
 ), {take_picked}
 
 -- name: claim_suspect

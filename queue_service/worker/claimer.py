@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 
 from queue_service.db.pool import Wire
@@ -17,10 +17,11 @@ from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import Return
+from queue_service.runs.queries import Wanted
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.floors import Floors
-from queue_service.worker.leases import Leases
+from queue_service.worker.leases import Held, Leases
 
 log = get_logger(__name__)
 
@@ -32,8 +33,13 @@ MAX_PAUSE = 5.0
 # at most this long it is left alone once begun. After that, it shares the process like any other.
 PATIENCE = 1.0
 PROBATION = 2.0
+# Runs that one statement claims of several queues: the sweep can take a lease of so many.
+AT_ONCE = 1_000
 # Suspects in a row before ordinary runs get their turn.
 SUSPECTS = 20
+
+# A queue's executor, and how many runs it wants.
+Ready = tuple[Executor, int]
 
 
 class Claimer:
@@ -116,9 +122,10 @@ class Claimer:
         if now >= max(self._next_scan, self._earliest_scan):
             await self._scan(now)
             return False
-        ready = [executor for queue in self._hopeful if (executor := self._executors[queue]).wanted() > 0]
-        for executor in ready:
-            await self._claim(executor)
+        hopeful = [self._executors[queue] for queue in self._hopeful]
+        ready = [(executor, wanted) for executor in hopeful if (wanted := executor.wanted()) > 0]
+        for some in _batches(ready):
+            await self._claim(some)
         if not ready:
             await self._sleep(min(longest, max(self._next_scan, self._earliest_scan) - now))
         return not ready
@@ -138,28 +145,31 @@ class Claimer:
         scan = await self._wire.fetch(queries.scan(list(self._executors), self._tasks, owner=self._owner))
         self._hopeful |= self._floors.scanned(scan)
 
-    async def _claim(self, executor: Executor) -> None:
-        wanted = executor.wanted()
+    async def _claim(self, ready: Sequence[Ready]) -> None:
         # Dropped before the claim, for the same reason.
-        self._hopeful.discard(executor.queue)
+        self._hopeful.difference_update(executor.queue for executor, _ in ready)
         claimed = await self._wire.fetch(
             queries.claim(
-                executor.queue,
-                self._floors.of(executor.queue),
+                [Wanted(executor.queue, count, self._floors.of(executor.queue)) for executor, count in ready],
                 tasks=self._tasks,
-                limit=wanted,
                 worker_id=self._worker_id,
                 lease=self._lease,
                 owner=self._owner,
             )
         )
-        self._floors.claimed(executor.queue, [run for run, _ in claimed])
-        if len(claimed) == wanted:
+        held: dict[str, list[Held]] = {executor.queue: [] for executor, _ in ready}
+        for each in self._leases.take(claimed):
+            held[each.run.queue].append(each)
+        for executor, wanted in ready:
+            self._share_out(executor, wanted, held[executor.queue])
+
+    def _share_out(self, executor: Executor, wanted: int, held: list[Held]) -> None:
+        self._floors.claimed(executor.queue, [each.run for each in held])
+        if len(held) == wanted:
             self._hopeful.add(executor.queue)
         else:
             # Short: the queue is empty, or what is left stands behind the floor.
             self._next_scan = min(self._next_scan, self._earliest_scan)
-        held = self._leases.take(claimed)
         if self._stopping:
             for each in held:
                 self._finisher.put(each, Return(each.run.claim))
@@ -220,3 +230,15 @@ class Claimer:
                 await self._wake.wait()
         except TimeoutError:
             pass
+
+
+def _batches(ready: Sequence[Ready]) -> Iterator[Sequence[Ready]]:
+    """What goes into one statement: one queue, or as many as want no more than `AT_ONCE` runs together."""
+    batch: list[Ready] = []
+    for each in ready:
+        if batch and sum(wanted for _, wanted in batch) + each[1] > AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(each)
+    if batch:
+        yield batch

@@ -14,6 +14,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.runs.model import Return, Run
+from queue_service.runs.queries import Wanted
 from queue_service.worker.floors import FRONT
 from tests.support import LEASE, blocked, claimed, enqueued, eventually, lapse, one, rows
 
@@ -32,7 +33,7 @@ async def reserved(conn: Connection, owner: str | None, *, ago: float = 0.0) -> 
 
 
 async def claimed_by(conn: Connection, owner: str | None) -> list[Run]:
-    query = queries.claim("default", {0: FRONT}, tasks=["noop"], limit=10, worker_id=1, lease=LEASE, owner=owner)
+    query = queries.claim([Wanted("default", 10, {0: FRONT})], tasks=["noop"], worker_id=1, lease=LEASE, owner=owner)
     return [run for run, _ in await fetch(conn, query)]
 
 

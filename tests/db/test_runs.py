@@ -17,6 +17,7 @@ from queue_service.errors import DuplicateRun
 from queue_service.queues import queries as queues
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, RunState
+from queue_service.runs.queries import Wanted
 from queue_service.worker.floors import FRONT
 from tests.support import LEASE, claim, claimed, enqueued, lapse, one, rows
 
@@ -197,7 +198,7 @@ class TestScan:
             await enqueued(conn, priority=priority)
         scan = await fetch(conn, queries.scan(["default"], ["noop"]))
         floors = {lane.priority: lane.first for lane in scan.lanes}
-        query = queries.claim("default", floors, tasks=["noop"], limit=10, worker_id=1, lease=LEASE)
+        query = queries.claim([Wanted("default", 10, floors)], tasks=["noop"], worker_id=1, lease=LEASE)
         assert len(await fetch(conn, query)) == 5
 
 
@@ -210,6 +211,19 @@ class TestClaim:
         priorities = (-5, 0, 5)
         assert claimed_ids(await claimed(conn, limit=4, priorities=priorities)) == expected[:4]
         assert claimed_ids(await claimed(conn, limit=4, priorities=priorities)) == expected[4:]
+
+    async def test_of_several_queues_takes_of_each_what_is_wanted_of_it_under_one_lease(self, conn: Connection) -> None:
+        made = {name: [await enqueued(conn, queue=name, priority=n % 2) for n in range(6)] for name in "abcd"}
+        await fetch(conn, queues.pause("c"))
+        asked = [
+            Wanted(name, count, {0: FRONT, 1: FRONT}) for name, count in [("b", 4), ("a", 10), ("c", 5), ("none", 5)]
+        ]
+        taken = await fetch(conn, queries.claim(asked, tasks=["noop"], worker_id=1, lease=LEASE))
+        found = {name: [run.id for run, _ in taken if run.queue == name] for name in "abcd"}
+        first = {name: ids[1::2] + ids[0::2] for name, ids in made.items()}
+        assert found == {"a": first["a"], "b": first["b"][:4], "c": [], "d": []}
+        assert len({lease for _, lease in taken}) == 1
+        assert await one(conn, "select count(*) from queue_service.runs where state = 'running'") == 10
 
     async def test_it_takes_at_most_its_limit_under_one_lease_that_lists_what_it_took(self, conn: Connection) -> None:
         for _ in range(5):
@@ -278,13 +292,13 @@ class TestClaim:
         later = await enqueued(conn, run_at=moment + timedelta(seconds=1))
         high = await enqueued(conn, run_at=moment, priority=1)
         floors = {0: Floor(moment, ids[2]), 1: FRONT}
-        query = queries.claim("default", floors, tasks=["noop"], limit=10, worker_id=1, lease=LEASE)
+        query = queries.claim([Wanted("default", 10, floors)], tasks=["noop"], worker_id=1, lease=LEASE)
         assert claimed_ids(await fetch(conn, query)) == [high, ids[2], ids[3], later]
         assert await ids_of(conn, "state = 'queued'") == ids[:2]
 
     async def test_without_floors_it_takes_nothing(self, conn: Connection) -> None:
         await enqueued(conn)
-        query = queries.claim("default", {}, tasks=["noop"], limit=10, worker_id=1, lease=LEASE)
+        query = queries.claim([Wanted("default", 10, {})], tasks=["noop"], worker_id=1, lease=LEASE)
         assert await fetch(conn, query) == []
 
 

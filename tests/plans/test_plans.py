@@ -19,6 +19,7 @@ from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Floor, Return, RunState
+from queue_service.runs.queries import Wanted
 from queue_service.worker.floors import FRONT
 from tests.support import claim
 
@@ -148,12 +149,19 @@ def test_a_claim_from_a_floor_starts_there(stage: Stage, conn: Sync) -> None:
         [stage.holds // 2],
     ).fetchone()
     floor = Floor(row[0].astimezone(UTC), row[1]) if row else FRONT
-    query = queries.claim("default", {0: floor}, tasks=["noop"], limit=200, worker_id=1, lease=LEASE)
+    query = queries.claim([Wanted("default", 200, {0: floor})], tasks=["noop"], worker_id=1, lease=LEASE)
     plan = done(conn, query)
     assert_by_index(plan, "runs_claim_idx", "runs_pkey")
     assert plan.visited <= 2.05 * min(stage.holds, 200) + 5
     (first,) = conn.execute("select min(id) from queue_service.runs where state = 'running'").fetchone() or (None,)
     assert first == (row[1] if row else None)
+
+
+def test_a_claim_of_many_queues_looks_once_at_each(stage: Stage, conn: Sync) -> None:
+    many = [Wanted(f"q{n}", 10, {0: FRONT, 1: FRONT}) for n in range(99)] + [Wanted("default", 100, {0: FRONT})]
+    plan = done(conn, queries.claim(many, tasks=["noop"], worker_id=1, lease=LEASE))
+    assert_by_index(plan, "runs_claim_idx", "runs_pkey")
+    assert plan.visited <= 2.05 * min(stage.holds, 100) + 5
 
 
 def test_a_suspect_is_found_by_the_index_of_suspects(stage: Stage, conn: Sync) -> None:

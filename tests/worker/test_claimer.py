@@ -204,6 +204,22 @@ async def test_a_freed_slot_takes_the_next_run_without_a_poll(patient: App) -> N
     assert begun == list(range(200))
 
 
+async def test_many_queues_are_claimed_from_together(app: App, conn: Connection) -> None:
+    leases = set()
+
+    @app.task
+    async def note(n: int) -> None:
+        leases.update(await rows(conn, "select lease_id from queue_service.runs where lease_id is not null"))
+
+    names = [f"q{n}" for n in range(100)]
+    for name in names:
+        await app.enqueue_many("note", [{"n": n} for n in range(3)], queue=name)
+    async with asyncio.timeout(20):
+        tally = await Worker(app, dict.fromkeys(names, 5)).run(once=True)
+    assert tally.succeeded == 300
+    assert 0 < len(leases) < 30
+
+
 async def test_runs_without_any_notice_are_found_by_polling(app: App, conn: Connection) -> None:
     begun: list[int] = []
 
