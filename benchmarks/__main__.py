@@ -20,7 +20,7 @@ import psycopg
 
 from benchmarks import floor, peers, report, scenario, turns
 from benchmarks.arena import Arena, Figures
-from benchmarks.contests import ALONE, CONTESTS, LONG, TASTE, Sizes
+from benchmarks.contests import CONTESTS, LONG, TASTE, Sizes
 from benchmarks.scenario import SCENARIOS
 from queue_service import logs
 from queue_service.db import embedded, schema, url
@@ -67,7 +67,7 @@ def measure(arena: Arena, given: argparse.Namespace) -> Figures:
             CONTESTS["drain"](arena, contender, TASTE)
     for number in range(given.rounds):
         for name in given.names:
-            together = name in CONTESTS and name not in ALONE
+            together = name in CONTESTS and name not in LONG
             turn = number % len(arena.names)
             for contender in [*arena.names[turn:], *arena.names[:turn]] if together else [peers.OURS]:
                 taken = one(arena, name, contender, sizes)
@@ -96,7 +96,7 @@ def one(arena: Arena, name: str, contender: str, sizes: Sizes) -> dict[str, floa
 def main() -> None:
     given = options(sys.argv[1:])
     logs.configure(level="error", fmt="auto")
-    contending = given.only if set(given.names) & (CONTESTS.keys() - ALONE) else [peers.OURS]
+    contending = given.only if set(given.names) & (CONTESTS.keys() - LONG) else [peers.OURS]
     commands = peers.commands(contending)
     scratch = Path(tempfile.mkdtemp(prefix="queue_service-bench-"))
     scratch.chmod(0o711)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 from psycopg import sql
@@ -113,6 +114,6 @@ class Figures:
 def as_url(conninfo: str) -> str:
     """For programs that do not know the other form."""
     parts = conninfo_to_dict(conninfo)
-    password = f":{parts['password']}" if parts.get("password") else ""
+    password = f":{quote(str(parts['password']), safe='')}" if parts.get("password") else ""
     host, port = parts.get("host", "localhost"), parts.get("port", 5432)
     return f"postgresql://{parts.get('user', 'postgres')}{password}@/{parts['dbname']}?host={host}&port={port}"

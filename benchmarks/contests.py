@@ -29,8 +29,7 @@ class Sizes(NamedTuple):
 TASTE = Sizes(drain=600, single=100, samples=20, seconds=1.0, backlog=2_000, queues=5, times=2, minutes=0.1)
 Contest = Callable[[Arena, str, Sizes], dict[str, float]]
 CONTESTS: dict[str, Contest] = {}
-# Those that only we are put through, and those that take so long that they have to be asked for.
-ALONE: set[str] = set()
+# Those that take so long that they have to be asked for, and that only we are put through.
 LONG: set[str] = set()
 
 
@@ -41,7 +40,6 @@ def contest(function: Contest) -> Contest:
 
 def long(function: Contest) -> Contest:
     LONG.add(function.__name__)
-    ALONE.add(function.__name__)
     return contest(function)
 
 

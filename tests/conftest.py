@@ -67,6 +67,19 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A server of this test's own, with our schema, to be stopped and started."""
+    cluster = Cluster(tmp_path / "cluster", embedded.programs(), FAST)
+    cluster.use()
+    try:
+        schema.upgrade(cluster.conninfo)
+        yield cluster
+    finally:
+        cluster.stop()
+        cluster.leave()
+
+
 @pytest.fixture(scope="session")
 def template(server: str) -> Iterator[str]:
     """The name of a database with our schema, for copying."""

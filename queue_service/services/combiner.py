@@ -127,16 +127,18 @@ class Combiner(Generic[A, R]):
                 raise
 
     def _batch(self) -> list[tuple[A, asyncio.Future[R | Busy]]]:
-        """At least one, and as much as one statement takes. Whoever has given up meanwhile is left out."""
+        """As much as one statement takes, but one item in any case; nothing where nobody waits any more. Whoever has
+        given up is left out."""
         batch: list[tuple[A, asyncio.Future[R | Busy]]] = []
         size = 0
         while self._pending and len(batch) < MOST:
-            size += self._weigh(self._pending[0][0])
-            if batch and size > MOST_BYTES:
-                break
-            item = self._pending.popleft()
-            if not item[1].done():
-                batch.append(item)
+            item, future = self._pending[0]
+            if not future.done():
+                size += self._weigh(item)
+                if batch and size > MOST_BYTES:
+                    break
+                batch.append((item, future))
+            self._pending.popleft()
         return batch
 
     async def _settle(self, batch: list[tuple[A, asyncio.Future[R | Busy]]]) -> None:

@@ -156,6 +156,7 @@ def page(
     overdue: bool = False,
     limit: int = 50,
 ) -> Query[list[Marker]]:
+    """The markers that fit everything that is said, those first that lapse first."""
     return SQL.query(
         "page",
         _markers,

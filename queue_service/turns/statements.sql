@@ -12,6 +12,23 @@
 -- itself is believed to be one row: it is looked up in a hash (an `in` that is no condition by itself, so that it does not
 -- become a join) or in an object, not joined by a loop within a loop.
 
+-- define: lapsed
+returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution
+), taken as materialized (
+    select {marker_fields}, 'error' as kind, failure.code, {failure_body} as body
+      from deleted as m
+     cross join lateral (
+        select case when m.failure_code is null then 'worker_unresponsive'
+                    when %(sentences)s::jsonb ? m.failure_code then m.failure_code else 'internal_error' end as code,
+               null::text as message,
+               case when m.failure_code is not null then m.failure_reason
+                    when m.admitted_at is null then format('No worker took it up within %%s.', m.admission)
+                    else format('No sign of life for %%s.', m.execution) end as reason
+    ) as failure
+), {ended}
+{ended_rows}
+ order by stream, seq
+
 -- define: marker_fields
 m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata, m.armed_at
 
@@ -142,19 +159,6 @@ asked as materialized (
 asked.deployment, asked.message_id, asked.stream, asked.platform, asked.channel_id, asked.user_id,
            asked.organization_id, asked.metadata, asked.admission, asked.execution,
            clock_timestamp() + asked.admission
-
--- define: lapsed_fields
-'error' as kind, failure.code, {failure_body} as body
-
--- define: lapsed_failure
-cross join lateral (
-        select case when m.failure_code is null then 'worker_unresponsive'
-                    when %(sentences)s::jsonb ? m.failure_code then m.failure_code else 'internal_error' end as code,
-               null::text as message,
-               case when m.failure_code is not null then m.failure_reason
-                    when m.admitted_at is null then format('No worker took it up within %%s.', m.admission)
-                    else format('No sign of life for %%s.', m.execution) end as reason
-    ) as failure
 
 -- define: failure_body
 jsonb_strip_nulls(jsonb_build_object(
@@ -312,14 +316,7 @@ with owed as materialized (
             select owed.place from owed
              where owed.stream in (select free.stream from free) or owed.stream not in (select known.stream from known)))
        and m.deadline < clock_timestamp()
-    returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution
-), taken as materialized (
-    select {marker_fields}, {lapsed_fields}
-      from deleted as m
-     {lapsed_failure}
-), {ended}
-{ended_rows}
- order by stream, seq
+    {lapsed}
 
 -- name: sweep_one
 -- As `sweep`, for one turn, and waiting for whoever holds it.
@@ -327,14 +324,7 @@ with owed as materialized (
 with deleted as (
     delete from queue_service.turn_markers as m
      where m.deployment = %(deployment)s and m.message_id = %(message_id)s and m.deadline < clock_timestamp()
-    returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution
-), taken as materialized (
-    select {marker_fields}, {lapsed_fields}
-      from deleted as m
-     {lapsed_failure}
-), {ended}
-{ended_rows}
- order by stream, seq
+    {lapsed}
 
 -- name: discharge
 -- Forget what is owed to a turn, without an event: it was answered by other means. Row: its stream.

@@ -118,6 +118,7 @@ class _Child:
         self._stopped = asyncio.Event()
 
     async def run(self) -> None:
+        """Until the parent closes our stdin, or SIGTERM came and the turns at work have ended, or nothing can be said."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopped.set)
         _die_with_parent()

@@ -150,6 +150,8 @@ class _Parts:
         self._slots: set[asyncio.Task[None]] = set()
 
     async def run(self, *, once: bool, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
+        """Work until `stop`, or with `once` until nothing is due, and then drain; `stop_now` ends the draining. Raises what
+        ended a part that must not end."""
         settings = self._settings
         # Before anything can end: a partition is attached without trouble while nothing is written where it will be.
         await self._pruner.once()

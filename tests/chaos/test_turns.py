@@ -67,7 +67,7 @@ async def agent_turn(run: Run) -> Snooze | None:
 async def _answer(conversation: Conversation) -> Mapping[str, Any]:
     for number in range(random.randint(0, 5)):  # noqa: S311
         await conversation.event("delta", {"of": conversation.turn.message_id, "n": number})
-        await asyncio.sleep(random.uniform(0, 0.2))  # noqa: S311
+        await asyncio.sleep(random.uniform(0, 0.2))  # noqa: S311 - the work of the agent
     return {"text": "done"}
 
 
@@ -79,7 +79,7 @@ async def _sweep() -> None:
         while True:
             with contextlib.suppress(DatabaseUnavailable):
                 await app.turns.sweep()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # the pace of a sweeper, which is what is killed
 
 
 # In the test

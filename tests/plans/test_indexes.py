@@ -9,7 +9,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from queue_service import App
 from queue_service.db import pool
@@ -17,10 +16,10 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Return, RunState
+from tests.plans.database import Sync, believed_empty
 from tests.support import claim, one
 
 LEASE = timedelta(seconds=30)
-Sync = psycopg.Connection[Any]
 
 FILL = """insert into queue_service.runs (queue, task, payload, run_at)
 select 'default', 'noop', '{}', clock_timestamp() - interval '1 hour' + n * interval '1 ms' from generate_series(1, %s) n"""
@@ -29,16 +28,10 @@ select 'default', 'noop', '{}', clock_timestamp() - interval '1 hour' + n * inte
 @pytest.fixture(scope="module", params=[0, 50, 500_000], ids=lambda n: f"{n} rows")
 def filled(request: pytest.FixtureRequest, server: str, template: str) -> Iterator[tuple[Sync, int]]:
     """A database with so many queued runs, whose statistics say that there are none."""
-    name = f"queue_service_plans_{request.param}"
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f"create database {name} template {template} strategy file_copy")
-        with psycopg.connect(make_conninfo(server, dbname=name), autocommit=True) as conn:
-            conn.execute("alter table queue_service.runs set (autovacuum_enabled = off)")
-            conn.execute("vacuum analyze queue_service.runs")
-            conn.execute(pool._SESSION.encode())
-            conn.execute(FILL.encode(), [request.param])
-            yield conn, request.param
-        admin.execute(f"drop database {name} with (force)")
+    with believed_empty(server, template, f"queue_service_plans_{request.param}", {"runs"}) as conn:
+        conn.execute(pool._SESSION.encode())
+        conn.execute(FILL.encode(), [request.param])
+        yield conn, request.param
 
 
 def statements() -> dict[str, Query[Any]]:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
@@ -21,11 +20,11 @@ from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Floor, Return, RunState
 from queue_service.runs.queries import Wanted
 from queue_service.worker.floors import FRONT
+from tests.plans.database import Sync, believed_empty
 from tests.support import claim
 
 ROWS = 500_000
 LEASE = timedelta(seconds=30)
-Sync = psycopg.Connection[Any]
 
 # Every fifth is of another priority, every hundredth will expire, every thousandth is a suspect. Ids and times ascend.
 FILL = """
@@ -44,15 +43,8 @@ class Stage(NamedTuple):
 
 @pytest.fixture(scope="module")
 def database_of_plans(server: str, template: str) -> Iterator[Sync]:
-    name = "queue_service_plans_at_work"
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f"create database {name} template {template} strategy file_copy")
-        with psycopg.connect(make_conninfo(server, dbname=name), autocommit=True) as conn:
-            conn.execute("alter table queue_service.runs set (autovacuum_enabled = off)")
-            conn.execute("alter table queue_service.leases set (autovacuum_enabled = off)")
-            conn.execute("vacuum analyze queue_service.runs, queue_service.leases")
-            yield conn
-        admin.execute(f"drop database {name} with (force)")
+    with believed_empty(server, template, "queue_service_plans_at_work", {"runs", "leases"}) as conn:
+        yield conn
 
 
 @pytest.fixture(scope="module", params=STAGES)

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from queue_service.db import pool
 from queue_service.db.query import Query
@@ -21,10 +19,10 @@ from queue_service.events.queries import NewEvent
 from queue_service.turns import queries as turns
 from queue_service.turns.model import Ending, Turn, TurnFailure
 from queue_service.turns.queries import Owed
+from tests.plans.database import Sync, believed_empty
 
 TURNS, EVENTS = 100_000, 300_000
 TABLES = {"turn_markers", "turn_outcomes", "streams", "events", "runs", "connections"}
-Sync = psycopg.Connection[Any]
 
 # Deployments of a hundred turns; a twentieth of the turns has lapsed, a tenth of the outcomes has no marker any more.
 FILL = """
@@ -55,19 +53,12 @@ class Stage(NamedTuple):
 
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
-    name = "queue_service_turn_plans"
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f"create database {name} template {template} strategy file_copy")
-        with psycopg.connect(make_conninfo(server, dbname=name), autocommit=True) as conn:
-            for table in sorted(TABLES):
-                conn.execute(f"alter table queue_service.{table} set (autovacuum_enabled = off)".encode())
-                conn.execute(f"vacuum analyze queue_service.{table}".encode())
-            conn.execute(pool._SESSION.encode())
-            for number, (make, _) in enumerate(STATEMENTS.values()):
-                prepare(conn, f"p{number}", make())
-            conn.execute(FILL.encode())
-            yield conn
-        admin.execute(f"drop database {name} with (force)")
+    with believed_empty(server, template, "queue_service_turn_plans", TABLES) as conn:
+        conn.execute(pool._SESSION.encode())
+        for number, (make, _) in enumerate(STATEMENTS.values()):
+            prepare(conn, f"p{number}", make())
+        conn.execute(FILL.encode())
+        yield conn
 
 
 def prepare(conn: Sync, name: str, query: Query[Any]) -> None:

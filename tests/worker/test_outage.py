@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from queue_service import App, Retry, RunState, Worker
-from queue_service.db import embedded, schema
+from queue_service.db import schema
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
@@ -24,19 +22,6 @@ TERMINATED = (
     "select count(*) from (select pg_terminate_backend(pid) from pg_stat_activity "
     "where datname = current_database() and pid <> pg_backend_pid() and application_name like 'queue_service%') as ended"
 )
-
-
-@pytest.fixture
-def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """A server of this test's own, with our schema, to be stopped and started."""
-    cluster = Cluster(tmp_path / "cluster", embedded.programs(), {"fsync": "off", "full_page_writes": "off"})
-    cluster.use()
-    try:
-        schema.upgrade(cluster.conninfo)
-        yield cluster
-    finally:
-        cluster.stop()
-        cluster.leave()
 
 
 def quick() -> Settings:

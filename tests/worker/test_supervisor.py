@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 import uvloop
 
 from queue_service import App, Outcome, Turn
-from queue_service.db import embedded, schema
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import ConfigError, DeploymentDown
@@ -452,19 +450,6 @@ async def test_a_talkative_child_is_held_back_while_nothing_can_be_stored_and_lo
 
 
 # A database that is gone
-
-
-@pytest.fixture
-def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """A server of this test's own, with our schema, to be stopped and started."""
-    cluster = Cluster(tmp_path / "cluster", embedded.programs(), {"fsync": "off", "full_page_writes": "off"})
-    cluster.use()
-    try:
-        schema.upgrade(cluster.conninfo)
-        yield cluster
-    finally:
-        cluster.stop()
-        cluster.leave()
 
 
 async def test_a_crash_and_a_reply_during_an_outage_are_told_when_the_database_is_back(
