@@ -79,8 +79,9 @@ class Outcomes:
         return standing
 
     def _patience(self, standing: Standing) -> float:
-        """How long to wait for a bell before looking again: until the deadline, which may have moved by then. And not for
-        ever, since a bell is rung by a notice, and only most of them can be made good by looking at streams."""
+        """How long to wait for a bell before looking again: until the turn may have lapsed, if its deadline has not moved
+        by then. And not for ever, since a bell is rung by a notice, and only most of them can be made good by looking at
+        streams."""
         left = standing.seconds_left
         if left is None or left <= 0:
             return self._poll_interval

@@ -57,14 +57,17 @@ class Pruner:
         self._retention = retention
 
     async def once(self) -> Pruned:
-        """What was made and dropped; nothing where another process holds the lock or a table is busy."""
+        """Partitions first, for which there is a time; what is old can wait, and there may be much of it."""
+        pruned = await self.partitions()
         await self._pool.fetch(roster.prune(SILENCE))
         await self._pool.fetch(connections.prune(SILENCE))
-        turns_gone, events_gone = await self._turns(), await self._events()
+        return pruned._replace(turns=await self._turns(), events=await self._events())
+
+    async def partitions(self) -> Pruned:
+        """What was made and dropped; nothing where another process holds the lock or a table is busy."""
         async with self._pool.connection() as conn:
             with translated():
-                pruned = await self._partitions(conn)
-        return pruned._replace(turns=turns_gone, events=events_gone)
+                return await self._partitions(conn)
 
     async def _turns(self) -> int:
         """Forget turns, batch after batch, each a short transaction."""

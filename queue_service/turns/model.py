@@ -142,7 +142,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
-    """An outcome, or else the seconds until the deadline (negative: it has passed; None: the turn is just ending)."""
+    """An outcome, or else the seconds before which the turn cannot lapse (negative: it has; None: it is just ending)."""
 
     stream: str
     outcome: Outcome | None

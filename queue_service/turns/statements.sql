@@ -170,7 +170,9 @@ jsonb_strip_nulls(jsonb_build_object(
 o.deployment, o.message_id, o.stream, o.armed_at, o.ended_at, o.kind, o.code, o.seq,
        (select events.body::text from queue_service.events
          where events.stream = o.stream and events.seq = o.seq and events.terminal),
-       extract(epoch from m.deadline - clock_timestamp())::float8
+       -- The first sign of life may bring the deadline nearer.
+       extract(epoch from case when m.admitted_at is null then least(m.deadline, clock_timestamp() + m.execution)
+                               else m.deadline end - clock_timestamp())::float8
 
 -- define: is_opened
 ((asked.deployment, asked.message_id) in (select opened.deployment, opened.message_id from opened)) is true
@@ -402,7 +404,7 @@ select exists (
 )
 
 -- name: standing
--- How a turn stands: its outcome, and the seconds left to its deadline while it is owed one. No row: never armed.
+-- How a turn stands: its outcome, or while it is owed one the seconds before which it cannot lapse. No row: never armed.
 select {standing_columns}
   from queue_service.turn_outcomes as o
   left join queue_service.turn_markers as m using (deployment, message_id)

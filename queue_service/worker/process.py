@@ -154,7 +154,7 @@ class _Parts:
         ended a part that must not end."""
         settings = self._settings
         # Before anything can end: a partition is attached without trouble while nothing is written where it will be.
-        await self._pruner.once()
+        await self._pruner.partitions()
         try:
             async with self._group, self._closing_slots():
                 background = [

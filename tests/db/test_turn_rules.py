@@ -14,6 +14,7 @@ from psycopg import errors as pg
 from queue_service import App, Turn, TurnFailure
 from queue_service.db.pool import Connection
 from queue_service.settings import load
+from queue_service.turns import queries
 from queue_service.turns.model import SENTENCES
 from tests.support import claimed, eventually, one, refusing, rows, working
 
@@ -96,6 +97,28 @@ class TestArming:
 
 async def _is_late(app: App) -> bool:
     return not await app.turns.is_live("dep-1", "m1")
+
+
+class TestWaiting:
+    async def test_lasts_until_the_first_moment_at_which_the_turn_may_have_lapsed(self, app: App) -> None:
+        async def patience() -> float:
+            standing = await app.fetch(queries.standing("dep-1", "m1"))
+            assert standing is not None
+            return app.opened.outcomes._patience(standing)
+
+        app.opened.outcomes._poll_interval = 30
+        # Its first sign of life would bring the deadline nearer.
+        await app.turns.arm(turn(), admission=3_600, execution=60)
+        assert await patience() == pytest.approx(60, abs=1)
+        await app.turns.extend("dep-1")
+        assert await patience() == pytest.approx(60, abs=1)
+        # And nothing brings it further away but another one.
+        await app.turns.reset_admission("dep-1", "m1")
+        assert await patience() == pytest.approx(60, abs=1)
+        await app.turns.arm(turn("m2", deployment="dep-2"), admission=5, execution=60)
+        standing = await app.fetch(queries.standing("dep-2", "m2"))
+        assert standing is not None
+        assert standing.seconds_left == pytest.approx(5, abs=1)
 
 
 class TestEveryEnding:

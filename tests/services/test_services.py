@@ -18,7 +18,7 @@ from queue_service.runs import queries
 from queue_service.runs.model import Ending
 from queue_service.services.pruner import AHEAD, Pruned, Pruner
 from queue_service.services.sweeper import Sweeper, Swept
-from tests.support import claimed, enqueued, eventually, lapse, one, rows
+from tests.support import claimed, enqueued, eventually, lapse, one, rows, working
 
 KILL = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s and datname = current_database()"
 
@@ -93,6 +93,17 @@ class TestSweeper:
         broken = False
         assert await patient.once() == Swept(0, 0, 0)
         assert (await Sweeper(app.fetch, lambda _: None, max_losses=3).once()).requeued == 1
+
+
+async def test_a_worker_begins_before_what_is_old_is_pruned(app: App, conn: Connection) -> None:
+    @app.task
+    async def noop() -> None: ...
+
+    run_id = await app.enqueue("noop", {})
+    async with conn.transaction(force_rollback=True):
+        await conn.execute("lock table queue_service.turn_outcomes in access exclusive mode")
+        async with working(app):
+            assert (await app.wait(run_id, timeout=5)).state is RunState.SUCCEEDED
 
 
 class TestPruner:
