@@ -96,7 +96,7 @@ class NewRun:
     organization_id: str | None = None
 
 
-class Ending(NamedTuple):
+class Ending(msgspec.Struct, frozen=True, gc=False):
     """How a claimed run ends. `result` and `error` are JSON text."""
 
     claim: Claim
@@ -105,7 +105,7 @@ class Ending(NamedTuple):
     error: str = "null"
 
 
-class Return(NamedTuple):
+class Return(msgspec.Struct, frozen=True, gc=False):
     """A claimed run goes back to its queue: in `delay` seconds, or to its old place when that is None. `failed` counts
     a failure of the handler; the owner it is `reserved_for` may claim it a second before others. A run whose cancellation
     was requested ends `cancelled` instead.

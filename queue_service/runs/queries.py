@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from operator import attrgetter
+from typing import NamedTuple, cast
 
 import msgspec
 
@@ -19,6 +20,8 @@ SQL = Statements("queue_service.runs")
 
 # Above this, a count is shown as "this many or more": counting a backlog is work nobody asked for.
 COUNT_LIMIT = 50_001
+
+_claim_of = attrgetter("claim")
 
 
 class Lane(NamedTuple):
@@ -147,14 +150,14 @@ def cancel_requests(leases: Collection[int]) -> Query[list[int]]:
 
 def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
     """The claims that were still held and have ended. A missing one was lost: nothing about its run changed."""
-    ordered = sorted(endings)
+    ordered = sorted(endings, key=_claim_of)
     outcomes = [_ending_json(ending) for ending in ordered]
     return SQL.query("finish", _claims, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
 def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
     """The claims that were still held and whose runs are queued again (or `cancelled`, where that had been asked)."""
-    ordered = sorted(returns, key=lambda back: back.claim)
+    ordered = sorted(returns, key=_claim_of)
     outcomes = [_return_json(back) for back in ordered]
     return SQL.query("give_back", _claims, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
@@ -254,10 +257,10 @@ def _batch(
 
 
 def _ending_json(ending: Ending) -> str:
-    _claim, state, result, error = ending
-    if state is RunState.SUCCEEDED:
-        return "null" if result == "null" else f'{{"result":{result}}}'
-    return f'{{"state":"{state.value}","error":{error}}}' if error != "null" else f'{{"state":"{state.value}"}}'
+    if ending.state is RunState.SUCCEEDED:
+        return "null" if ending.result == "null" else f'{{"result":{ending.result}}}'
+    error = "" if ending.error == "null" else f',"error":{ending.error}'
+    return f'{{"state":"{ending.state.value}"{error}}}'
 
 
 def _return_json(back: Return) -> str:
@@ -274,7 +277,8 @@ def _json_array(texts: Sequence[str]) -> str | None:
 
 
 def _claims(rows: Rows) -> set[Claim]:
-    return {Claim(run_id, attempt) for run_id, attempt in rows}
+    # A row equals its Claim, both being tuples, and need not be made into one.
+    return cast("set[Claim]", set(rows))
 
 
 def _id_set(rows: Rows) -> set[int]:

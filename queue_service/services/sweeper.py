@@ -24,8 +24,8 @@ from queue_service.turns.model import Ended
 
 log = get_logger(__name__)
 
-# Leases hold up to a thousand runs each; the statement must stay well inside its deadline.
-LEASES = 20
+# Leases hold up to some four thousand runs each; the statement must stay well inside its deadline.
+LEASES = 5
 RUNS = 1_000
 TURNS = 2_000
 # Turns that are tried one by one where a batch of them is refused.

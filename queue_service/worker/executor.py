@@ -12,10 +12,12 @@ import functools
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from datetime import timedelta
 from enum import Enum, auto
 from typing import Any
+
+import msgspec
 
 from queue_service import backoff, codec
 from queue_service.errors import PayloadRefused
@@ -30,7 +32,7 @@ log = get_logger(__name__)
 
 # Claimed ahead of free slots: what the queue was last seen to work off in this time, and no more.
 AHEAD = 0.05
-MAX_AHEAD = 2_000
+MAX_AHEAD = 4_000
 # How long the speed of a queue is observed at least, where its slots are worked over quickly and where they are not.
 BRISK, SLOW = 0.005, 0.2
 # Runs claimed ahead are handed back when none has begun or ended for this long.
@@ -45,8 +47,7 @@ class Cause(Enum):
     DRAINED = auto()
 
 
-@dataclass(slots=True, eq=False)
-class _Execution:
+class _Execution(msgspec.Struct, eq=False):
     held: Held
     task: asyncio.Task[Any]
     cause: Cause | None = None
@@ -208,10 +209,11 @@ class Executor:
         while slot.cancelling():
             slot.uncancel()
 
-    async def _call(self, task: Task[..., Any], run: Run) -> Any:
+    def _call(self, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
         timeout = run.timeout or task.timeout
-        if timeout is None:
-            return await self._invoke(task, run)
+        return self._invoke(task, run) if timeout is None else self._within(timeout, task, run)
+
+    async def _within(self, timeout: timedelta, task: Task[..., Any], run: Run) -> Any:
         try:
             async with asyncio.timeout(timeout.total_seconds()) as limit:
                 return await self._invoke(task, run)
@@ -220,10 +222,11 @@ class Executor:
                 raise
             raise _TimedOut(f"The handler ran longer than its {timeout.total_seconds():g} s.") from error
 
-    async def _invoke(self, task: Task[..., Any], run: Run) -> Any:
+    def _invoke(self, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
         if task.is_async:
-            return await task.function(**task.arguments(run))
-        return await self._threads.run(functools.partial(task.function, **task.arguments(run)))
+            called = task.function(**task.arguments(run))
+            return called if isinstance(called, types.CoroutineType) else _awaited(called)
+        return self._threads.run(functools.partial(task.function, **task.arguments(run)))
 
     # Outcomes
 
@@ -280,6 +283,10 @@ def _watched(call: Coroutine[Any, Any, Any], on_suspend: Callable[[], None]) -> 
                 waits_for = call.send(sent)
     except StopIteration as done:
         return done.value
+
+
+async def _awaited(called: Awaitable[Any]) -> Any:
+    return await called
 
 
 class _TimedOut(Exception):

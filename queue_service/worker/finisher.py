@@ -23,7 +23,7 @@ log = get_logger(__name__)
 
 Outcome = Ending | Return
 
-MAX_BATCH = 1_000
+MAX_BATCH = 500
 FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
 
 
@@ -138,7 +138,7 @@ class Finisher:
         """
         try:
             done = await self._wire.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
-            return [ending for ending in endings if ending.claim in done]
+            return endings if len(done) == len(endings) else [each for each in endings if each.claim in done]
         except REFUSED as refused:
             if len(endings) == 1:
                 bare = _bare(endings[0], refused)

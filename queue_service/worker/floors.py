@@ -48,7 +48,8 @@ class Floors:
     def claimed(self, queue: str, runs: Sequence[Run]) -> None:
         """Move the floors past what was just claimed."""
         floors = self._queues.setdefault(queue, {})
-        for run in runs:
+        # They come in the order of execution, so of each priority the last one is left.
+        for run in {run.priority: run for run in runs}.values():
             floor = Floor(run.run_at, run.id)
             if floor > floors.get(run.priority, FRONT):
                 floors[run.priority] = floor

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from queue_service.runs.model import Run
 
 
@@ -23,8 +25,7 @@ class Lease:
     lost: bool = False
 
 
-@dataclass(slots=True, eq=False)
-class Held:
+class Held(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A claimed run and the lease that holds it."""
 
     run: Run

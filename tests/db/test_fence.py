@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
+import msgspec
 import pytest
 
 from queue_service.db.execute import fetch
@@ -65,7 +66,10 @@ async def test_every_write_of_a_stale_claim_changes_no_row(
     late = Ending(run.claim, RunState.SUCCEEDED, '"late"')
     assert await fetch(conn, queries.finish([late], worker_id=1)) == set()
     assert (
-        await fetch(conn, queries.finish([late._replace(state=RunState.FAILED)], worker_id=1, freed=[lease])) == set()
+        await fetch(
+            conn, queries.finish([msgspec.structs.replace(late, state=RunState.FAILED)], worker_id=1, freed=[lease])
+        )
+        == set()
     )
     assert await fetch(conn, queries.give_back([Return(run.claim, 5.0, failed=True)], worker_id=1)) == set()
     assert await fetch(conn, queries.give_back([Return(run.claim)], worker_id=1, freed=[lease])) == set()

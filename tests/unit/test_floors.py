@@ -47,7 +47,7 @@ def test_a_hint_does_not_lower_a_floor() -> None:
 
 def test_a_claim_moves_the_floor_to_the_last_run_of_each_priority() -> None:
     floors = Floors()
-    floors.claimed("q", [run(2, 9, priority=1), run(1, 4), run(1, 5), run(1, 3)])
+    floors.claimed("q", [run(2, 9, priority=1), run(1, 3), run(1, 4), run(1, 5)])
     assert floors.of("q") == {1: Floor(at(2), 9), 0: Floor(at(1), 5)}
 
 

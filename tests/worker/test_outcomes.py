@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -56,6 +57,25 @@ def message(run: Run) -> str:
     text = run.error["message"]
     assert isinstance(text, str)
     return text
+
+
+async def test_a_wrapped_handler_may_return_any_awaitable(app: App) -> None:
+    def in_a_task(function: Callable[[int], Coroutine[Any, Any, int]]) -> Callable[[int], asyncio.Task[int]]:
+        @functools.wraps(function)
+        def wrapper(n: int) -> asyncio.Task[int]:
+            return asyncio.create_task(function(n))
+
+        return wrapper
+
+    @app.task
+    @in_a_task
+    async def double(n: int) -> int:
+        await asyncio.sleep(0)
+        return 2 * n
+
+    plain = await executed(app, await app.enqueue("double", {"n": 4}))
+    limited = await executed(app, await app.enqueue("double", {"n": 5}, timeout=timedelta(seconds=10)))
+    assert (plain.result, limited.result) == (8, 10)
 
 
 # Success
