@@ -41,7 +41,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--taste", action="store_true", help="tiny sizes, to see that it works; the figures mean nothing"
     )
-    parser.add_argument("--long", action="store_true", help=f"also {', '.join(sorted(LONG))}: an hour more")
+    parser.add_argument("--long", action="store_true", help=f"also {', '.join(sorted(LONG))}, once: an hour more")
     parser.add_argument("--database-url", help="an existing server, on which a database is made and dropped")
     parser.add_argument("--results", type=Path, metavar="DIR", help="write JSON, a table and charts to this directory")
     given = parser.parse_args(arguments)
@@ -66,7 +66,7 @@ def measure(arena: Arena, given: argparse.Namespace) -> Figures:
         for contender in arena.names:
             CONTESTS["drain"](arena, contender, TASTE)
     for number in range(given.rounds):
-        for name in given.names:
+        for name in given.names if number == 0 else [each for each in given.names if each not in LONG]:
             together = name in CONTESTS and name not in LONG
             turn = number % len(arena.names)
             for contender in [*arena.names[turn:], *arena.names[:turn]] if together else [peers.OURS]:

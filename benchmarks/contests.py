@@ -166,22 +166,21 @@ def ten_million(arena: Arena, name: str, sizes: Sizes) -> dict[str, float]:
 
 @long
 def soak(arena: Arena, name: str, sizes: Sizes) -> dict[str, float]:
-    """1,000 jobs a second for half an hour: what grows."""
+    """1,000 jobs a second for half an hour, and what grows meanwhile."""
     sample = "select pg_relation_size(oid) / 1e6 from pg_class where relname = any(%s) order by relname"
     seconds = 60 * sizes.minutes
-    seen: list[list[float]] = []
+    named = ["RSS MB", "runs MB", "claim index MB", "primary key MB"]
+    seen: dict[str, float] = {}
     with arena.programs(name) as (program,), arena.connection() as conn:
         program.tell("steady", rate=1_000, seconds=seconds)
-        # Early, when everything has found its size, and late.
-        for wait in (seconds / 5, seconds * 3 / 4):
-            time.sleep(wait)
+        begun = time.monotonic()
+        for sixth in range(1, 7):
+            time.sleep(max(0.0, begun + sixth * seconds / 6 - 1 - time.monotonic()))
             rows = conn.execute(sample, [["runs", "runs_claim_idx", "runs_pkey"]]).fetchall()
-            seen.append([program.rss, *(float(row[0]) for row in rows)])
+            sizes_now = [program.rss, *(float(row[0]) for row in rows)]
+            seen |= {f"{what}, {sixth}/6": value for what, value in zip(named, sizes_now, strict=True)}
         figures = program.answer(patience=seconds)
-    named = ["RSS MB", "runs MB", "claim index MB", "primary key MB"]
-    grown = {f"{what}, {when}": value for when, values in zip(("early", "late"), seen, strict=True)
-             for what, value in zip(named, values, strict=True)}  # fmt: skip
-    return {"jobs/s": figures["rate"], "p50 ms": figures["p50"], "p99 ms": figures["p99"], **grown}
+    return {"jobs/s": figures["rate"], "p50 ms": figures["p50"], "p99 ms": figures["p99"], **dict(sorted(seen.items()))}
 
 
 def _worked(arena: Arena, name: str, count: int, made: dict[str, Any], **how: Any) -> float:

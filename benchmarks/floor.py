@@ -6,6 +6,7 @@ import asyncio
 import time
 from datetime import timedelta
 
+from benchmarks import pgbench
 from benchmarks.scenario import scenario
 from queue_service import App, Worker
 from queue_service.db.pool import Wire
@@ -15,6 +16,7 @@ from queue_service.runs.queries import Wanted
 from queue_service.worker.floors import FRONT
 
 BATCH = 500
+ENQUEUE = "insert into queue_service.runs (queue, task, payload) values ('default', 'noop', '{\"n\":1}') returning id;"
 
 
 @scenario
@@ -42,6 +44,36 @@ async def floor(app: App, count: int) -> dict[str, float]:
     await running
     whole = count / (handled[2] - handled[1])
     return {"bare loop, runs/s": bare, "worker, runs/s": whole, "worker to bare loop": whole / bare}
+
+
+@scenario
+async def enqueue_floor(app: App, count: int) -> dict[str, float]:
+    """enqueue, and its statement by pgbench, with one caller and with sixteen."""
+
+    @app.task()
+    async def noop(n: int) -> None: ...
+
+    figures: dict[str, float] = {}
+    for callers in (1, 16):
+        ours = await _enqueued(app, callers, min(count, 1_000 * callers))
+        floor = await asyncio.to_thread(
+            pgbench.rate, app.conninfo, [ENQUEUE], clients=callers, seconds=1 + count // 20_000
+        )
+        who = f"{callers} callers" if callers > 1 else "1 caller"
+        figures |= {f"{who}, runs/s": ours, f"{who}, pgbench": floor, f"{who}, to pgbench": ours / floor}
+    return figures
+
+
+async def _enqueued(app: App, callers: int, count: int) -> float:
+    numbers = iter(range(count))
+
+    async def call() -> None:
+        for n in numbers:
+            await app.enqueue("noop", {"n": n})
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(call() for _ in range(callers)))
+    return count / (time.perf_counter() - begun)
 
 
 async def _bare(app: App, count: int) -> float:

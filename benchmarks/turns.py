@@ -8,15 +8,14 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from datetime import timedelta
 
+from benchmarks import pgbench
 from benchmarks.scenario import scenario
 from queue_service import App, Turn
 from queue_service.cli import demo_turns
-from queue_service.db import embedded
 from queue_service.services.sweeper import Sweeper
 from queue_service.turns import queries
 
@@ -56,8 +55,8 @@ async def turns_processes(app: App, count: int) -> dict[str, float]:
     workers = [await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE) for _ in range(PROCESSES)]
     answers = await asyncio.gather(*(worker.communicate() for worker in workers))
     ours = sum(float(out) for out, _ in answers)
-    pgbench = await asyncio.to_thread(_pgbench, app.conninfo, seconds=1 + count // 1_400)
-    return {"turns/s": ours, "turns/s, pgbench": pgbench, "ratio": ours / pgbench}
+    floor = await asyncio.to_thread(_pgbench, app.conninfo, seconds=1 + count // 1_400)
+    return {"turns/s": ours, "turns/s, pgbench": floor, "ratio": ours / floor}
 
 
 def _pgbench(conninfo: str, seconds: int) -> float:
@@ -67,28 +66,13 @@ def _pgbench(conninfo: str, seconds: int) -> float:
     turn = f"'[{{{key},{waits}}}]'"
     ending = f'\'[{{{key},"kind":"reply","code": null,"body":{{"text":"Hello."}}}}]\''
     texts = queries.SQL.texts
-    script = "\n".join(
-        [
-            f"\\set id random(1, {10**15})",
-            f"\\set stream random(0, {STREAMS - 1})",
-            _one_line(texts["arm"].replace("%(turns)s", f"({turn})")),
-            _one_line(texts["end"].replace("%(endings)s", f"({ending})").replace("%(tell)s", "false")),
-        ]
-    )
-    with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
-        file.write(script)
-        file.flush()
-        options = ["-n", "-M", "prepared", "-c", str(CALLERS), "-j", "2", "-T", str(seconds), "-f", file.name]
-        out = subprocess.run(
-            [str(embedded.programs() / "pgbench"), *options, conninfo], stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
-    return float(next(line for line in out.splitlines() if line.startswith("tps =")).split()[2])
-
-
-def _one_line(text: str) -> str:
-    # pgbench ends a statement at a semicolon, and knows no comments within one.
-    lines = (line.split(" -- ")[0] for line in text.splitlines() if not line.lstrip().startswith("--"))
-    return " ".join(line.strip() for line in lines).replace("%%", "%") + ";"
+    script = [
+        f"\\set id random(1, {10**15})",
+        f"\\set stream random(0, {STREAMS - 1})",
+        pgbench.one_line(texts["arm"].replace("%(turns)s", f"({turn})")),
+        pgbench.one_line(texts["end"].replace("%(endings)s", f"({ending})").replace("%(tell)s", "false")),
+    ]
+    return pgbench.rate(conninfo, script, clients=CALLERS, seconds=seconds)
 
 
 @scenario

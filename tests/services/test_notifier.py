@@ -142,6 +142,22 @@ async def test_a_flood_is_told_of_by_a_listener_without_a_loss(
     assert len(post.letters) < 200
 
 
+async def test_the_moment_grows_in_a_flood_and_shrinks_at_a_thousand_a_second(post: Post) -> None:
+    async def letters_at(rate: float, seconds: float) -> float:
+        """How many letters a second go out."""
+        loop = asyncio.get_running_loop()
+        begun, sent, before = loop.time(), 0, len(post.letters)
+        while (now := loop.time()) < begun + seconds:
+            while sent < (now - begun) * rate:
+                post.notifier.send([about(sent)])
+                sent += 1
+            await asyncio.sleep(0)  # notices go on coming
+        return (len(post.letters) - before) / seconds
+
+    assert await letters_at(50_000, 0.3) < 200
+    assert await letters_at(1_000, 0.5) > 300
+
+
 async def test_an_app_that_closes_has_told_of_all_it_did(database: str, conn: Connection) -> None:
     await conn.execute(f"listen {channels.RUNS}")
     async with App(database) as app:
