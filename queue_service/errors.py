@@ -11,8 +11,13 @@
     ├── DuplicateRun             a live run holds the singleton key, and the caller asked to be told
     ├── TurnUnknown              this turn was never armed, or was forgotten since
     ├── TurnEnded                this turn has had its ending; it cannot be armed again
+    ├── MessageConflict          another message was sent under this id
     ├── StreamEnded              this stream takes no more events
-    └── DeploymentDown           there is no child process to pass a turn to
+    ├── DeploymentDown           there is no child process to pass a turn to
+    ├── NotConnected             a client has no connection to its gateway, or was closed
+    ├── SendFailed               the gateway did not take what a client sent
+    ├── OutboxFull               a client has too many messages waiting already
+    └── OutboxInUse              another client has this outbox
 
 Losing an election is not in the tree: it is a return value. Each class carries the exit code the command line uses for it.
 """
@@ -114,6 +119,16 @@ class TurnEnded(QueueServiceError):
         )
 
 
+class MessageConflict(QueueServiceError):
+    def __init__(self, deployment: str, message_id: str) -> None:
+        self.deployment = deployment
+        self.message_id = message_id
+        super().__init__(
+            f"Another message of deployment {deployment!r} has the id {message_id!r}. Nothing was stored: send this one "
+            "under an id of its own."
+        )
+
+
 class StreamEnded(QueueServiceError):
     def __init__(self, stream: str) -> None:
         self.stream = stream
@@ -122,6 +137,37 @@ class StreamEnded(QueueServiceError):
 
 class DeploymentDown(QueueServiceError):
     """There is no child to pass a turn to. The turn keeps its deadline; it was not ended by this."""
+
+
+class NotConnected(QueueServiceError):
+    """The client has no connection to its gateway, or was closed. What raised this was not sent."""
+
+
+class SendFailed(QueueServiceError):
+    """The gateway did not take what it was sent. `status` and `field` are its answer, or None where there was none: then
+    it may have been taken all the same. `retry_after` is how many seconds it asked to wait, or 0."""
+
+    def __init__(
+        self, what: str, why: str, *, status: int | None = None, field: str | None = None, retry_after: float = 0.0
+    ) -> None:
+        self.status = status
+        self.field = field
+        self.retry_after = retry_after
+        super().__init__(f"`{what}` did not go through: {why}")
+
+
+class OutboxFull(QueueServiceError):
+    def __init__(self, cap: int) -> None:
+        self.cap = cap
+        super().__init__(
+            f"{cap} messages wait to be sent already, and this one was not taken. Wait for one of them, or raise `cap`."
+        )
+
+
+class OutboxInUse(QueueServiceError):
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(f"Another client sends what is in {path}. Close it, or give this one an outbox of its own.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

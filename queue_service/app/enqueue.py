@@ -19,6 +19,7 @@ from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun,
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
 from queue_service.tasks import Tasks, duration
+from queue_service.turns.model import Turn
 from queue_service.words import check_word
 
 OnConflict = Literal["return", "replace", "raise"]
@@ -135,6 +136,25 @@ def new_run(
         metadata=None if metadata is None else codec.dumps_object(metadata, what="metadata", limit=payload_limit),
         organization_id=organization_id,
     )
+
+
+def of_turn(
+    tasks: Tasks,
+    payload_limit: int,
+    turn: Turn,
+    task: str,
+    payload: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], channels.Notice | None]:
+    """The run that works on a turn, as the statements about turns take it, and the notice of it."""
+    if refused := options.keys() & {"singleton_key", "on_conflict"}:
+        raise ConfigError(f"A turn's run has no {min(refused)}: the turn itself is what is unique about it.")
+    told = {**(metadata or {}), "turn": {**turn.fields(payload_limit), "metadata": dict(turn.metadata)}}
+    new = new_run(
+        tasks, payload_limit, task, payload, metadata=told, **{"organization_id": turn.organization_id, **options}
+    )
+    return {name: getattr(new, name) for name in NewRun.__slots__ if name != "singleton_key"}, notice(new)
 
 
 def new_runs(

@@ -102,6 +102,7 @@ class SyncTurns(Blocking[Turns]):
 
     arm = blocking(Turns.arm)
     dispatch = blocking(Turns.dispatch)
+    send = blocking(Turns.send)
     extend = blocking(Turns.extend)
     withhold = blocking(Turns.withhold)
     restore = blocking(Turns.restore)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.enqueue import drive_any
 from queue_service.db import channels
 from queue_service.db.borrowed import borrow
 from queue_service.db.execute import REFUSED
-from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, TurnEnded, TurnUnknown
+from queue_service.errors import (
+    ConfigError,
+    DatabaseUnavailable,
+    MessageConflict,
+    StreamEnded,
+    TurnEnded,
+    TurnUnknown,
+)
 from queue_service.logs import get_logger
 from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.services.sweeper import about_turns
@@ -23,10 +33,13 @@ from queue_service.turns.model import (
     Ending,
     Marker,
     Outcome,
+    Receipt,
     Standing,
     Turn,
     TurnFailure,
     failed,
+    key_of,
+    may_name,
     replied,
 )
 from queue_service.turns.queries import Key, Owed, Tally
@@ -102,17 +115,8 @@ class Turns:
         again returns that one's id. The run's metadata says under `turn` which turn it is. A turn that was only armed
         gets its run, and a fresh admission. Raises TurnEnded.
         """
-        owed = self._owed(turn, admission, execution)
-        new = enqueueing.new_run(
-            self._app.tasks,
-            self._app.settings.payload_limit,
-            task,
-            payload,
-            metadata={**(metadata or {}), "turn": {**owed.fields, "metadata": dict(turn.metadata)}},
-            **{"organization_id": turn.organization_id, **_permitted(options)},
-        )
-        run = {name: getattr(new, name) for name in type(new).__slots__ if name != "singleton_key"}
-        notice = enqueueing.notice(new)
+        owed, limit = self._owed(turn, admission, execution), self._app.settings.payload_limit
+        run, notice = enqueueing.of_turn(self._app.tasks, limit, turn, task, payload, metadata, options)
         notifier = None if conn is not None else self._app.opened.notifier
         rides = notice is not None and (notifier is None or notifier.may_ride(notice.channel))
         query = queries.dispatch(owed, run, notice if rides else None)
@@ -126,6 +130,51 @@ class Turns:
                 return int(found.run_id)
             if found.kind is not None:
                 await self._stands(owed.key, conn)
+        raise _contested(turn)
+
+    async def send(
+        self,
+        turn: Turn,
+        task: str,
+        payload: Mapping[str, Any],
+        /,
+        *,
+        admission: timedelta | float | None = None,
+        execution: timedelta | float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Receipt:
+        """Take in a person's message: store it as an event of kind `message` in the turn's stream, and dispatch the turn,
+        both or neither, and once. Sending it again, however often and from wherever, returns the same receipt.
+
+        The event's body is `{"message_id", "user_id", "body": payload}`; the rest is as in `dispatch`. Raises
+        MessageConflict for another payload under a message id that was used, StreamEnded.
+        """
+        owed, limit = self._owed(turn, admission, execution), self._app.settings.payload_limit
+        run, notice = enqueueing.of_turn(self._app.tasks, limit, turn, task, payload, metadata, options)
+        body = msgspec.Raw(run["payload"].encode())
+        said = {"message_id": turn.message_id, "user_id": turn.user_id, "body": body}
+        digest = hashlib.sha256(msgspec.json.encode([turn.stream, task, payload], order="sorted")).hexdigest()
+        notifier = self._app.opened.notifier
+        rides, tell = notice is not None and notifier.may_ride(notice.channel), notifier.may_ride(channels.EVENTS)
+        query = queries.send(
+            owed, run, msgspec.json.encode(said).decode(), digest, notice if rides else None, tell=tell
+        )
+        for _ in range(TRIES):
+            sent = await self._app.fetch(query)
+            if sent is None:
+                continue
+            if sent.word == "ended":
+                raise StreamEnded(turn.stream)
+            if sent.seq is None or sent.digest != digest:
+                raise MessageConflict(*owed.key)
+            if sent.word == "sent":
+                notifier.send([] if notice is None or rides else [notice])
+                notifier.send([] if tell else channels.appended({turn.stream: sent.seq}))
+            return Receipt(
+                deployment=turn.deployment, message_id=turn.message_id, stream=turn.stream, seq=sent.seq,
+                new=sent.word == "sent",
+            )  # fmt: skip
         raise _contested(turn)
 
     # Signs of life
@@ -151,7 +200,7 @@ class Turns:
     async def reset_admission(self, deployment: str, message_id: str) -> bool:
         """The turn waits to be taken up again, as when it was released from behind another: it has its whole `admission`
         before it. False: it is owed no ending."""
-        return await self._app.fetch(queries.reset_admission(*_key(deployment, message_id)))
+        return await self._app.fetch(queries.reset_admission(*key_of(deployment, message_id)))
 
     # Endings
 
@@ -168,14 +217,14 @@ class Turns:
             raise ConfigError(f"message_ids is a list of ids, not the one text {message_ids!r}.")
         check_word(deployment, "deployment")
         limit = self._app.settings.payload_limit
-        endings = [replied(deployment, each, body, limit) for each in dict.fromkeys(message_ids) if _may_name(each)]
+        endings = [replied(deployment, each, body, limit) for each in dict.fromkeys(message_ids) if may_name(each)]
         for refused in (ending for ending in endings if ending.kind == "error"):
             log.error("a reply cannot be stored", deployment=deployment, message_id=refused.message_id)
         return [ended.message_id for ended in await self._decide(endings, conn)]
 
     async def fail(self, deployment: str, message_id: str, failure: TurnFailure, *, conn: Any = None) -> bool:
         """End a turn with an error. False: it was not owed an ending any more (or never), and nothing was stored."""
-        return bool(await self._decide([failed(*_key(deployment, message_id), failure)], conn))
+        return bool(await self._decide([failed(*key_of(deployment, message_id), failure)], conn))
 
     async def fail_deployment(self, deployment: str, failure: TurnFailure) -> list[str]:
         """End every turn of a deployment with an error, as when its process died. Returns their message ids."""
@@ -191,7 +240,7 @@ class Turns:
         passed on; so must it not if this raises: TurnUnknown for a turn never armed, DatabaseUnavailable.
         """
         await self.fail(deployment, message_id, TurnFailure("rejected", reason))
-        standing = await self._standing(_key(deployment, message_id))
+        standing = await self._standing(key_of(deployment, message_id))
         if standing.outcome is None:
             raise DatabaseUnavailable(f"Turn {message_id!r} was armed anew while it was rejected. Reject it again.")
         return standing.outcome
@@ -199,7 +248,7 @@ class Turns:
     async def discharge(self, deployment: str, message_id: str) -> bool:
         """Forget what is owed to a turn, without an event: for an operator who has answered by other means. Its outcome is
         `discharged`. False: nothing was owed."""
-        return await self._app.fetch(queries.discharge(*_key(deployment, message_id)))
+        return await self._app.fetch(queries.discharge(*key_of(deployment, message_id)))
 
     async def sweep(self) -> int:
         """End the turns whose deadline has passed, with the code they were withheld with, or else `worker_unresponsive`.
@@ -211,11 +260,11 @@ class Turns:
     async def is_live(self, deployment: str, message_id: str) -> bool:
         """True while this very turn is owed an ending and its deadline has not passed. What the turn needs to go on, such
         as a fresh credential, is given only then."""
-        return await self._app.fetch(queries.is_live(*_key(deployment, message_id)))
+        return await self._app.fetch(queries.is_live(*key_of(deployment, message_id)))
 
     async def outcome(self, deployment: str, message_id: str) -> Outcome | None:
         """How the turn ended; None while it has not, or for one never armed."""
-        standing = await self._app.fetch(queries.standing(*_key(deployment, message_id)))
+        standing = await self._app.fetch(queries.standing(*key_of(deployment, message_id)))
         return None if standing is None else standing.outcome
 
     async def wait(self, deployment: str, message_id: str, *, timeout: timedelta | float | None = None) -> Outcome:
@@ -223,7 +272,7 @@ class Turns:
         turn. Survives outages of the database. Raises TimeoutError after `timeout`, TurnUnknown for a turn never armed.
         """
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
-        key = _key(deployment, message_id)
+        key = key_of(deployment, message_id)
         opened = self._app.opened
         try:
             async with asyncio.timeout(seconds):
@@ -325,29 +374,6 @@ class Turns:
         if standing is not None and standing.outcome is not None:
             raise TurnEnded(*key, standing.outcome)
         return standing is not None and standing.seconds_left is not None
-
-
-def _key(deployment: str, message_id: str) -> Key:
-    check_word(deployment, "deployment")
-    check_word(message_id, "message_id")
-    return deployment, message_id
-
-
-def _may_name(message_id: str) -> bool:
-    """Whether a turn can have this id. One that cannot must not cost the others of its reply their ending."""
-    try:
-        check_word(message_id, "message_id")
-    except (ConfigError, PayloadRefused) as refused:
-        log.error("no turn has such an id; it is passed over", why=str(refused))
-        return False
-    return True
-
-
-def _permitted(options: dict[str, Any]) -> dict[str, Any]:
-    refused = options.keys() & {"singleton_key", "on_conflict"}
-    if refused:
-        raise ConfigError(f"dispatch takes no {min(refused)}: the turn itself is what is unique about its run.")
-    return options
 
 
 def _contested(turn: Turn) -> DatabaseUnavailable:

@@ -190,6 +190,16 @@ turn_outcomes = Table(
 )
 Index("turn_outcomes_armed_idx", turn_outcomes.c.armed_at)
 
+receipts = Table(
+    "receipts",
+    metadata,
+    Column("deployment", Text, nullable=False),
+    Column("message_id", Text, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("digest", Text, nullable=False),
+    PrimaryKeyConstraint("deployment", "message_id", name="receipts_pkey"),
+)
+
 streams = Table(
     "streams",
     metadata,

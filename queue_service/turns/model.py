@@ -12,7 +12,10 @@ import msgspec
 from queue_service import codec
 from queue_service.codec import sanitised
 from queue_service.errors import ConfigError, PayloadRefused, nearest
+from queue_service.logs import get_logger
 from queue_service.words import check_word
+
+log = get_logger(__name__)
 
 # What a failed turn may be told to have died of, and the sentence for the person who waits. Closed: whoever reads a
 # code, in an event or in a marker, may rely on it being one of these.
@@ -95,6 +98,23 @@ class Turn:
         return {**words, "metadata": msgspec.Raw(encoded.encode())}
 
 
+def key_of(deployment: str, message_id: str) -> tuple[str, str]:
+    """The identity of a turn. Raises ConfigError, PayloadRefused for what names none."""
+    check_word(deployment, "deployment")
+    check_word(message_id, "message_id")
+    return deployment, message_id
+
+
+def may_name(message_id: str) -> bool:
+    """Whether a turn can have this id. One that cannot must not cost the others of its reply their ending."""
+    try:
+        check_word(message_id, "message_id")
+    except (ConfigError, PayloadRefused) as refused:
+        log.error("no turn has such an id; it is passed over", why=str(refused))
+        return False
+    return True
+
+
 class Marker(msgspec.Struct, frozen=True, kw_only=True):
     """A turn that is owed its ending. `deadline` is when it lapses; `admitted_at` the first sign of life."""
 
@@ -115,6 +135,17 @@ class Marker(msgspec.Struct, frozen=True, kw_only=True):
     failure_code: str | None
     failure_reason: str | None
     overdue: bool
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What a message got: from now on its turn is owed one ending. `seq` is where the message stands in its stream; `new`
+    is False where it had been taken in before."""
+
+    deployment: str
+    message_id: str
+    stream: str
+    seq: int
+    new: bool
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

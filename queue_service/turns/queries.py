@@ -44,6 +44,15 @@ class Dispatched(NamedTuple):
     kind: str | None
 
 
+class Sent(NamedTuple):
+    """`word` is `sent`, `known` or `ended`. Of a known message, `seq` and `digest` are None where its turn was armed by
+    other means than sending."""
+
+    word: str
+    seq: int | None
+    digest: str | None
+
+
 class Tally(NamedTuple):
     """Counts up to COUNT_LIMIT, and for how long the oldest overdue turn has been so."""
 
@@ -70,6 +79,22 @@ def dispatch(turn: Owed, run: dict[str, Any], notice: Notice | None) -> Query[Di
 
     told = {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
     return SQL.query("dispatch", decode, turns=_turns([turn]), **run, **told)
+
+
+def send(
+    turn: Owed, run: dict[str, Any], message: str, digest: str, notice: Notice | None, *, tell: bool
+) -> Query[Sent | None]:
+    """`message` is JSON text. None: another session is sending it; ask again. With `tell`, followers are told with the
+    commit."""
+
+    def decode(rows: Rows) -> Sent | None:
+        return Sent(*rows[0][:3]) if rows else None
+
+    told = {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
+    stream = turn.fields["stream"]
+    return SQL.query(
+        "send", decode, turns=_turns([turn]), message=message, digest=digest, stream=stream, tell=tell, **run, **told
+    )
 
 
 def end(endings: Sequence[Ending], *, tell: bool) -> Query[list[Ended]]:

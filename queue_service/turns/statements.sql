@@ -123,13 +123,7 @@ select endings.deployment, endings.message_id, endings.stream, endings.seq, endi
   from endings
 
 -- define: asked_turns
-asked as materialized (
-    select distinct on (deployment, message_id) *
-      from jsonb_to_recordset(%(turns)s::jsonb)
-        as asked (deployment text, message_id text, stream text, platform text, channel_id text, user_id text,
-                  organization_id text, metadata jsonb, admission interval, execution interval)
-     order by deployment, message_id
-), opened as (
+{asked_turn}, opened as (
     insert into queue_service.turn_outcomes (deployment, message_id, stream)
     select deployment, message_id, stream from asked
      order by deployment, message_id
@@ -151,6 +145,15 @@ asked as materialized (
     ) as o
 )
 
+-- define: asked_turn
+asked as materialized (
+    select distinct on (deployment, message_id) *
+      from jsonb_to_recordset(%(turns)s::jsonb)
+        as asked (deployment text, message_id text, stream text, platform text, channel_id text, user_id text,
+                  organization_id text, metadata jsonb, admission interval, execution interval)
+     order by deployment, message_id
+)
+
 -- define: marker_columns
 (deployment, message_id, stream, platform, channel_id, user_id, organization_id, metadata, admission, execution,
         deadline, run_id)
@@ -159,6 +162,19 @@ asked as materialized (
 asked.deployment, asked.message_id, asked.stream, asked.platform, asked.channel_id, asked.user_id,
            asked.organization_id, asked.metadata, asked.admission, asked.execution,
            clock_timestamp() + asked.admission
+
+-- define: run_columns
+(queue, task, payload, priority, run_at, expires_at, ordering_key, max_attempts, retry_delay, timeout, metadata,
+        organization_id)
+
+-- define: run_values
+%(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.run_at + %(expires_in)s::interval,
+           %(ordering_key)s, %(max_attempts)s, %(retry_delay)s::interval, %(timeout)s::interval, %(metadata)s::jsonb,
+           %(organization_id)s
+
+-- define: due
+(select coalesce(%(run_at)s::timestamptz,
+                           clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
 
 -- define: failure_body
 jsonb_strip_nulls(jsonb_build_object(
@@ -205,14 +221,8 @@ with {asked_turns}, pending as (
          limit 1 for update
      ) as m
 ), stored as (
-    insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, max_attempts,
-                                    retry_delay, timeout, metadata, organization_id)
-    select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.run_at + %(expires_in)s::interval,
-           %(ordering_key)s, %(max_attempts)s, %(retry_delay)s::interval, %(timeout)s::interval, %(metadata)s::jsonb,
-           %(organization_id)s
-      from (select coalesce(%(run_at)s::timestamptz,
-                            clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
-     where exists (select from opened) or exists (select from pending)
+    insert into queue_service.runs {run_columns}
+    select {run_values} from {due} where exists (select from opened) or exists (select from pending)
     returning id
 ), armed as (
     insert into queue_service.turn_markers {marker_columns}
@@ -231,6 +241,63 @@ select 'known', (select m.run_id from queue_service.turn_markers as m
                   where m.deployment = known.deployment and m.message_id = known.message_id), known.kind, null
   from known
  where not exists (select from stored)
+
+-- name: send
+-- Take in a message: store it as an event of its stream, arm its turn, and store the run that works on it, all or nothing,
+-- and once. A stream that was new or suspended is active then. Row: 'sent' or 'known', the seq of the event and the digest
+-- of the message (both null for a turn that was armed by other means); 'ended' where the stream takes no messages. No row:
+-- another session is sending it, send it again.
+-- writes: turn_outcomes, turn_markers, streams, events, runs, receipts
+with {asked_turn}, open_streams as materialized (
+    select asked.stream from asked
+     where (select s.state from queue_service.streams as s where s.stream = asked.stream limit 1) is distinct from 'ended'
+), opened as (
+    insert into queue_service.turn_outcomes (deployment, message_id, stream)
+    select deployment, message_id, stream from asked where exists (select from open_streams)
+        on conflict (deployment, message_id) do nothing
+    returning deployment, message_id
+), heads as (
+    insert into queue_service.streams (stream, head, state)
+    select asked.stream, 1, 'active' from asked where {is_opened}
+        on conflict (stream) do update
+       set head = streams.head + 1,
+           state = case when streams.state in ('created', 'suspended') then 'active' else streams.state end
+    returning stream, head
+), said as (
+    insert into queue_service.events (stream, seq, kind, body)
+    select heads.stream, heads.head, 'message', %(message)s::jsonb from heads
+), stored as (
+    insert into queue_service.runs {run_columns}
+    select {run_values} from {due} where exists (select from opened)
+    returning id
+), armed as (
+    insert into queue_service.turn_markers {marker_columns}
+    select {marker_values}, stored.id from asked cross join stored where {is_opened}
+), receipt as (
+    insert into queue_service.receipts (deployment, message_id, seq, digest)
+    select asked.deployment, asked.message_id, heads.head, %(digest)s from asked cross join heads
+    returning seq, digest
+)
+select 'sent', seq, digest, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end,
+       case when %(tell)s then pg_notify('queue_service_events', seq || ' ' || %(stream)s::text)::text end
+  from receipt
+union all
+select 'known', r.seq, r.digest, null, null
+  from asked
+ cross join lateral (
+    select true as known from queue_service.turn_outcomes as o
+     where o.deployment = asked.deployment and o.message_id = asked.message_id limit 1
+ ) as o
+  left join lateral (
+    select receipts.seq, receipts.digest from queue_service.receipts
+     where receipts.deployment = asked.deployment and receipts.message_id = asked.message_id limit 1
+ ) as r on true
+ where not exists (select from opened)
+union all
+select 'ended', null, null, null, null from asked
+ where not exists (select from open_streams)
+   and (select true from queue_service.turn_outcomes as o
+         where o.deployment = asked.deployment and o.message_id = asked.message_id limit 1) is null
 
 -- name: end
 -- End those of these turns that are still owed an ending, each with the event it was given. `endings` is a JSON array of
@@ -445,8 +512,9 @@ select {marker_fields}, m.deadline, m.admitted_at, m.admission, m.execution, m.r
 select m.deployment, m.message_id, m.deadline from queue_service.turn_markers as m where m.run_id = %(run_id)s
 
 -- name: prune
--- Forget turns that were armed before `age` ago and have ended, at most `limit` of them, and their events. Row: how many.
--- writes: turn_outcomes, events
+-- Forget turns that were armed before `age` ago and have ended, at most `limit` of them, their events and their receipts.
+-- Row: how many.
+-- writes: turn_outcomes, events, receipts
 with old as (
     -- By their places: what is deleted here is never updated.
     delete from queue_service.turn_outcomes
@@ -454,7 +522,7 @@ with old as (
             select o.ctid from queue_service.turn_outcomes as o
              where o.armed_at < (select clock_timestamp()) - %(age)s::interval and o.kind is not null
              order by o.armed_at limit %(limit)s for update skip locked))
-    returning stream, seq
+    returning deployment, message_id, stream, seq
 ), cut as (
     delete from queue_service.events
      where ctid = any(array(
@@ -462,5 +530,12 @@ with old as (
                 select events.ctid from queue_service.events
                  where events.stream = old.stream and events.seq = old.seq limit 1
             ) as e))
+), answered as (
+    delete from queue_service.receipts
+     where ctid = any(array(
+            select r.ctid from old cross join lateral (
+                select receipts.ctid from queue_service.receipts
+                 where receipts.deployment = old.deployment and receipts.message_id = old.message_id limit 1
+            ) as r))
 )
 select count(*) from old

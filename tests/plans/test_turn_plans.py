@@ -22,7 +22,7 @@ from queue_service.turns.queries import Owed
 from tests.plans.database import Sync, believed_empty
 
 TURNS, EVENTS = 100_000, 300_000
-TABLES = {"turn_markers", "turn_outcomes", "streams", "events", "runs", "connections"}
+TABLES = {"turn_markers", "turn_outcomes", "receipts", "streams", "events", "runs", "connections"}
 
 # Deployments of a hundred turns; a twentieth of the turns has lapsed, a tenth of the outcomes has no marker any more.
 FILL = """
@@ -36,6 +36,8 @@ insert into queue_service.turn_markers (deployment, message_id, stream, admissio
 select deployment, message_id, stream, '5 min', '1 min',
        clock_timestamp() + interval '1 hour' * (case when substr(message_id, 2)::int % 20 = 1 then -1 else 1 end)
   from queue_service.turn_outcomes where kind is null;
+insert into queue_service.receipts (deployment, message_id, seq, digest)
+select deployment, message_id, 1, 'digest' from queue_service.turn_outcomes;
 insert into queue_service.events (stream, seq, kind, body)
 select 's' || n % 1000 + 1, n / 1000 + 1, 'delta', '{}' from generate_series(0, 299999) as n;
 """
@@ -118,6 +120,8 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "arm many": (lambda: turns.arm([owed(f"new {n}") for n in range(100)]), 1_000),
     "dispatch": (lambda: turns.dispatch(owed("new"), RUN, None), 10),
     "dispatch again": (lambda: turns.dispatch(owed("m501"), RUN, None), 10),
+    "send": (lambda: turns.send(owed("new"), RUN, "{}", "digest", None, tell=False), 12),
+    "send again": (lambda: turns.send(owed("m501"), RUN, "{}", "digest", None, tell=False), 12),
     "end": (lambda: turns.end([ending(501)], tell=False), 15),
     "end many": (lambda: turns.end([ending(n) for n in range(1, 1_000, 7)], tell=False), 2_000),
     "end free": (lambda: turns.end_free([[ending(501)]], tell=False), 25),
@@ -133,7 +137,7 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "is_live": (lambda: turns.is_live("d5", "m501"), 2),
     "standing": (lambda: turns.standing("d5", "m510"), 4),
     "overdue": (lambda: turns.overdue(limit=50), 60),
-    "prune turns": (lambda: turns.prune(timedelta(days=14), limit=100), 500),
+    "prune turns": (lambda: turns.prune(timedelta(days=14), limit=100), 700),
     "append": (lambda: events.append([NewEvent("s7", "delta", "{}")], tell=False), 5),
     "append many": (lambda: events.append([NewEvent(f"s{n % 50}", "delta", "{}") for n in range(100)], tell=False), 500),
     "append free": (lambda: events.append_free([NewEvent("s7", "delta", "{}")], tell=False), 8),
