@@ -11,6 +11,7 @@ COMMANDS = {
     "db": ("queue_service.cli.db:db", "Migrate, start, stop and inspect the database."),
     "demo": ("queue_service.cli.demo:demo", "See a worker killed, an agent killed, and nothing lost."),
     "enqueue": ("queue_service.cli.enqueue:enqueue", "Enqueue one run, or many from standard input."),
+    "gateway": ("queue_service.cli.gateway:gateway", "Serve conversations over HTTP: events down, messages up."),
     "markers": ("queue_service.cli.markers:markers", "List and end the turns that are owed an ending."),
     "queues": ("queue_service.cli.queues:queues", "List, pause and resume queues."),
     "runs": ("queue_service.cli.runs:runs", "List, show, explain, retry, cancel and delete runs."),

@@ -34,10 +34,11 @@ PAUSE = 0.1
 
 
 class Bell:
-    """Wakes everyone who took its `next` before it rings."""
+    """Wakes everyone who took its `next` before it rings, and calls `listeners` each time."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self.listeners: set[Callable[[], None]] = set()
 
     def next(self) -> asyncio.Event:
         return self._event
@@ -45,6 +46,8 @@ class Bell:
     def ring(self) -> None:
         event, self._event = self._event, asyncio.Event()
         event.set()
+        for listener in self.listeners:
+            listener()
 
 
 class Tail:
@@ -94,6 +97,68 @@ class Tail:
         return [event for event in self.events if event.seq > cursor]
 
 
+class Follower:
+    """One reader's place in a stream that is watched. `cursor` is the seq it was last given.
+
+    With `max_gap`, a place that is further behind the head is given up for one that is as far behind, and a `gap` event
+    says what was left out.
+    """
+
+    def __init__(self, fanout: Fanout, tail: Tail, after: int, *, max_gap: int | None = None) -> None:
+        self.cursor = after
+        self._fanout = fanout
+        self._tail = tail
+        self._max_gap = max_gap
+        # The head as it was at the first look.
+        self._head: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._tail.is_over(self.cursor)
+
+    @property
+    def head(self) -> int:
+        """The highest head that was heard of."""
+        return max(self._head or 0, self._tail.top, self._tail.head or 0)
+
+    async def take(self) -> list[Event]:
+        """What there is after the cursor, which moves past it: a page of it at most, [] where there is nothing now. Raises
+        DatabaseUnavailable where the watch has ended, or the database cannot be reached at the first look."""
+        tail, given = self._tail, []
+        if self._head is None:
+            given = await self._first_look()
+        if self._max_gap is not None and self.head - self.cursor > self._max_gap:
+            given.append(self._skip(self.head - self._max_gap))
+        head_before = tail.head
+        events = tail.since(self.cursor)
+        if events is None:
+            events = await self._fanout.stored(tail.stream, self.cursor)
+        for event in events:
+            if event.seq > self.cursor + 1:
+                given.append(self._skip(event.seq - 1))
+            given.append(event)
+            self.cursor = event.seq
+        if not given and head_before is not None and self.cursor < head_before:
+            # Nothing is stored up to a head that was known before the look: it was all trimmed away.
+            given.append(self._skip(head_before))
+        return given
+
+    async def _first_look(self) -> list[Event]:
+        tail = self._tail
+        # A place beyond what is known here may be right all the same: another process reads its own tail.
+        known = tail.head if tail.head is not None and self.cursor <= tail.head else None
+        self._head = known if known is not None else await self._fanout.head(tail.stream)
+        if self.cursor <= self._head:
+            return []
+        # The caller saw events that this database never had: it was restored, or failed over.
+        missing, self.cursor = self.cursor, self._head
+        return [gap(tail.stream, self._head + 1, missing, self._head)]
+
+    def _skip(self, upto: int) -> Event:
+        first, self.cursor = self.cursor + 1, upto
+        return gap(self._tail.stream, first, upto, max(self.head, upto))
+
+
 class Fanout:
     def __init__(
         self, fetch: Callable[[Query[Any]], Awaitable[Any]], listener: Listener, *, poll_interval: float
@@ -131,39 +196,29 @@ class Fanout:
         """Events after a cursor, first those that are stored, then each as it comes. Where some are stored no longer, a
         `gap` event says which. Ends where the stream has ended. Raises DatabaseUnavailable where the watch has ended.
         """
-        cursor, known = after, await self._fetch(queries.stream(stream))
-        if after > (head := known.head if known is not None else 0):
-            # The caller saw events that this database never had: it was restored, or failed over.
-            yield gap(stream, head + 1, after, head)
-            cursor = head
         with self.watch(stream) as tail:
+            follower = Follower(self, tail, after)
             while True:
-                moved, head_before = tail.moved.next(), tail.head
-                events = tail.since(cursor)
-                if events is None:
-                    events = await self._stored(stream, cursor)
+                moved = tail.moved.next()
+                events = await follower.take()
                 for event in events:
-                    if event.seq > cursor + 1:
-                        yield gap(stream, cursor + 1, event.seq - 1, max(head, tail.top, event.seq))
                     yield event
-                    cursor = event.seq
-                if not events and head_before is not None and cursor < head_before:
-                    # Nothing is stored up to a head that was known before the look: it was all trimmed away.
-                    yield gap(stream, cursor + 1, head_before, head_before)
-                    cursor = head_before
-                elif not events and tail.is_over(cursor):
+                if not events and follower.is_over:
                     return
-                elif not events:
+                if not events:
                     await self.heard(moved)
 
-    async def _stored(self, stream: str, cursor: int) -> list[Event]:
+    async def head(self, stream: str) -> int:
+        known = await self._fetch(queries.stream(stream))
+        return known.head if known is not None else 0
+
+    async def stored(self, stream: str, cursor: int) -> list[Event]:
         """A page of what is stored after the cursor, however long the database takes to come back."""
         while True:
             try:
                 page: list[Event] = await self._fetch(queries.read(stream, after=cursor, limit=PAGE))
             except DatabaseUnavailable as lost:
-                if self._failure is not None:
-                    raise self._lost() from lost
+                self.check()
                 log.debug("cannot replay a stream; trying again", why=str(lost))
                 await asyncio.sleep(PAUSE)
             else:
@@ -173,14 +228,13 @@ class Fanout:
         """Wait for a bell of a tail. Raises DatabaseUnavailable where the watch has ended, and nobody rings it."""
         if self._failure is None:
             await bell.wait()
-        if self._failure is not None:
-            raise self._lost()
+        self.check()
 
-    def _lost(self) -> DatabaseUnavailable:
-        # A new one for each who waits: a traceback that they shared would grow with every one of them.
-        lost = DatabaseUnavailable(f"Streams are followed no longer: {self._failure}")
-        lost.__cause__ = self._failure
-        return lost
+    def check(self) -> None:
+        """Raise DatabaseUnavailable where the watch has ended: a new one for each who asks, since a traceback that they
+        shared would grow with every one of them."""
+        if self._failure is not None:
+            raise DatabaseUnavailable(f"Streams are followed no longer: {self._failure}") from self._failure
 
     async def close(self) -> None:
         if self._running is not None:

@@ -65,9 +65,9 @@ async def agent_turn(run: Run) -> Snooze | None:
 
 
 async def _answer(conversation: Conversation) -> Mapping[str, Any]:
-    for number in range(random.randint(0, 5)):  # noqa: S311
+    for number in range(random.randint(0, 5)):
         await conversation.event("delta", {"of": conversation.turn.message_id, "n": number})
-        await asyncio.sleep(random.uniform(0, 0.2))  # noqa: S311 - the work of the agent
+        await asyncio.sleep(random.uniform(0, 0.2))  # the work of the agent
     return {"text": "done"}
 
 
@@ -179,7 +179,7 @@ async def _dispatched(client: App, number: int, slots: asyncio.Semaphore) -> Non
 
 async def test_every_turn_gets_one_ending_whatever_is_killed(database: str, conn: Connection) -> None:
     seed = random.SystemRandom().randrange(10**6)
-    dice = random.Random(seed)  # noqa: S311
+    dice = random.Random(seed)
     begun = time.monotonic()
     processes = Processes(database, dice)
     client = App(database)

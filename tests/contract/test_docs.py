@@ -29,6 +29,7 @@ PROGRAMS = {
         "error worker_unresponsive The agent stopped responding. Please send the message again.\n"
         "worker_died\n"
     ),
+    "gateway": "5 routes\n",
     "streams": (
         "3 ['delta', 'delta']\n1 status {'text': 'thinking'}\n2 delta {'text': 'Hel'}\n3 delta {'text': 'lo'}\n"
     ),

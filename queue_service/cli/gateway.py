@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+import click
+
+from queue_service.app import App
+from queue_service.cli.options import app_option, command, load_app, run
+from queue_service.errors import ConfigError
+
+if TYPE_CHECKING:
+    from queue_service.gateway import Gateway
+
+# A client that stopped taking what it is sent holds its socket no longer than this, in seconds; so does one that vanished.
+PATIENCE = 30
+GRACE = 10
+
+
+@click.command()
+@app_option
+@click.option("--host", default="127.0.0.1", show_envvar=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65_535), default=8000, show_envvar=True, help="0 takes a free one.")
+@click.option("--token", default=None, show_envvar=True, help="What callers must know; needed beyond this machine.")
+@click.option("--task", default="agent_turn", show_envvar=True, help="Task that works on messages.")
+@click.option("--queue", default=None, show_envvar=True, help="Queue of its runs; the task's own otherwise.")
+@click.option("--origin", "origins", multiple=True, show_envvar=True, help="Origin of a page served elsewhere.")
+@click.option("--max-connections", type=int, default=10_000, show_envvar=True, help="Clients at a time.")
+@click.option("--page/--no-page", "with_page", default=True, show_envvar=True, help="Serve the bundled page at /.")
+@command
+def gateway(
+    app_path: str | None,
+    host: str,
+    port: int,
+    token: str | None,
+    task: str,
+    queue: str | None,
+    origins: tuple[str, ...],
+    max_connections: int,
+    with_page: bool,
+    database_url: str | None,
+) -> None:
+    """Serve conversations: server-sent events down, POST up.
+
+    Without a token only this machine may use it. With --token (better: its variable, since arguments can be seen by
+    others) callers send it as `Authorization: Bearer`, or the page asks for it. Put TLS in front of it.
+    """
+    try:
+        from queue_service.gateway import Gateway, Limits, Token, loopback
+    except ModuleNotFoundError as missing:
+        raise ConfigError(
+            f"The gateway needs {missing.name}: `pip install 'queue_service[gateway]'`, and start it again."
+        ) from None
+    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
+        raise ConfigError(
+            f"Everybody who reaches {host} could use this gateway. Set QUEUE_SERVICE_GATEWAY_TOKEN to something that only "
+            "its users know (`openssl rand -hex 24`), or listen on 127.0.0.1."
+        )
+    app = load_app(app_path, database_url)
+    made = Gateway(
+        app,
+        authorize=loopback if token is None else Token(token),
+        task=task,
+        queue=queue,
+        origins=origins,
+        limits=Limits(connections=max_connections, messages=1_000),
+    )
+    with _listening(host, port) as listening:
+        run(_serve(app, made, listening, with_page=with_page))
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        made = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as refused:
+        raise ConfigError(
+            f"Nothing can listen on {host}:{port}: {refused.strerror}. Stop what does, or choose another --port."
+        ) from None
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * PATIENCE)
+    return made
+
+
+async def _serve(app: App, made: Gateway, listening: socket.socket, *, with_page: bool) -> None:
+    import uvicorn
+
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    config = uvicorn.Config(
+        made.asgi(with_page=with_page),
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=GRACE,
+        timeout_keep_alive=30,
+        server_header=False,
+    )
+    # The server raises the signal that stopped it once more when it has stopped; that is no news by then.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: None)
+    async with app:
+        click.echo(f"gateway on {address}. Ctrl-C stops.", err=True)
+        await uvicorn.Server(config).serve(sockets=[listening])
