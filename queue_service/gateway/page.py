@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
@@ -21,7 +22,15 @@ HEADERS = {
 
 def routes() -> list[BaseRoute]:
     """The page at `/`, its modules at `/static`."""
-    return [Route("/", _index, methods=["GET"]), Mount("/static", StaticFiles(directory=STATIC))]
+    return [Route("/", _index, methods=["GET"]), Mount("/static", _Static(directory=STATIC))]
+
+
+class _Static(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        # Asked for anew each time, and mostly not sent: the modules of two versions must not meet.
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
 
 
 async def _index(request: Request) -> Response:

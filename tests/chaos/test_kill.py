@@ -61,7 +61,7 @@ async def test_killed_workers_lose_nothing_and_finish_nothing_twice(
     database: str, conn: Connection, tmp_path: Path
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
-    dice = random.Random(seed)  # noqa: S311
+    dice = random.Random(seed)
     witness = tmp_path / "witness"
     workers = [Process(database, number) for number in range(WORKERS)]
     harvest: list[int] = []

@@ -134,16 +134,18 @@ class Served:
     address: str
 
     @asynccontextmanager
-    async def client(self, user: str = "ann") -> AsyncIterator[Client]:
+    async def client(self, user: str = "ann", *, prefix: str = "") -> AsyncIterator[Client]:
         limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=self.address, timeout=20, limits=limits) as http:
+        async with httpx2.AsyncClient(base_url=self.address + prefix, timeout=20, limits=limits) as http:
             yield Client(http, user)
 
 
 @asynccontextmanager
-async def serving(app: App, *, asgi: ASGIApp | None = None, **options: Any) -> AsyncIterator[Served]:
+async def serving(
+    app: App, *, gateway: Gateway | None = None, asgi: ASGIApp | None = None, **options: Any
+) -> AsyncIterator[Served]:
     """Serve a gateway of this App on a port of its own, for the length of the block."""
-    gateway = Gateway(app, **{"authorize": named, "retry": (0.05, 0.1), **options})
+    gateway = gateway or Gateway(app, **{"authorize": named, "retry": (0.05, 0.1), **options})
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
     config = uvicorn.Config(
         asgi or gateway.asgi(), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=10

@@ -151,7 +151,7 @@ async def test_nobody_waits_for_a_lane_that_was_cancelled_before_it_began(server
 
 async def test_whatever_comes_and_goes_nobody_is_left_waiting(server: Server) -> None:
     server.gate.set()
-    chance = random.Random(1)  # noqa: S311 - the same every time
+    chance = random.Random(1)
 
     async def caller() -> None:
         for number in range(20):

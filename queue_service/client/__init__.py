@@ -1,0 +1,11 @@
+"""A chat client of the gateway: events come down in order and once, messages go up in order and are accepted once."""
+
+try:
+    import httpx2 as _httpx2  # noqa: F401 - asked for here, where it can be said what is missing
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError("The client needs httpx2. Install it: pip install 'queue_service[client]'") from missing
+
+from queue_service.client.chat import ChatClient
+from queue_service.client.model import Event, Receipt
+
+__all__ = ["ChatClient", "Event", "Receipt"]

@@ -1,0 +1,172 @@
+"""A real browser, and what it looks at: a gateway and a worker, each a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from playwright.async_api import Browser, ConsoleMessage, Locator, Page, async_playwright, expect
+
+from queue_service import App
+from tests.support import eventually
+
+QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")
+FLAGS = ["--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in QUIET)]
+COMMANDS = {
+    "gateway": ["gateway", "-a", "tests.browser.tasks_for_tests:app"],
+    "worker": ["worker", "-a", "tests.browser.tasks_for_tests:app", "-q", "agent:10"],
+}
+
+expect.set_options(timeout=20_000)
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    """Chromium, with an empty profile."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.fail(
+            "There is no Chromium on PATH: install Debian's `chromium`, or leave these out with -m 'not browser'."
+        )
+    async with async_playwright() as playwright:
+        running = await playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield running
+        await running.close()
+
+
+class Site:
+    """The processes. `start` and `kill` take `gateway` or `worker`."""
+
+    def __init__(self, database: str, logs: Path) -> None:
+        self._database = database
+        self._logs = logs
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    async def start(self, *names: str, **settings: str) -> None:
+        """Returns once the gateway can be reached."""
+        paces = {"LEASE": "1s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "GATEWAY_PORT": str(self._port)}
+        env = {f"QUEUE_SERVICE_{name}": value for name, value in (paces | settings).items()}
+        for name in names:
+            self._running[name] = self._started(name, env)
+        if "gateway" in names:
+            await eventually(self._answers, within=30)
+
+    def kill(self, name: str) -> None:
+        process = self._running.pop(name)
+        process.kill()
+        process.wait()
+
+    def end(self) -> None:
+        for name in [*self._running]:
+            self.kill(name)
+
+    def _started(self, name: str, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with (self._logs / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "queue_service", *COMMANDS[name]],
+                env={**os.environ, "QUEUE_SERVICE_DATABASE_URL": self._database, **env},
+                stderr=log,
+            )
+
+    async def _answers(self) -> bool:
+        assert self._running["gateway"].poll() is None, (self._logs / "gateway.log").read_text()
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except ConnectionRefusedError:
+            return False
+        writer.close()
+        return True
+
+
+@pytest.fixture
+def site(database: str, tmp_path: Path) -> Iterator[Site]:
+    made = Site(database, tmp_path)
+    yield made
+    made.end()
+
+
+@dataclass
+class Chat:
+    """The page, as a person sees it."""
+
+    page: Page
+    app: App
+
+    @property
+    def stream(self) -> str:
+        return parse_qs(urlsplit(self.page.url).query)["stream"][0]
+
+    @property
+    def field(self) -> Locator:
+        return self.page.get_by_role("textbox", name="Message")
+
+    @property
+    def connection(self) -> Locator:
+        return self.page.locator("#connection")
+
+    @property
+    def mine(self) -> Locator:
+        return self.page.locator(".person .text")
+
+    @property
+    def replies(self) -> Locator:
+        return self.page.locator("#told .agent .text")
+
+    @property
+    def growing(self) -> Locator:
+        return self.page.locator(".growing")
+
+    @property
+    def errors(self) -> Locator:
+        return self.page.locator(".error .text")
+
+    def button(self, name: str) -> Locator:
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    async def say(self, text: str) -> None:
+        await self.field.fill(text)
+        await self.field.press("Enter")
+
+    async def go_on(self) -> None:
+        """Tell the agent, which waits."""
+        await self.app.events.append(self.stream, "go", {})
+
+
+Visit = Callable[..., Awaitable[Chat]]
+
+
+@pytest.fixture
+async def visit(browser: Browser, site: Site, app: App) -> AsyncIterator[Visit]:
+    """Opens the page in a window of its own. No page may throw, or try what its policy forbids."""
+    wrong: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        if "Content Security Policy" in message.text:
+            wrong.append(message.text)
+
+    async def open_page(path: str = "/", **options: Any) -> Chat:
+        context = await browser.new_context(base_url=site.address, **options)
+        page = await context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", note)
+        await page.goto(path)
+        return Chat(page, app)
+
+    yield open_page
+    assert wrong == []
