@@ -27,7 +27,7 @@ GRACE = 10
 @click.option("--queue", default=None, show_envvar=True, help="Queue of its runs; the task's own otherwise.")
 @click.option("--origin", "origins", multiple=True, show_envvar=True, help="Origin of a page served elsewhere.")
 @click.option("--max-connections", type=int, default=10_000, show_envvar=True, help="Clients at a time.")
-@click.option("--page/--no-page", "with_page", default=True, show_envvar=True, help="Serve the bundled page at /.")
+@click.option("--no-page", is_flag=True, show_envvar=True, help="Leave the bundled page out.")
 @command
 def gateway(
     app_path: str | None,
@@ -38,7 +38,7 @@ def gateway(
     queue: str | None,
     origins: tuple[str, ...],
     max_connections: int,
-    with_page: bool,
+    no_page: bool,
     database_url: str | None,
 ) -> None:
     """Serve conversations: server-sent events down, POST up.
@@ -67,7 +67,7 @@ def gateway(
         limits=Limits(connections=max_connections, messages=1_000),
     )
     with _listening(host, port) as listening:
-        run(_serve(app, made, listening, with_page=with_page))
+        run(_serve(app, made, listening, with_page=not no_page))
 
 
 def _listening(host: str, port: int) -> socket.socket:

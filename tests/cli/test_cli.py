@@ -127,7 +127,7 @@ EVERY_COMMAND = dict(commands(cli))
 def test_every_command_is_there() -> None:
     assert {" ".join(path) for path in EVERY_COMMAND} == {
         "config show", "db check", "db current", "db migrate", "db psql", "db sql", "db start", "db stop", "db url",
-        "demo", "enqueue", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "queues list", "queues pause", "queues resume", "runs cancel", "runs delete", "runs list",
+        "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "queues list", "queues pause", "queues resume", "runs cancel", "runs delete", "runs list",
         "runs retry", "runs show", "runs why", "version", "worker", "workers list",
     }  # fmt: skip
 
