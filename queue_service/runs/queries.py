@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from operator import attrgetter
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,6 +22,9 @@ SQL = Statements("queue_service.runs")
 COUNT_LIMIT = 50_001
 
 _claim_of = attrgetter("claim")
+
+# A claim as its row: it equals the Claim, both being tuples, and need not be made into one.
+Done = tuple[Any, ...]
 
 
 class Lane(NamedTuple):
@@ -148,18 +151,18 @@ def cancel_requests(leases: Collection[int]) -> Query[list[int]]:
     return SQL.query("cancel_requests", column, leases=array_literal(sorted(leases)))
 
 
-def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
+def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
     """The claims that were still held and have ended. A missing one was lost: nothing about its run changed."""
     ordered = sorted(endings, key=_claim_of)
     outcomes = [_ending_json(ending) for ending in ordered]
-    return SQL.query("finish", _claims, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
+    return SQL.query("finish", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
-def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
+def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
     """The claims that were still held and whose runs are queued again (or `cancelled`, where that had been asked)."""
     ordered = sorted(returns, key=_claim_of)
     outcomes = [_return_json(back) for back in ordered]
-    return SQL.query("give_back", _claims, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
+    return SQL.query("give_back", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
 def sweep(*, limit: int, max_losses: int) -> Query[list[Swept]]:
@@ -276,9 +279,8 @@ def _json_array(texts: Sequence[str]) -> str | None:
     return None if all(text == "null" for text in texts) else "[" + ",".join(texts) + "]"
 
 
-def _claims(rows: Rows) -> set[Claim]:
-    # A row equals its Claim, both being tuples, and need not be made into one.
-    return cast("set[Claim]", set(rows))
+def _done(rows: Rows) -> set[Done]:
+    return set(rows)
 
 
 def _id_set(rows: Rows) -> set[int]:

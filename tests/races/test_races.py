@@ -380,8 +380,8 @@ class TestThreeSessions:
             await eventually(lambda: blocked(onlooker, table.b))
         ended, lost = await done, {each.run_id for each in await swept}
         # A finish that frees no lease may be first to a run that the sweep has not reached.
-        assert {each.run_id for each in ended} | lost == {run.id for run, _ in batch}
-        assert {each.run_id for each in ended} & lost == set()
+        assert {run_id for run_id, _ in ended} | lost == {run.id for run, _ in batch}
+        assert {run_id for run_id, _ in ended} & lost == set()
         assert ended == set() or not frees
         states = {run.id: await table.state(run.id) for run, _ in batch}
         assert states == {run_id: "queued" if run_id in lost else "succeeded" for run_id in states}
@@ -397,8 +397,8 @@ class TestThreeSessions:
             swept = asyncio.ensure_future(fetch(table.b, SWEEP))
             await eventually(lambda: blocked(onlooker, table.b))
         ended, lost = await done, {each.run_id for each in await swept}
-        assert {each.run_id for each in ended} | lost == {run.id for run, _ in batch}
-        assert {each.run_id for each in ended} & lost == set()
+        assert {run_id for run_id, _ in ended} | lost == {run.id for run, _ in batch}
+        assert {run_id for run_id, _ in ended} & lost == set()
         assert await one(table.c, "select count(*) from queue_service.leases") == 0
         states = {run.id: await table.state(run.id) for run, _ in batch}
         assert states == {run_id: "queued" if run_id in lost else "succeeded" for run_id in states}
