@@ -90,11 +90,11 @@ async def held(conn: Connection) -> tuple[Run, int]:
     return taken
 
 
-def finish(run: Run, *freed: int, state: RunState = RunState.SUCCEEDED) -> Query[set[Claim]]:
+def finish(run: Run, *freed: int, state: RunState = RunState.SUCCEEDED) -> Query[set[queries.Done]]:
     return queries.finish([Ending(run.claim, state)], worker_id=1, freed=freed)
 
 
-def give_back(run: Run, *freed: int) -> Query[set[Claim]]:
+def give_back(run: Run, *freed: int) -> Query[set[queries.Done]]:
     return queries.give_back([Return(run.claim)], worker_id=1, freed=freed)
 
 
@@ -351,7 +351,7 @@ class TestThreeSessions:
         return taken
 
     @staticmethod
-    def ending(batch: list[tuple[Run, int]], *freed: int) -> Query[set[Claim]]:
+    def ending(batch: list[tuple[Run, int]], *freed: int) -> Query[set[queries.Done]]:
         return queries.finish([Ending(run.claim, RunState.SUCCEEDED) for run, _ in batch], worker_id=1, freed=freed)
 
     @pytest.mark.parametrize("place", range(4))
