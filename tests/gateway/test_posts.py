@@ -123,6 +123,13 @@ class TestWatching:
             assert answer.json() == {"stream": "ann/a", "head": 4}
             assert [(await stream.event())["seq"] for _ in range(2)] == [3, 4]
 
+    async def test_again_leaves_nothing_of_the_first_time(self, app: App, ann: Client) -> None:
+        async with ann.connected("?stream=ann/a") as (_, connection_id):
+            for _ in range(3):
+                await ann.post("watch", connection_id, {"stream": "ann/a"})
+            tail = app.opened.fanout._tails["ann/a"]
+            assert (tail.watchers, len(tail.moved.listeners)) == (1, 1)
+
     async def test_ends_where_it_was_asked_to(self, app: App, ann: Client) -> None:
         async with ann.connected("?stream=ann/a&stream=ann/b") as (stream, connection_id):
             await ann.post("unwatch", connection_id, {"stream": "ann/a"})
