@@ -4,7 +4,7 @@ from queue_service.app import App
 from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, Renderer
 from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Run, RunState
-from queue_service.tasks import Cancel, Retry, Snooze
+from queue_service.tasks import Cancel, ProcessDied, Retry, RetryLater, Snooze
 from queue_service.turns.model import Outcome, Turn, TurnFailure
 from queue_service.worker.process import Worker
 from queue_service.worker.supervisor import Supervisor
@@ -19,8 +19,10 @@ __all__ = [
     "Delivery",
     "Event",
     "Outcome",
+    "ProcessDied",
     "Renderer",
     "Retry",
+    "RetryLater",
     "Run",
     "RunState",
     "Snooze",

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
+from queue_service import backoff as growth
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.runs.model import Run
 
@@ -33,17 +34,58 @@ def duration(value: timedelta | float, what: str, *, positive: bool = False) -> 
     return value
 
 
+GROWTHS: Final = {"exponential": growth.exponential, "linear": growth.linear, "fixed": growth.fixed}
+
+Backoff = Literal["exponential", "linear", "fixed"] | Callable[[int, BaseException], "timedelta | float | None"]
+Errors = type[BaseException] | tuple[type[BaseException], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often a handler may raise before its run ends `failed`. The wait between grows as `2^failures` seconds, at most
-    300, unless the run has a fixed `retry_delay`.
+    """How often a handler may fail before its run ends `failed`, and how long it waits between.
+
+    The wait is `base` after the first failure; then it doubles (`exponential`), grows by `base` (`linear`) or stays
+    (`fixed`), up to `cap`; with `jitter` it is shortened by up to a fifth. A callable gets the number of failures and the
+    exception, and returns the wait (neither capped nor shortened), or None: do not try again. One that raises, or returns
+    no duration, is logged, and the exponential wait taken. A run's own `retry_delay` comes before all of these.
+
+    Only errors that are `on` and not `never` are tried again. A timeout is a TimeoutError, and the death of a handler's
+    process a ProcessDied.
     """
 
     max_attempts: int = 3
+    backoff: Backoff = "exponential"
+    base: timedelta | float = growth.BASE
+    cap: timedelta | float = growth.CAP
+    jitter: bool = True
+    on: Errors = BaseException
+    never: Errors = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
             raise ConfigError(f"max_attempts must be a whole number from 1, not {self.max_attempts!r}.")
+        if inspect.iscoroutinefunction(self.backoff) or not (
+            callable(self.backoff) or (isinstance(self.backoff, str) and self.backoff in GROWTHS)
+        ):
+            raise ConfigError(f"backoff must be {', '.join(GROWTHS)} or a plain function, not {self.backoff!r}.")
+        duration(self.base, "base")
+        duration(self.cap, "cap")
+        _check_errors(self.on, "on")
+        _check_errors(self.never, "never")
+
+    def covers(self, error: BaseException) -> bool:
+        """Whether an error of this type is tried again at all."""
+        return isinstance(error, self.on) and not isinstance(error, self.never)
+
+    def wait(self, failures: int, error: BaseException) -> float | None:
+        """Seconds until the next try after so many failures, or None. Raises what a callable raises, and ConfigError for
+        what it should not return."""
+        if callable(self.backoff):
+            asked = self.backoff(failures, error)
+            return None if asked is None else duration(asked, "The wait that backoff returned").total_seconds()
+        base, cap = duration(self.base, "base").total_seconds(), duration(self.cap, "cap").total_seconds()
+        grown = GROWTHS[self.backoff]
+        return grown(failures, base=base, cap=cap) if self.jitter else grown(failures, base=base, cap=cap, jitter=float)
 
 
 class Snooze:
@@ -69,6 +111,24 @@ class Cancel:
         self.reason = reason
 
 
+class RetryLater(Exception):
+    """Raised by a handler: this attempt failed, try again after `delay`, whatever the policy's wait and the run's
+    `retry_delay` are. It counts as a failure like any other: the last one that is allowed ends the run.
+    """
+
+    def __init__(self, delay: timedelta | float) -> None:
+        self.delay = duration(delay, "RetryLater(delay)")
+        super().__init__(f"The handler asked to be tried again in {self.delay.total_seconds():g} s.")
+
+
+class ProcessDied(Exception):
+    """The process of a handler ended before it answered: it crashed, was killed, or the machine ran out of memory."""
+
+    def __init__(self, how: str, *, signal: str | None = None) -> None:
+        self.signal = signal
+        super().__init__(f"The process of this handler {how}.")
+
+
 class Enqueue(Protocol):
     async def __call__(self, task: str, payload: Mapping[str, Any], /) -> int: ...
 
@@ -85,6 +145,7 @@ class Task(Generic[P, R]):
         timeout: timedelta | None,
         retry: Retry,
         enqueue: Enqueue,
+        process: bool = False,
     ) -> None:
         self.function = function
         self.name = name
@@ -92,6 +153,9 @@ class Task(Generic[P, R]):
         self.timeout = timeout
         self.retry = retry
         self.is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
+        self.process = process
+        if process:
+            _check_importable(name, function, self.is_async)
         self._enqueue = enqueue
         signature = _signature(function)
         self.run_parameter = _run_parameter(signature)
@@ -196,6 +260,26 @@ def _check_parameters(name: str, signature: inspect.Signature) -> None:
             raise ConfigError(
                 f"Task {name!r} takes {parameter} by position, but a payload is a JSON object. Give it a name."
             )
+
+
+def _check_importable(name: str, function: Callable[..., Any], is_async: bool) -> None:
+    """A process finds the function by importing its module."""
+    if is_async:
+        raise ConfigError(f"Task {name!r} is async: its place is the event loop. process=True is for plain functions.")
+    where = getattr(function, "__qualname__", "<")
+    if "<" in where or not getattr(function, "__module__", None):
+        raise ConfigError(
+            f"Task {name!r} is not defined at the top of a module, so that another process cannot import it. "
+            "Move it there, or leave process=True out."
+        )
+
+
+def _check_errors(value: object, what: str) -> None:
+    types = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(each, type) and issubclass(each, BaseException) for each in types):
+        raise ConfigError(
+            f"Retry({what}=) takes exception types, such as (ConnectionError, TimeoutError), not {value!r}."
+        )
 
 
 def _where(function: Callable[..., Any]) -> str:

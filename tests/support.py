@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from queue_service import App, Run, Worker
 from queue_service.db.execute import fetch
@@ -19,23 +18,10 @@ from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
 from queue_service.runs.queries import Wanted
+from queue_service.testing import eventually as eventually  # noqa: PLC0414 - most tests have it from here
 from queue_service.worker.floors import FRONT
 
-T = TypeVar("T")
 LEASE = timedelta(seconds=30)
-
-
-async def eventually(condition: Callable[[], Any | Awaitable[Any]], *, within: float = 10.0) -> Any:
-    """The first true value of `condition`, which may be async. Fails after `within` seconds."""
-    deadline = time.monotonic() + within
-    while True:
-        value = condition()
-        if isinstance(value, Awaitable):
-            value = await value
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"did not come true within {within} s"
-        await asyncio.sleep(0.005)
 
 
 async def one(conn: Connection, sql: str, *params: object) -> Any:

@@ -17,6 +17,7 @@ from queue_service.app import enqueue as enqueueing
 from queue_service.app.enqueue import OnConflict, Steps, drive, drive_sync
 from queue_service.app.events import Events
 from queue_service.app.opened import Opened
+from queue_service.app.schedules import MisfireWord, Schedules, TaskT
 from queue_service.app.turns import Turns
 from queue_service.db import channels, url
 from queue_service.db.borrowed import borrow
@@ -26,6 +27,7 @@ from queue_service.errors import ConfigError, DuplicateRun, RunUnknown
 from queue_service.queues import queries as queue_queries
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Run
+from queue_service.schedules.model import NewSchedule
 from queue_service.services.combiner import Combiner
 from queue_service.settings import Settings
 from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
@@ -50,6 +52,7 @@ class App:
         self.settings = settings or settings_module.load(os.environ)
         self.database = url.choose(database, os.environ, self.settings.data_dir)
         self.tasks = Tasks()
+        self.declared: dict[str, NewSchedule] = {}
         # Names this process among those that hold connections; a process that starts again is another one.
         self.identity = uuid.uuid4().hex
         self._assemble()
@@ -58,6 +61,7 @@ class App:
         """What belongs to this object alone, and to one event loop."""
         self.turns = Turns(self)
         self.events = Events(self)
+        self.schedules = Schedules(self)
         self._enqueuing: Combiner[NewRun, int] = Combiner(
             self._enqueue, name="enqueue", weigh=lambda new: len(new.payload) + len(new.metadata or "")
         )
@@ -84,6 +88,7 @@ class App:
         name: str | None = ...,
         timeout: timedelta | float | None = ...,
         retry: Retry | None = ...,
+        process: bool = ...,
     ) -> Decorator: ...
     def task(
         self,
@@ -94,9 +99,12 @@ class App:
         name: str | None = None,
         timeout: timedelta | float | None = None,
         retry: Retry | None = None,
+        process: bool = False,
     ) -> Any:
         """Register a function as a task, under its own name unless `name` says another. The name is what is stored: keep
-        it when the function moves. `timeout` bounds one attempt; `retry` says how often a raising handler is tried.
+        it when the function moves. `timeout` bounds one attempt; `retry` says how often a raising handler is tried, and
+        when. With `process`, for a plain function at the top of its module, each run has a process of the worker's to
+        itself; JSON goes in and out, and a process that dies is only that attempt's failure.
         """
         if retry is not None and not isinstance(retry, Retry):
             raise ConfigError(f"retry must be a Retry, such as Retry(max_attempts=5), not {retry!r}.")
@@ -109,11 +117,32 @@ class App:
                 timeout=None if timeout is None else duration(timeout, "timeout", positive=True),
                 retry=retry or Retry(),
                 enqueue=self.enqueue,
+                process=process,
             )
             self.tasks.add(task)
             return task
 
         return register if function is None else register(function)
+
+    def schedule(
+        self,
+        cron: str | None = None,
+        /,
+        *,
+        every: timedelta | float | None = None,
+        timezone: str = "UTC",
+        misfire: MisfireWord = "last",
+        payload: Mapping[str, Any] | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        expires_in: timedelta | float | None = None,
+        name: str | None = None,
+    ) -> Callable[[TaskT], TaskT]:
+        """Above `@app.task`: declare that a task is to run by itself, as `app.schedules.put` says, under the task's own
+        name unless `name` says another. A worker stores what is declared when it starts.
+        """
+        options = {"every": every, "timezone": timezone, "misfire": misfire, "queue": queue, "priority": priority}
+        return self.schedules.declare(cron, name, payload, {**options, "expires_in": expires_in})
 
     # Opening and closing
 

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from queue_service.app.app import App
 from queue_service.app.events import Events
+from queue_service.app.schedules import Schedules
 from queue_service.app.turns import Turns
 from queue_service.db.borrowed import borrow
 from queue_service.errors import ConfigError
@@ -149,6 +150,20 @@ class SyncEvents(Blocking[Events]):
                 self._loop.call(close())
 
 
+class SyncSchedules(Blocking[Schedules]):
+    """`app.schedules`, blocking."""
+
+    put = blocking(Schedules.put)
+    get = blocking(Schedules.get)
+    next = blocking(Schedules.next)
+    list = blocking(Schedules.list)
+    run_now = blocking(Schedules.run_now)
+    pause = blocking(Schedules.pause)
+    resume = blocking(Schedules.resume)
+    delete = blocking(Schedules.delete)
+    store_declared = blocking(Schedules.store_declared)
+
+
 class SyncApp(Blocking[App]):
     """Use as `with app.sync as q:`. `app` is its own to open and close. May be used from any thread, but not from inside
     an event loop, which it would block."""
@@ -157,6 +172,7 @@ class SyncApp(Blocking[App]):
         super().__init__(app, Loop())
         self.turns = SyncTurns(app.turns, self._loop)
         self.events = SyncEvents(app.events, self._loop)
+        self.schedules = SyncSchedules(app.schedules, self._loop)
 
     def __enter__(self) -> Self:
         self.open()
@@ -166,6 +182,7 @@ class SyncApp(Blocking[App]):
         self.close()
 
     def open(self) -> None:
+        """Connect, as `App.open` does, once: for a second use at the same time take another `app.sync`."""
         self._loop.start()
         try:
             self._loop.call(self._asynchronous.open())
@@ -174,12 +191,14 @@ class SyncApp(Blocking[App]):
             raise
 
     def close(self) -> None:
+        """Let go of the connections. Closing what is not open changes nothing."""
         if self._loop.is_running:
             try:
                 self._loop.call(self._asynchronous.close())
             finally:
                 self._loop.stop()
 
+    fetch = blocking(App.fetch)
     enqueue = blocking(App.enqueue)
     enqueue_many = blocking(App.enqueue_many)
     wait = blocking(App.wait)

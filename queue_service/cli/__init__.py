@@ -15,6 +15,7 @@ COMMANDS = {
     "markers": ("queue_service.cli.markers:markers", "List and end the turns that are owed an ending."),
     "queues": ("queue_service.cli.queues:queues", "List, pause and resume queues."),
     "runs": ("queue_service.cli.runs:runs", "List, show, explain, retry, cancel and delete runs."),
+    "schedules": ("queue_service.cli.schedules:schedules", "List, show, run, pause, resume, add and delete schedules."),
     "version": ("queue_service.cli.config:version", "Show the version and the schema revision it needs."),
     "worker": ("queue_service.cli.worker:worker", "Work on queues."),
     "workers": ("queue_service.cli.workers:workers", "List worker processes."),

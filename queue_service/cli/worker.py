@@ -28,6 +28,9 @@ RUNS_FAILED = 5
     help="Queue and concurrency.",
 )
 @click.option("--once", is_flag=True, show_envvar=True, help="Work off what is due, then exit (5 if runs failed).")
+@click.option(
+    "--processes", type=click.IntRange(1), default=None, show_envvar=True, help="For process tasks; one for each core."
+)
 @click.option("--name", default=None, show_envvar=True, help="Name in the roster; HOST:PID otherwise.")
 @setting("drain_timeout")
 @setting("lease")
@@ -39,6 +42,7 @@ def worker(
     app_path: str | None,
     queues: tuple[str, ...],
     once: bool,
+    processes: int | None,
     name: str | None,
     database_url: str | None,
     **settings: Any,
@@ -57,7 +61,7 @@ def worker(
     wanted = dict(_queue(text) for text in queues) or dict.fromkeys(
         sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
     )
-    tally = run(_work(Worker(app, wanted, name=name), once=once))
+    tally = run(_work(Worker(app, wanted, name=name, processes=processes), once=once))
     if once and tally.failed:
         raise click.exceptions.Exit(RUNS_FAILED)
 

@@ -1,7 +1,8 @@
-"""A connection that belongs to the caller: psycopg's or SQLAlchemy's, sync or async.
+"""A connection that belongs to the caller: psycopg's, SQLAlchemy's or Django's, sync or async.
 
 Our statements become part of the caller's transaction: nothing here commits, rolls back or changes a setting. SQLAlchemy
-objects are driven through their own `exec_driver_sql`, so that their transaction is begun and knows of us.
+objects are driven through their own `exec_driver_sql`, so that their transaction is begun and knows of us. Django's is
+psycopg's own underneath: `atomic()` has taken it out of autocommit, and what it is sent first begins the transaction.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from queue_service.errors import ConfigError
 
 T = TypeVar("T")
 
-_KINDS = "a psycopg Connection or AsyncConnection, or a SQLAlchemy Connection, Session, AsyncConnection or AsyncSession"
+_KINDS = (
+    "a psycopg Connection or AsyncConnection, a SQLAlchemy Connection, Session, AsyncConnection or AsyncSession, "
+    "or django.db.connection"
+)
 
 
 class SyncBorrowed(Protocol):
@@ -40,11 +44,13 @@ def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
         return _Psycopg(conn)
     if isinstance(conn, psycopg.AsyncConnection):
         return _AsyncPsycopg(conn)
-    # An object of SQLAlchemy's can only exist where it has been imported.
+    # An object of SQLAlchemy's, or of Django's, can only exist where that has been imported.
     if "sqlalchemy" in sys.modules:
         wrapped = _sqlalchemy(conn)
         if wrapped is not None:
             return wrapped
+    if _is_djangos(conn):
+        return _django(conn)
     raise ConfigError(f"conn={type(conn).__name__} cannot be used. Pass {_KINDS}.")
 
 
@@ -138,6 +144,23 @@ def _async_sqlalchemy(conn: Any) -> AsyncBorrowed | None:
     else:
         return None
     return _AsyncAlchemy(conn)
+
+
+def _is_djangos(conn: Any) -> bool:
+    database, backend = sys.modules.get("django.db"), sys.modules.get("django.db.backends.base.base")
+    # `connection` is a proxy for one of `connections`, and no wrapper itself.
+    is_proxy = database is not None and conn is database.connection
+    return is_proxy or (backend is not None and isinstance(conn, backend.BaseDatabaseWrapper))
+
+
+def _django(conn: Any) -> SyncBorrowed:
+    conn.ensure_connection()
+    if not isinstance(conn.connection, psycopg.Connection):
+        raise ConfigError(
+            f"The Django connection {conn.alias!r} is one to {conn.vendor} without psycopg 3, which our statements need. "
+            "Use django.db.backends.postgresql, and install psycopg instead of psycopg2."
+        )
+    return _Psycopg(conn.connection)
 
 
 def _check_driver(dialect: Any) -> None:

@@ -239,3 +239,38 @@ connections = Table(
     Column("expires_at", _TIMESTAMPTZ, nullable=False),
     PrimaryKeyConstraint("platform", "channel_id", name="connections_pkey"),
 )
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("name", Text, nullable=False),
+    Column("next_at", _TIMESTAMPTZ, nullable=False),
+    Column("paused_at", _TIMESTAMPTZ),
+    Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("updated_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("every", Interval),
+    Column("cron", Text),
+    Column("timezone", Text, nullable=False, server_default=text("'UTC'")),
+    Column("misfire", Text, nullable=False, server_default=text("'last'")),
+    Column("priority", SmallInteger, nullable=False, server_default=text("0")),
+    Column("task", Text, nullable=False),
+    Column("queue", Text, nullable=False),
+    Column("payload", JSONB, nullable=False),
+    Column("expires_in", Interval),
+    PrimaryKeyConstraint("name", name="schedules_pkey"),
+    CheckConstraint("(cron is null) <> (every is null) and every > '0'", name="schedules_timing_check"),
+    CheckConstraint("misfire in ('skip', 'last', 'all')", name="schedules_misfire_check"),
+    CheckConstraint("jsonb_typeof(payload) = 'object'", name="schedules_payload_check"),
+    CheckConstraint("next_at > '1900-01-01Z' and next_at < '9000-01-01Z'", name="schedules_next_check"),
+)
+Index("schedules_due_idx", schedules.c.next_at, schedules.c.name, postgresql_where=text("paused_at is null"))
+
+schedule_slots = Table(
+    "schedule_slots",
+    metadata,
+    Column("schedule", Text, nullable=False),
+    Column("slot", _TIMESTAMPTZ, nullable=False),
+    Column("fired_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("run_id", BigInteger, nullable=False),
+    PrimaryKeyConstraint("schedule", "slot", name="schedule_slots_pkey"),
+)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from queue_service.codec import loads
+from queue_service.runs import stopped
 
 
 class RunState(StrEnum):
@@ -40,8 +41,9 @@ class Claim(NamedTuple):
 class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One unit of work, as it was when it was read. `payload`, `metadata`, `result` and `error` are JSON values.
 
-    `error` is an object with `reason` (`raised`, `timeout`, `worker_lost`, `cancelled`, `expired`, `result_refused`),
-    `message`, and where an exception was raised `type` and `traceback`. Of a live run it is the last failure's.
+    `error` is an object with `reason` (`raised`, `timeout`, `process_died`, `worker_lost`, `cancelled`, `expired`,
+    `result_refused`), `message`, and where an exception was raised `type` and `traceback`; with `process_died` also
+    `signal`, where it was one. Of a live run it is the last failure's.
     `attempt` counts claims, `failures` counts errors of the handler, `losses` counts workers that vanished.
     """
 
@@ -74,6 +76,23 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def claim(self) -> Claim:
         return Claim(self.id, self.attempt)
+
+    @property
+    def cancelled(self) -> bool:
+        """For the handler this run was given to: whether it should stop, and its outcome no longer counts. True once the
+        run was cancelled, lost, over its time, or handed back because the worker stops. A handler in a thread cannot be
+        interrupted, and looks here between its steps.
+        """
+        return stopped.is_marked(self._mark)
+
+    def stop(self) -> None:
+        """Make it `cancelled`, for whoever executes it in this process."""
+        stopped.mark(self._mark)
+
+    @property
+    def _mark(self) -> tuple[int, int, datetime]:
+        # Another database in this process may have a run of the same id.
+        return (self.id, self.attempt, self.created_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,7 @@ class _Child:
         """Until the parent closes our stdin, or SIGTERM came and the turns at work have ended, or nothing can be said."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopped.set)
-        _die_with_parent()
+        die_with_parent()
         async with _pipes() as (lines, self._out):
             await self._say(Ready())
             beating = asyncio.create_task(self._beats())
@@ -201,7 +201,7 @@ async def _pipes() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWr
             await out.wait_closed()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """On Linux even a child that is stopped, or blocks its loop, does not outlive the supervisor's process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -19,14 +19,15 @@ from typing import Any
 
 import msgspec
 
-from queue_service import backoff, codec
-from queue_service.errors import PayloadRefused
+from queue_service import codec
 from queue_service.logs import get_logger
-from queue_service.runs.model import Ending, Return, Run, RunState
-from queue_service.tasks import Cancel, Defer, Snooze, Task, Tasks
+from queue_service.runs.model import Ending, Return, Run
+from queue_service.tasks import Task, Tasks
+from queue_service.worker import results
 from queue_service.worker.finisher import Finisher, Outcome
 from queue_service.worker.leases import Held, Lease
-from queue_service.worker.threads import Threads
+from queue_service.worker.processes import Processes
+from queue_service.worker.threads import Exhausted, Threads
 
 log = get_logger(__name__)
 
@@ -42,6 +43,7 @@ YIELD_EVERY = 50
 
 
 class Cause(Enum):
+    TIMED_OUT = auto()
     CANCELLED = auto()
     LOST = auto()
     DRAINED = auto()
@@ -51,6 +53,7 @@ class _Execution(msgspec.Struct, eq=False):
     held: Held
     task: asyncio.Task[Any]
     cause: Cause | None = None
+    timer: asyncio.TimerHandle | None = None
 
 
 class Executor:
@@ -64,6 +67,7 @@ class Executor:
         tasks: Tasks,
         finisher: Finisher,
         threads: Threads,
+        processes: Processes,
         result_limit: int,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         room: Callable[[], None],
@@ -73,6 +77,7 @@ class Executor:
         self._tasks = tasks
         self._finisher = finisher
         self._threads = threads
+        self._processes = processes
         self._result_limit = result_limit
         self._spawn = spawn
         self._room = room
@@ -126,7 +131,7 @@ class Executor:
             self._interrupt(execution, Cause.CANCELLED)
         for held in [held for held in self._waiting if held.run.id == run_id]:
             self._waiting.remove(held)
-            self._finisher.put(held, _cancelled(held.run))
+            self._finisher.put(held, results.cancelled(held.run))
 
     def lose(self, lease: Lease) -> None:
         """The lease was swept: its runs are no longer ours."""
@@ -142,10 +147,16 @@ class Executor:
             self._interrupt(execution, Cause.DRAINED)
         return len(self._running)
 
+    def run_of(self, task: asyncio.Task[Any]) -> Run | None:
+        """The run whose handler this task executes. May be called from any thread."""
+        return next((each.held.run for each in list(self._running.values()) if each.task is task), None)
+
     @staticmethod
     def _interrupt(execution: _Execution, cause: Cause) -> None:
-        if execution.cause is None:
+        # A handler that goes on after its time can still be stopped for another reason.
+        if execution.cause is None or execution.cause is Cause.TIMED_OUT:
             execution.cause = cause
+            execution.held.run.stop()
             execution.task.cancel()
 
     # Slots
@@ -186,17 +197,50 @@ class Executor:
 
     async def _execute(self, held: Held, slot: asyncio.Task[Any]) -> Outcome:
         run = held.run
+        task = self._tasks[run.task]
         execution = self._running[held] = _Execution(held, slot)
+        if not task.process and (run.timeout or task.timeout) is not None:
+            self._limit(execution, task)
         try:
-            return self._outcome(run, await _watched(self._call(self._tasks[run.task], run), self._rouse))
-        except BaseException as error:
-            if execution.cause is None:
-                if self.closing and isinstance(error, asyncio.CancelledError):
-                    raise
-                return self._failure(run, error)
-            return _cancelled(run) if execution.cause is Cause.CANCELLED else Return(run.claim)
+            answer = await _watched(self._invoke(execution, task, run), self._rouse)
+            outcome: Outcome = answer if task.process else results.returned(run, answer, limit=self._result_limit)
+        except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot
+            outcome = self._stopped(execution, task, error)
         finally:
+            if execution.timer is not None:
+                execution.timer.cancel()
             del self._running[held]
+        if outcome.error != "null":
+            _tell(run, outcome)
+        return outcome
+
+    def _stopped(self, execution: _Execution, task: Task[..., Any], error: BaseException) -> Outcome:
+        """What becomes of a run whose handler raised, or was made to stop."""
+        run = execution.held.run
+        match execution.cause:
+            case None if self.closing and isinstance(error, asyncio.CancelledError):
+                run.stop()
+                raise error
+            case None if isinstance(error, Exhausted):
+                return Return(run.claim)
+            case None:
+                return results.raised(run, task.retry, error)
+            case Cause.TIMED_OUT:
+                late = results.TimedOut((run.timeout or task.timeout or timedelta()).total_seconds())
+                late.__cause__ = error
+                return results.raised(run, task.retry, late)
+            case Cause.CANCELLED:
+                return results.cancelled(run)
+            case _:
+                return Return(run.claim)
+
+    def _limit(self, execution: _Execution, task: Task[..., Any]) -> None:
+        """Let its time run from now on, if it has a limit."""
+        limit = execution.held.run.timeout or task.timeout
+        if limit is not None:
+            execution.timer = asyncio.get_running_loop().call_later(
+                limit.total_seconds(), self._interrupt, execution, Cause.TIMED_OUT
+            )
 
     async def _absorb(self, slot: asyncio.Task[Any]) -> None:
         """Undo a cancellation that has been dealt with: ours, or one that the handler aimed at its own task. Left
@@ -209,53 +253,13 @@ class Executor:
         while slot.cancelling():
             slot.uncancel()
 
-    def _call(self, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
-        timeout = run.timeout or task.timeout
-        return self._invoke(task, run) if timeout is None else self._within(timeout, task, run)
-
-    async def _within(self, timeout: timedelta, task: Task[..., Any], run: Run) -> Any:
-        try:
-            async with asyncio.timeout(timeout.total_seconds()) as limit:
-                return await self._invoke(task, run)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise _TimedOut(f"The handler ran longer than its {timeout.total_seconds():g} s.") from error
-
-    def _invoke(self, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
+    def _invoke(self, execution: _Execution, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
         if task.is_async:
             called = task.function(**task.arguments(run))
             return called if isinstance(called, types.CoroutineType) else _awaited(called)
-        return self._threads.run(functools.partial(task.function, **task.arguments(run)))
-
-    # Outcomes
-
-    def _outcome(self, run: Run, returned: Any) -> Outcome:
-        if isinstance(returned, Snooze):
-            owner = returned.owner if isinstance(returned, Defer) else None
-            return Return(run.claim, delay=returned.delay.total_seconds(), reserved_for=owner)
-        if isinstance(returned, Cancel):
-            return _cancelled(run, returned.reason)
-        try:
-            return Ending(run.claim, RunState.SUCCEEDED, codec.dumps_result(returned, limit=self._result_limit))
-        except Exception as refused:  # noqa: BLE001 - whatever a result does when it is read, the run gets its ending
-            log.warning("a result cannot be stored", run_id=run.id, task=run.task, why=codec.describe(refused))
-            reason = codec.describe(refused) if isinstance(refused, PayloadRefused) else repr(type(refused))
-            return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("result_refused", reason))
-
-    def _failure(self, run: Run, error: BaseException) -> Outcome:
-        task = self._tasks[run.task]
-        described = codec.describe_error(error, reason="timeout" if isinstance(error, _TimedOut) else "raised")
-        final = run.failures + 1 >= (run.max_attempts or task.retry.max_attempts)
-        log.warning(
-            "run failed" if final else "run failed, will be tried again",
-            run_id=run.id, task=run.task, attempt=run.attempt, error=type(error).__name__,
-        )  # fmt: skip
-        if final:
-            return Ending(run.claim, RunState.FAILED, error=described)
-        fixed = run.retry_delay
-        delay = backoff.exponential(run.failures + 1) if fixed is None else fixed.total_seconds()
-        return Return(run.claim, delay=delay, failed=True, error=described)
+        if task.process:
+            return self._processes.run(task, run, begun=functools.partial(self._limit, execution, task))
+        return self._threads.run(run, functools.partial(task.function, **task.arguments(run)))
 
     def _measure(self) -> None:
         """Follow the speed at which this queue is worked off, and with it how far to claim ahead."""
@@ -289,9 +293,13 @@ async def _awaited(called: Awaitable[Any]) -> Any:
     return await called
 
 
-class _TimedOut(Exception):
-    pass
-
-
-def _cancelled(run: Run, reason: str = "It was cancelled while it ran.") -> Ending:
-    return Ending(run.claim, RunState.CANCELLED, error=codec.dumps_error("cancelled", reason))
+def _tell(run: Run, outcome: Outcome) -> None:
+    """Log what went wrong, if that is what it was; neither payload nor message, which may hold what is private."""
+    error = codec.loads(outcome.error)
+    if error["reason"] == "result_refused":
+        log.warning("a result cannot be stored", run_id=run.id, task=run.task, why=error["message"])
+    elif error["reason"] != "cancelled":
+        log.warning(
+            "run failed" if isinstance(outcome, Ending) else "run failed, will be tried again",
+            run_id=run.id, task=run.task, attempt=run.attempt, reason=error["reason"], error=error.get("type"),
+        )  # fmt: skip

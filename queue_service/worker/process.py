@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
+from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -23,16 +24,19 @@ from queue_service.db.pool import Wire
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
-from queue_service.runs.model import Return
+from queue_service.runs.model import Return, Run
 from queue_service.services.loop import every
 from queue_service.services.pruner import Pruner
+from queue_service.services.scheduler import Scheduler
 from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
 from queue_service.worker.claimer import Claimer
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher, Tally
 from queue_service.worker.keeper import Keeper
+from queue_service.worker.lag import LagWatch
 from queue_service.worker.leases import Leases
+from queue_service.worker.processes import Processes
 from queue_service.worker.threads import Threads
 
 log = get_logger(__name__)
@@ -44,7 +48,8 @@ LEAVE_DEADLINE = 2.0
 
 
 class Worker:
-    """Works on queues: `{"name": concurrency}`. `settings` overrides those of the App."""
+    """Works on queues: `{"name": concurrency}`. `settings` overrides those of the App. Runs of tasks with `process=True`
+    have at most so many `processes` at once; without a number, as many as there are processors."""
 
     def __init__(
         self,
@@ -53,9 +58,11 @@ class Worker:
         *,
         settings: Settings | None = None,
         name: str | None = None,
+        processes: int | None = None,
     ) -> None:
         self.app = app
         self.queues = _checked(queues or {"default": 10})
+        self.processes = _processes(processes)
         self.settings = settings or app.settings
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self.id: int | None = None
@@ -111,32 +118,23 @@ class _Parts:
         app, settings = worker.app, worker.settings
         self._settings = settings
         self._group = asyncio.TaskGroup()
-        self._threads = Threads()
+        self._threads = Threads(on_change=self._threads_changed)
+        self._processes = Processes(worker.processes, conninfo=app.conninfo, result_limit=settings.payload_limit)
+        # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
+        self._claimable = sorted(app.tasks)
         self._claiming = Wire(app.conninfo, application="queue_service claimer")
         self._finishing = Wire(app.conninfo, application="queue_service finisher")
         leases = Leases()
         self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce)
         self._app = app
         self._leases = leases
-        self.executors = {
-            queue: Executor(
-                queue,
-                concurrency,
-                tasks=app.tasks,
-                finisher=self.finisher,
-                threads=self._threads,
-                result_limit=settings.payload_limit,
-                spawn=self._spawn,
-                room=self._wake_claimer,
-            )
-            for queue, concurrency in worker.queues.items()
-        }
+        self.executors = {queue: self._executor(queue, concurrency) for queue, concurrency in worker.queues.items()}
         self.claimer = Claimer(
             self._claiming,
             self.executors,
             leases,
             self.finisher,
-            tasks=sorted(app.tasks),
+            tasks=self._claimable,
             worker_id=worker_id,
             lease=settings.lease,
             poll_interval=settings.poll_interval,
@@ -145,7 +143,11 @@ class _Parts:
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, on_lost=self._lose, on_cancel=self._cancel
         )
+        self._lag = LagWatch(self._run_of)
         self._sweeper = Sweeper(app.fetch, app.notify, max_losses=settings.max_losses, grace=settings.lease / 3)
+        self._scheduler = Scheduler(
+            app.fetch, app.notify, poll_interval=settings.poll_interval, retention=settings.retention
+        )
         self._pruner = Pruner(app.pool, retention=settings.retention)
         self._slots: set[asyncio.Task[None]] = set()
 
@@ -155,12 +157,17 @@ class _Parts:
         settings = self._settings
         # Before anything can end: a partition is attached without trouble while nothing is written where it will be.
         await self._pruner.partitions()
+        await self._app.schedules.store_declared()
+        if once:
+            await self._scheduler.once()
         try:
             async with self._group, self._closing_slots():
                 background = [
                     self._start(self._keeper.run()),
+                    self._start(self._lag.run()),
                     self._start(self._listen()),
                     self._start(every(settings.sweep_interval, self._sweeper.once, name="sweeper")),
+                    self._start(every(timedelta(0), self._scheduler.when_due, name="scheduler")),
                     self._start(every(settings.retention / 100, self._pruner.once, name="pruner")),
                 ]
                 finishing = self._start(self.finisher.run())
@@ -178,8 +185,22 @@ class _Parts:
             raise group_error.exceptions[0] from None
         finally:
             self._threads.close()
+            await self._processes.close()
             await self._claiming.close()
             await self._finishing.close()
+
+    def _executor(self, queue: str, concurrency: int) -> Executor:
+        return Executor(
+            queue,
+            concurrency,
+            tasks=self._app.tasks,
+            finisher=self.finisher,
+            threads=self._threads,
+            processes=self._processes,
+            result_limit=self._settings.payload_limit,
+            spawn=self._spawn,
+            room=self._wake_claimer,
+        )
 
     def _start(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def watched() -> None:
@@ -237,6 +258,15 @@ class _Parts:
     def _wake_claimer(self) -> None:
         self.claimer.wake()
 
+    def _threads_changed(self) -> None:
+        """At once, or when a thread that was given up has ended."""
+        usable = [name for name, task in self._app.tasks.items() if task.is_async or task.process]
+        self._claimable[:] = sorted(usable if self._threads.is_exhausted else self._app.tasks)
+        self.claimer.rescan()
+
+    def _run_of(self, task: asyncio.Task[Any]) -> Run | None:
+        return next((run for each in self.executors.values() if (run := each.run_of(task)) is not None), None)
+
     def _announce(self, ended: list[int]) -> None:
         self._app.notify([channels.about_runs(channels.FINISHED, ended)])
 
@@ -274,6 +304,14 @@ def _checked(queues: Mapping[str, int]) -> dict[str, int]:
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
             raise ConfigError(f"Queue {name!r} needs a concurrency from 1 to {MAX_CONCURRENCY:,}, not {concurrency!r}.")
     return dict(queues)
+
+
+def _processes(number: int | None) -> int:
+    if number is None:
+        return os.cpu_count() or 1
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ConfigError(f"processes must be a whole number from 1, not {number!r}.")
+    return number
 
 
 def _counts(tally: Tally) -> dict[str, int]:

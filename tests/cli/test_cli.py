@@ -128,7 +128,8 @@ def test_every_command_is_there() -> None:
     assert {" ".join(path) for path in EVERY_COMMAND} == {
         "config show", "db check", "db current", "db migrate", "db psql", "db sql", "db start", "db stop", "db url",
         "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "queues list", "queues pause", "queues resume", "runs cancel", "runs delete", "runs list",
-        "runs retry", "runs show", "runs why", "version", "worker", "workers list",
+        "runs retry", "runs show", "runs why", "schedules add", "schedules delete", "schedules list", "schedules next",
+        "schedules pause", "schedules resume", "schedules run", "schedules show", "version", "worker", "workers list",
     }  # fmt: skip
 
 

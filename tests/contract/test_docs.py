@@ -30,6 +30,7 @@ PROGRAMS = {
         "worker_died\n"
     ),
     "gateway": "5 routes\n",
+    "schedules": "['pulse', 'report']\n5\nquick for pulse\n",
     "streams": (
         "3 ['delta', 'delta']\n1 status {'text': 'thinking'}\n2 delta {'text': 'Hel'}\n3 delta {'text': 'lo'}\n"
     ),

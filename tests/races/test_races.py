@@ -18,7 +18,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
-from queue_service.runs.model import Claim, Ending, NewRun, Return, Run, RunState
+from queue_service.runs.model import Ending, NewRun, Return, Run, RunState
 from tests.support import LEASE, blocked, claim, claimed, enqueued, eventually, lapse, one, rows
 
 Open = Callable[[], Awaitable[Connection]]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import queue_service
-from queue_service import App, Cancel, Retry, Run, RunState, Snooze
+from queue_service import App, Cancel, Retry, RetryLater, Run, RunState, Snooze
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.tasks import LONGEST, Task, duration
 
@@ -260,6 +263,74 @@ async def test_arguments_that_do_not_fit_are_refused_before_anything_is_sent() -
 def test_a_number_of_attempts_that_is_none_is_refused(attempts: Any) -> None:
     with pytest.raises(ConfigError, match="max_attempts must be a whole number from 1"):
         Retry(max_attempts=attempts)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        *[({"backoff": each}, "backoff must be") for each in ("quadratic", "", None, 3, ["linear"])],
+        *[({which: each}, f"^{which} ") for which in ("base", "cap") for each in (-1, math.nan, math.inf, "2", True, None)],
+        *[({which: each}, rf"Retry\({which}=\)") for which in ("on", "never") for each in (3, "x", [OSError], (OSError, 1))],
+    ],
+)  # fmt: skip
+def test_a_policy_that_is_none_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Retry(**options)
+
+
+def test_a_policy_that_would_have_to_be_awaited_is_refused() -> None:
+    async def policy(failures: int, error: BaseException) -> float:
+        return 1.0
+
+    with pytest.raises(ConfigError, match="plain function"):
+        Retry(backoff=policy)  # type: ignore[arg-type]
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "backoff": st.sampled_from(["exponential", "linear", "fixed"]),
+        "base": st.floats(0, LONGEST.total_seconds()) | st.timedeltas(timedelta(0), LONGEST),
+        "cap": st.floats(0, LONGEST.total_seconds()) | st.timedeltas(timedelta(0), LONGEST),
+        "jitter": st.booleans(),
+    }
+)
+
+
+@given(OPTIONS, st.integers(1, 2**31))
+def test_every_policy_waits_between_nothing_and_its_cap(options: dict[str, Any], failures: int) -> None:
+    wait = Retry(**options).wait(failures, ValueError())
+    assert wait is not None
+    assert 0 <= wait <= duration(options["cap"], "cap").total_seconds()
+    assert timedelta(seconds=wait) >= timedelta(0)
+
+
+@given(st.floats() | st.integers() | st.timedeltas() | st.none() | st.text() | st.booleans())
+def test_what_a_callable_returns_is_a_wait_or_is_refused(answer: Any) -> None:
+    try:
+        wait = Retry(backoff=lambda *_: answer).wait(1, ValueError())
+    except ConfigError:
+        return
+    assert (wait is None) == (answer is None)
+    assert wait is None or 0 <= wait <= LONGEST.total_seconds()
+
+
+@pytest.mark.parametrize("delay", [-1, math.nan, math.inf, "soon", None])
+def test_a_retry_after_no_time_is_refused(delay: Any) -> None:
+    with pytest.raises(ConfigError, match=r"RetryLater\(delay\)"):
+        RetryLater(delay)
+
+
+def test_a_function_that_no_process_could_import_is_refused(app: App) -> None:
+    def local() -> None: ...
+
+    for function in (local, lambda: None, functools.partial(print_nothing)):
+        with pytest.raises(ConfigError, match="not defined at the top of a module"):
+            app.task(name="t", process=True)(function)
+    with pytest.raises(ConfigError, match="is async"):
+        app.task(process=True)(a_coroutine)
+    assert len(app.tasks) == 0
+    assert app.task(process=True)(plain).process
+    assert not app.task(rest).process
 
 
 @pytest.mark.parametrize("value", [3, "3", {"max_attempts": 3}])

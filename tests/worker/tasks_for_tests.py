@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from queue_service import App, Retry, Run
+from queue_service import App, Cancel, Retry, RetryLater, Run, Snooze
 
 app = App()
 
@@ -45,6 +50,72 @@ async def poison(path: str, run: Run) -> None:
     _append(Path(path), f"poison {run.id} {run.attempt} {os.getpid()}\n")
     await asyncio.sleep(0.2)
     os._exit(9)
+
+
+# In processes of their own
+
+
+class Busy(Exception):
+    def __init__(self, seconds: float | None) -> None:
+        super().__init__("too busy")
+        self.seconds = seconds
+
+
+def when_it_says(failures: int, error: BaseException) -> float | None:
+    assert isinstance(error, Busy)
+    return None if error.seconds is None else error.seconds + failures
+
+
+@app.task(process=True)
+def where(run: Run, n: int = 0) -> Any:
+    print("printed, and no answer", end="", flush=True)  # noqa: T201 - it must not disturb the answer
+    return [n, run.id, run.attempt, os.getpid()]
+
+
+@app.task(process=True, retry=Retry(max_attempts=1))
+def burn(path: str, program: str | None = None) -> None:
+    """Computes for ever, or for a minute. Its process, and one that it starts, are named in the file at PATH."""
+    started = subprocess.Popen([sys.executable, "-c", program]) if program else None
+    _append(Path(path), f"{os.getpid()} {started.pid if started else 0}\n")
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        sum(range(10_000))
+
+
+@app.task(process=True, retry=Retry(max_attempts=1))
+def nap(seconds: float, path: str | None = None) -> int:
+    """Leaves two lines in the file at PATH, and sleeps between them."""
+    if path:
+        _append(Path(path), "begun\n")
+    time.sleep(seconds)
+    if path:
+        _append(Path(path), "ended\n")
+    return os.getpid()
+
+
+@app.task(process=True, retry=Retry(max_attempts=1))
+def die(how: str | int) -> None:
+    if isinstance(how, int):
+        os._exit(how)
+    os.kill(os.getpid(), getattr(signal, how))
+    time.sleep(60)
+
+
+@app.task(process=True, retry=Retry(backoff=when_it_says, never=(KeyError,)))
+def say(word: str, value: Any = None) -> Any:
+    words: dict[str, Any] = {"snooze": Snooze, "cancel": Cancel, "give": lambda value: value, "set": lambda _: object()}
+    errors: dict[str, Any] = {"busy": Busy, "key": KeyError, "later": RetryLater, "exit": SystemExit}
+    if word in errors:
+        raise errors[word](value)
+    return words[word](value)
+
+
+@app.task(process=True)
+def look(run: Run) -> Any:
+    """What the database says of this very run."""
+    with app.sync as q:
+        found = q.get(run.id)
+    return found and found.state.value
 
 
 def _append(path: Path, line: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 from queue_service import App, Cancel, Retry, Run, RunState, Snooze, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
+from queue_service.worker import threads
 from tests.support import enqueued, eventually, one, rows, working
 
 NEVER_AGAIN = Retry(max_attempts=1)
@@ -39,6 +40,14 @@ async def executed(app: App, run_id: int, concurrency: int = 10) -> Run:
     run = await app.get(run_id)
     assert run is not None
     return run
+
+
+def a_run() -> Run:
+    now = datetime.now(UTC)
+    return Run(
+        id=1, queue="default", task="t", state=RunState.RUNNING, payload={}, attempt=1, failures=0, losses=0,
+        priority=0, created_at=now, run_at=now,
+    )  # fmt: skip
 
 
 async def make_due(conn: Connection, run_id: int) -> None:
@@ -492,6 +501,195 @@ async def test_a_sync_handler_abandoned_by_its_timeout_does_not_stand_in_the_way
             assert after.result == "well"
         finally:
             release.set()
+
+
+async def test_a_given_up_thread_is_reported_with_what_it_is_doing(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+
+    @app.task(timeout=0.05, retry=NEVER_AGAIN)
+    def dawdle_for_long() -> None:
+        release.wait(60)
+
+    async with working(app):
+        try:
+            run = await ended(app, await app.enqueue("dawdle_for_long", {}))
+        finally:
+            release.set()
+    reports = [record.__dict__ for record in caplog.records if "was given up" in record.message]
+    assert [(report["run_id"], report["task"], report["abandoned"]) for report in reports] == [
+        (run.id, "dawdle_for_long", 1)
+    ]
+    assert "release.wait(60)" in reports[0]["stack"]
+
+
+async def test_with_too_many_given_up_threads_sync_runs_wait_and_async_ones_do_not(
+    app: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "MAX_ABANDONED", 2)
+    release = threading.Event()
+    begun: list[int] = []
+
+    @app.task(timeout=0.05, retry=NEVER_AGAIN)
+    def dawdle() -> None:
+        begun.append(1)
+        release.wait(60)
+
+    @app.task
+    def healthy() -> str:
+        return "well"
+
+    @app.task
+    async def on_the_loop() -> str:
+        return "well"
+
+    def errors() -> list[str]:
+        return [record.message for record in caplog.records if record.levelname == "ERROR"]
+
+    caplog.set_level("INFO")
+    async with working(app, {"default": 1}):
+        try:
+            dawdling = await app.enqueue_many("dawdle", [{}] * 2)
+            assert [reason(await ended(app, run_id)) for run_id in dawdling] == ["timeout"] * 2
+            assert len(errors()) == 1
+            assert "too many threads" in errors()[0]
+            waiting = await app.enqueue_many("healthy", [{}] * 3)
+            others = [await ended(app, await app.enqueue("on_the_loop", {})) for _ in range(5)]
+            assert {other.result for other in others} == {"well"}
+            # They are not claimed at all.
+            left = [run for run_id in waiting if (run := await app.get(run_id)) is not None]
+            assert [(run.state, run.attempt) for run in left] == [(RunState.QUEUED, 0)] * 3
+        finally:
+            release.set()
+        assert [(await ended(app, run_id)).result for run_id in waiting] == ["well"] * 3
+    assert len(begun) == 2
+    assert len(errors()) == 1
+    assert any("begun again" in record.message for record in caplog.records)
+
+
+async def test_a_sync_run_that_was_already_claimed_goes_back_with_no_failure(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "MAX_ABANDONED", 1)
+    release = threading.Event()
+
+    @app.task(timeout=0.05, retry=NEVER_AGAIN)
+    def dawdle() -> None:
+        release.wait(60)
+
+    @app.task(retry=NEVER_AGAIN)
+    def healthy() -> str:
+        return "well"
+
+    async with working(app, {"default": 1}) as worker:
+        assert worker._parts is not None
+        try:
+            await ended(app, await app.enqueue("dawdle", {}))
+            # As if it had been claimed just before.
+            worker._parts._claimable[:] = sorted(app.tasks)
+            run_id = await app.enqueue("healthy", {})
+            await eventually(lambda: worker.tally.returned >= 1)
+        finally:
+            release.set()
+        run = await ended(app, run_id)
+    assert (run.result, run.failures, run.losses) == ("well", 0, 0)
+    assert run.attempt >= 2
+
+
+async def test_a_thread_that_had_just_ended_is_not_counted_as_given_up() -> None:
+    class Late(threads.Threads):
+        """Is cancelled in the very moment in which the answer is there."""
+
+        def _done(self, *arguments: Any) -> None:
+            super()._done(*arguments)
+            running.cancel()
+
+    given = Late()
+    running = asyncio.create_task(given.run(a_run(), int))
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not given._abandoned
+    given.close()
+
+
+# What a handler can see of its own end
+
+
+@pytest.mark.parametrize("why", ["cancelled", "over its time", "lost", "handed back"])
+async def test_a_handler_in_a_thread_sees_that_it_should_stop(app: App, conn: Connection, why: str) -> None:
+    seen: list[tuple[int, bool]] = []
+    stopped = threading.Event()
+
+    @app.task(timeout=0.2 if why == "over its time" else None, retry=NEVER_AGAIN)
+    def poll(run: Run) -> None:
+        if run.attempt == 1:
+            seen.append((run.id, run.cancelled))
+            while not run.cancelled and not stopped.wait(0.005):
+                pass
+            seen.append((run.id, run.cancelled))
+
+    bystanders: list[bool] = []
+
+    @app.task
+    async def bystander(run: Run) -> None:
+        bystanders.append(run.cancelled)
+
+    run_id = await app.enqueue("poll", {})
+    try:
+        async with working(app) as worker:
+            await eventually(lambda: seen)
+            if why == "cancelled":
+                await app.cancel(run_id)
+            elif why == "lost":
+                await conn.execute("delete from queue_service.leases")
+            elif why == "handed back":
+                worker.stop(now=True)
+            await eventually(lambda: len(seen) == 2)
+            if why != "handed back":
+                await ended(app, await app.enqueue("bystander", {}))
+                assert bystanders == [False]
+    finally:
+        stopped.set()
+    assert seen == [(run_id, False), (run_id, True)]
+
+
+async def test_an_async_handler_sees_why_it_is_cancelled_and_so_do_threads_it_started(app: App) -> None:
+    seen: list[bool] = []
+    release = threading.Event()
+
+    def in_thread(run: Run) -> None:
+        release.wait(20)
+        seen.append(run.cancelled)
+
+    @app.task(timeout=0.05, retry=NEVER_AGAIN)
+    async def delegate(run: Run) -> None:
+        try:
+            await asyncio.to_thread(in_thread, run)
+        except asyncio.CancelledError:
+            seen.append(run.cancelled)
+            raise
+
+    async with working(app):
+        run = await ended(app, await app.enqueue("delegate", {}))
+        release.set()
+        await eventually(lambda: len(seen) == 2)
+    assert (reason(run), seen) == ("timeout", [True, True])
+
+
+async def test_a_handler_that_goes_on_after_its_time_can_still_be_cancelled(app: App) -> None:
+    late = asyncio.Event()
+
+    @app.task(timeout=0.05, retry=NEVER_AGAIN)
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        late.set()
+        await asyncio.Event().wait()
+
+    async with working(app, {"default": 1}):
+        run_id = await app.enqueue("stubborn", {})
+        await asyncio.wait_for(late.wait(), 8)
+        await app.cancel(run_id)
+        assert (await ended(app, run_id)).state is RunState.CANCELLED
 
 
 # Results that cannot be stored as they are

@@ -1,0 +1,170 @@
+"""`app.schedules`: schedules as rows that any process may read and change, and those that an App declares in its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from queue_service import cron as slots
+from queue_service.app import enqueue as enqueueing
+from queue_service.cron import Timing
+from queue_service.db import channels
+from queue_service.errors import ConfigError, nearest
+from queue_service.schedules import queries
+from queue_service.schedules.model import Misfire, NewSchedule, Schedule
+from queue_service.tasks import Task, duration
+from queue_service.words import check_word
+
+if TYPE_CHECKING:
+    from queue_service.app.app import App
+
+TaskT = TypeVar("TaskT", bound=Task[..., Any])
+MisfireWord = Literal["skip", "last", "all"]
+
+MAX_NAME = 256
+# Whoever changes the schedule between our look and our write makes us look again; this often in a row is no coincidence.
+TRIES = 20
+
+
+class Schedules:
+    """Schedules are rows: one that is stored fires, in whichever worker looks first, until it is paused or deleted. For
+    each of its slots one run is enqueued, whose metadata says `{"schedule": name, "slot": time}`.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def put(
+        self,
+        name: str,
+        task: str,
+        payload: Mapping[str, Any] | None = None,
+        /,
+        *,
+        cron: str | None = None,
+        every: timedelta | float | None = None,
+        timezone: str = "UTC",
+        misfire: MisfireWord = "last",
+        queue: str | None = None,
+        priority: int = 0,
+        expires_in: timedelta | float | None = None,
+    ) -> bool | None:
+        """Store a schedule under this name, or change the one that has it. True: it is new; False: it was changed; None:
+        it was like this already.
+
+        When: either `cron`, five fields (or `@daily` and the like) read in `timezone`, or `every`, seconds or timedelta.
+        `misfire` says what happens about slots that passed while no worker was there: `skip`, `last` or `all` (at most
+        100). The others are those of `enqueue`. A change of the timing begins with the next slot; pauses stay. Raises
+        ConfigError and PayloadRefused for what could never fire.
+        """
+        new = self._new(
+            name, task, payload, cron=cron, every=every, timezone=timezone, misfire=misfire, queue=queue,
+            priority=priority, expires_in=expires_in,
+        )  # fmt: skip
+        return await self._store(new)
+
+    async def get(self, name: str) -> Schedule | None:
+        """The schedule of this name; None if there is none."""
+        return await self._app.fetch(queries.get(name))
+
+    async def next(self, name: str, count: int = 5) -> list[datetime] | None:
+        """When the schedule is due next, in UTC, as if it were not paused. None: there is no such schedule."""
+        schedule = await self.get(name)
+        if schedule is None:
+            return None
+        if schedule.paused_at is not None:
+            return slots.upcoming(schedule.timing, await self._app.fetch(queries.clock()), count)
+        return [schedule.next_at, *slots.upcoming(schedule.timing, schedule.next_at, count - 1)][:count]
+
+    async def list(self) -> list[Schedule]:
+        """All schedules, by name."""
+        return await self._app.fetch(queries.listed())
+
+    async def run_now(self, name: str) -> int | None:
+        """Enqueue the schedule's run out of turn, also while it is paused, and return its id. Its `slot` is this moment,
+        and its next slot stays. None: there is no such schedule."""
+        run = await self._app.fetch(queries.run_now(name))
+        if run is None:
+            return None
+        run_id, queue, priority = run
+        self._app.notify([channels.enqueued(queue, priority)])
+        return run_id
+
+    async def pause(self, name: str) -> bool | None:
+        """Let it not fire until `resume`. False: it was paused already; None: there is no such schedule."""
+        return await self._app.fetch(queries.pause(name))
+
+    async def resume(self, name: str) -> bool | None:
+        """Let it fire again, from its next slot on: those of the pause are not made up for. False: it was not paused; None:
+        there is no such schedule."""
+        for _ in range(TRIES):
+            schedule = await self.get(name)
+            if schedule is None:
+                return None
+            if schedule.paused_at is None:
+                return False
+            next_at = slots.following(schedule.timing, await self._app.fetch(queries.clock()))
+            if await self._app.fetch(queries.resume(schedule, next_at)):
+                return True
+        raise ConfigError(f"Schedule {name!r} was changed again and again while it was to be resumed. Try again.")
+
+    async def delete(self, name: str) -> bool:
+        """Forget the schedule; its runs stay. One that is declared in code comes back when a worker starts with that code.
+        False: there was none."""
+        return await self._app.fetch(queries.delete(name))
+
+    async def store_declared(self) -> None:
+        """Store what `@app.schedule` declared. Workers do this when they start; it pauses, resumes and deletes nothing."""
+        for new in self._app.declared.values():
+            await self._store(new)
+
+    def declare(
+        self,
+        cron: str | None,
+        name: str | None,
+        payload: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+    ) -> Callable[[TaskT], TaskT]:
+        """The decorator that `app.schedule` returns."""
+
+        def declared(task: TaskT) -> TaskT:
+            if not isinstance(task, Task):
+                raise ConfigError("@app.schedule is for a task. Write it above @app.task, not below.")
+            new = self._new(name or task.name, task.name, payload, cron=cron, **options)
+            taken = self._app.declared.setdefault(new.name, new)
+            if taken != new:
+                raise ConfigError(f"Two schedules want the name {new.name!r}. Give one of them another name=.")
+            return task
+
+        return declared
+
+    async def _store(self, new: NewSchedule) -> bool | None:
+        now = await self._app.fetch(queries.clock())
+        return await self._app.fetch(queries.put(new, slots.following(new.timing, now)))
+
+    def _new(
+        self,
+        name: str,
+        task: str,
+        payload: Mapping[str, Any] | None,
+        *,
+        cron: str | None,
+        every: timedelta | float | None,
+        timezone: str,
+        misfire: MisfireWord,
+        **options: Any,
+    ) -> NewSchedule:
+        check_word(name, "the name of a schedule", MAX_NAME)
+        words = [each.value for each in Misfire]
+        if misfire not in words:
+            raise ConfigError(f"misfire must be one of {', '.join(words)}.{nearest(str(misfire), words)}")
+        timing = Timing(cron, None if every is None else duration(every, "every", positive=True), timezone)
+        # Checked as the run that it will be.
+        run = enqueueing.new_run(
+            self._app.tasks, self._app.settings.payload_limit, task, {} if payload is None else payload, **options
+        )
+        return NewSchedule(
+            name=name, timing=timing, misfire=Misfire(misfire), task=task, queue=run.queue, payload=run.payload,
+            priority=run.priority, expires_in=run.expires_in,
+        )  # fmt: skip

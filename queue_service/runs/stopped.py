@@ -1,0 +1,26 @@
+"""Which claims' handlers were told to stop in this process.
+
+An attribute would cost every run that is claimed; this costs those that are stopped, and is read from any thread. What is
+kept is small, and the oldest goes first: nobody knows when the last thread that looks here has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+KEPT = 10_000
+
+_stopped: dict[tuple[Any, ...], None] = {}
+_changing = threading.Lock()
+
+
+def mark(claim: tuple[Any, ...]) -> None:
+    with _changing:
+        _stopped[claim] = None
+        if len(_stopped) > KEPT:
+            del _stopped[next(iter(_stopped))]
+
+
+def is_marked(claim: tuple[Any, ...]) -> bool:
+    return claim in _stopped

@@ -1,0 +1,74 @@
+"""Databases for tests: the schema is migrated once, into a template, and each test gets a copy that is its own."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from queue_service.app import App
+from queue_service.db import embedded, schema, url
+from queue_service.db.cluster import Cluster
+from queue_service.errors import ConfigError
+
+# Tests check logic; what survives a power cut is the server's business, and its flushes would double the time.
+FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
+
+
+@contextmanager
+def embedded_server(programs: Path | None = None) -> Iterator[str]:
+    """The conninfo of a superuser on a server that is gone after the block, run by the bundled programs or by these."""
+    scratch = Path(tempfile.mkdtemp(prefix="queue_service-tests-"))
+    # A server that may not run as root is run by another user, who has to pass through.
+    scratch.chmod(0o711)
+    cluster = Cluster(scratch / "cluster", programs or embedded.programs(), FAST)
+    try:
+        yield cluster.use()
+    finally:
+        cluster.leave()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def template(server: str, prepare: Callable[[str], object] | None = None) -> Iterator[str]:
+    """The name of a database with our schema, for copying. `prepare` is given its conninfo, to add what is the caller's,
+    and must leave no connection to it open: Postgres copies no database that is in use."""
+    with made(server, "template1", prefix="queue_service_template") as conninfo:
+        schema.upgrade(conninfo)
+        if prepare is not None:
+            prepare(conninfo)
+        yield str(conninfo_to_dict(conninfo)["dbname"])
+
+
+@contextmanager
+def made(server: str, source: str, *, prefix: str = "queue_service_test") -> Iterator[str]:
+    """The conninfo of a new database, a copy of `source`, for the length of the block."""
+    # Not the process id: test runs on several machines may share a server.
+    name = f"{prefix}_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        # Copying files writes little into the log, where a checkpoint costs nothing: fsync is off, or the database small.
+        admin.execute(f"create database {name} template {source} strategy file_copy".encode())
+        try:
+            yield make_conninfo(server, dbname=name)
+        finally:
+            admin.execute(f"drop database {name} with (force)".encode())
+
+
+@contextmanager
+def on_database(app: App, conninfo: str) -> Iterator[App]:
+    """Let this App, which must not be open, use another database for the length of the block. An `app.sync` that was taken
+    before keeps the one it had."""
+    if app._open is not None:  # noqa: SLF001 - what `app.opened` says depends on who asks
+        raise ConfigError("This App is open, and stays with its database. Let the test open it, not the module.")
+    before = app.database
+    app.database = url.parse(conninfo, source="test")
+    try:
+        yield app
+    finally:
+        app.database = before

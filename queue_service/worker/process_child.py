@@ -1,0 +1,152 @@
+"""The other side of `processes`: a process that executes runs one by one, and decides itself what becomes of each.
+
+It decides because the exception and the retry policy are here, and neither would survive a trip as JSON. Jobs come in on
+standard input and answers go out on standard output, both under numbers of their own: what a handler prints goes to
+standard error. The end of the input is the end of the process, even in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import runpy
+import sys
+import threading
+import types
+from io import BufferedReader, BufferedWriter
+from queue import SimpleQueue
+from typing import Any
+
+import msgspec
+
+from queue_service.app import App
+from queue_service.db.url import Server
+from queue_service.errors import ConfigError
+from queue_service.runs.model import Ending, Return, Run
+from queue_service.tasks import Retry, Task
+from queue_service.worker import results
+from queue_service.worker.agent import die_with_parent
+from queue_service.worker.finisher import Outcome
+
+# The program of the worker, imported under this name, does not take itself for the program of this process.
+MAIN = "__mp_main__"
+# How long what is idle may take to end once nobody listens.
+LINGER = 1.0
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A run to execute, and where its task is found. `conninfo` is the database that the worker is connected to."""
+
+    module: str
+    main: str | None
+    main_file: str | None
+    run: Run
+    conninfo: str
+    limit: int
+    max_attempts: int
+
+
+class Begun(msgspec.Struct, frozen=True, tag="begun"):
+    """The handler is called now."""
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    outcome: Ending
+
+
+class Returned(msgspec.Struct, frozen=True, tag="returned"):
+    outcome: Return
+
+
+_job = msgspec.json.Decoder(Job).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def serve(parent: int) -> None:
+    """Until the worker closes its end, or is gone."""
+    die_with_parent()
+    if os.getppid() != parent:
+        return
+    incoming, outgoing = _pipes()
+    lines: SimpleQueue[bytes | None] = SimpleQueue()
+    threading.Thread(target=_listen, args=(incoming, lines), name="queue_service jobs", daemon=True).start()
+    while (line := lines.get()) is not None:
+        _say(outgoing, _executed(_job(line), outgoing))
+
+
+def _pipes() -> tuple[BufferedReader, BufferedWriter]:
+    """The two pipes, out of the reach of handlers and of the processes that these start."""
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    os.close(nothing)
+    return incoming, outgoing
+
+
+def _listen(incoming: BufferedReader, lines: SimpleQueue[bytes | None]) -> None:
+    for line in incoming:
+        lines.put(line)
+    lines.put(None)
+    # A handler at work, or a thread that one has left behind, would keep this process for ever.
+    threading.Event().wait(LINGER)
+    os._exit(1)
+
+
+def _executed(job: Job, outgoing: BufferedWriter) -> Ended | Returned:
+    run = job.run
+    # Until the task is found, only its number of attempts is known.
+    retry = Retry(max_attempts=job.max_attempts)
+    try:
+        task = _found(job.module, run.task, job.main, job.main_file, job.conninfo)
+        retry = task.retry
+        _say(outgoing, Begun())
+        outcome: Outcome = results.returned(run, task.function(**task.arguments(run)), limit=job.limit)
+    except BaseException as error:  # noqa: BLE001 - whatever a handler raises is its run's failure
+        outcome = results.raised(run, retry, error)
+    return Ended(outcome) if isinstance(outcome, Ending) else Returned(outcome)
+
+
+def _say(outgoing: BufferedWriter, said: Begun | Ended | Returned) -> None:
+    outgoing.write(_encode(said) + b"\n")
+    outgoing.flush()
+
+
+@functools.cache
+def _found(module: str, name: str, main: str | None, main_file: str | None, conninfo: str) -> Task[..., Any]:
+    """The task, once its module is imported. Its App is pointed at the worker's database."""
+    if module == "__main__":
+        module = MAIN
+        _import_main(main, main_file)
+    importlib.import_module(module)
+    for each in list(sys.modules.values()):
+        for value in list(getattr(each, "__dict__", {}).values()):
+            # Not isinstance, which would ask proxies what they stand for.
+            if issubclass(type(value), App) and _defines(value, name, module):
+                value.database = Server(conninfo, source="worker")
+                task: Task[..., Any] = value.tasks[name]
+                return task
+    raise ConfigError(
+        f"Importing {module} registers no task {name!r} on an App that a module holds. "
+        "Decorate the function where it is defined, with @app.task(process=True)."
+    )
+
+
+def _defines(app: App, name: str, module: str) -> bool:
+    return name in app.tasks and app.tasks[name].function.__module__ == module
+
+
+def _import_main(name: str | None, file: str | None) -> None:
+    if MAIN in sys.modules:
+        return
+    if name is None and file is None:
+        raise ConfigError("A task of processes cannot be defined in an interactive session. Move it to a module.")
+    module = types.ModuleType(MAIN)
+    sys.modules[MAIN] = module
+    try:
+        content = runpy.run_module(name, run_name=MAIN) if name else runpy.run_path(str(file), run_name=MAIN)
+    except BaseException:
+        del sys.modules[MAIN]
+        raise
+    module.__dict__.update(content)

@@ -1,0 +1,214 @@
+"""Processes for handlers that compute: a run has one to itself, and a process that dies is that attempt's failure only.
+
+JSON lines go in and out, and nothing is pickled: the process imports the task's module and finds it by name. A run that
+is given up has its process killed, with all that it started, and the next run gets a new one. A process never outlives
+this one: it notices the end of its pipe, and on Linux the kernel kills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from queue_service.logs import get_logger
+from queue_service.runs.model import Run
+from queue_service.tasks import ProcessDied, Task
+from queue_service.worker.child import Child
+from queue_service.worker.finisher import Outcome
+from queue_service.worker.process_child import Begun, Ended, Job, Returned
+
+log = get_logger(__name__)
+
+# What is found before it can be asked for: our own package, where this process found it.
+BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
+    "from queue_service.worker.process_child import serve; serve(int(sys.argv[1]))"
+)
+# How long a process may take to start and to import the task's module.
+STARTUP = 60.0
+# How long an idle process gets to end by itself, once its pipe is closed.
+GRACE = 2.0
+# Around a result: the traceback of an error, and the names of fields.
+ENVELOPE = 256 * 1024
+
+_answer = msgspec.json.Decoder(Begun | Ended | Returned).decode
+
+
+class Processes:
+    """`size` at most, made when they are first needed. Belongs to one event loop."""
+
+    def __init__(self, size: int, *, conninfo: str, result_limit: int) -> None:
+        self._places = asyncio.Semaphore(size)
+        self._conninfo = conninfo
+        self._result_limit = result_limit
+        self._idle: list[_Process] = []
+        self._living: set[_Process] = set()
+
+    async def run(self, task: Task[..., Any], run: Run, *, begun: Callable[[], None]) -> Outcome:
+        """The outcome of this run. `begun` is called once its handler is: before that it may have to wait for its turn.
+        When cancelled, the process is killed. Raises ProcessDied."""
+        job = self._job(task, run)
+        async with self._places:
+            while True:
+                process = self._taken()
+                try:
+                    outcome = await process.do(job, begun)
+                except BaseException as error:
+                    process.kill()
+                    # It died while it was idle, and that was noticed only now.
+                    if isinstance(error, ProcessDied) and process.served and not process.has_begun:
+                        continue
+                    raise
+                process.served += 1
+                self._idle.append(process)
+                return outcome
+
+    async def close(self) -> None:
+        """End them all."""
+        lives = [process.life for process in self._living]
+        for process in self._living:
+            process.close()
+        if lives:
+            await asyncio.wait(lives, timeout=GRACE)
+        for process in list(self._living):
+            process.kill()
+        if lives:
+            await asyncio.wait(lives, timeout=GRACE)
+
+    def _taken(self) -> _Process:
+        while self._idle:
+            process = self._idle.pop()
+            if not process.has_ended:
+                return process
+        # Twice: a result is text within a line, and its quotes take two characters there.
+        process = _Process(limit=2 * self._result_limit + ENVELOPE)
+        self._living.add(process)
+        process.life.add_done_callback(lambda _life: self._living.discard(process))
+        return process
+
+    def _job(self, task: Task[..., Any], run: Run) -> bytes:
+        main, main_file = _main() if task.function.__module__ == "__main__" else (None, None)
+        return msgspec.json.encode(
+            Job(
+                module=task.function.__module__, main=main, main_file=main_file, run=run, conninfo=self._conninfo,
+                limit=self._result_limit, max_attempts=run.max_attempts or task.retry.max_attempts,
+            )
+        )  # fmt: skip
+
+
+class _Process:
+    """From its start to its end. It does one thing at a time."""
+
+    def __init__(self, *, limit: int) -> None:
+        self._limit = limit
+        self._child: Child | None = None
+        self._job: bytes | None = None
+        self._answer: asyncio.Future[Outcome] | None = None
+        self._begun: Callable[[], None] = lambda: None
+        self._doomed = False
+        self.has_begun = False
+        self.served = 0
+        self.has_ended = False
+        self.life = asyncio.create_task(self._live())
+
+    async def do(self, job: bytes, begun: Callable[[], None]) -> Outcome:
+        self._answer = asyncio.get_running_loop().create_future()
+        self.has_begun = False
+        try:
+            async with asyncio.timeout(STARTUP) as patience:
+
+                def at_work() -> None:
+                    self.has_begun = True
+                    patience.reschedule(None)
+                    begun()
+
+                self._begun = at_work
+                if self._child is None:
+                    self._job = job
+                else:
+                    self._child.write(job)
+                return await self._answer
+        except TimeoutError:
+            raise ProcessDied(f"was not ready within {STARTUP:g} s, and was killed") from None
+        finally:
+            self._answer = None
+
+    def kill(self) -> None:
+        self._doomed = True
+        if self._child is not None and not self.has_ended:
+            # Its whole session: what the handler started goes with it.
+            with contextlib.suppress(OSError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Let it end by itself, as soon as it has nothing to do."""
+        if self._child is None:
+            self.kill()
+        else:
+            self._child.close()
+
+    async def _live(self) -> None:
+        try:
+            how, number = _how(await self._ended())
+        except (OSError, ValueError) as refused:
+            how, number = f"could not be started: {refused}", None
+        self.has_ended = True
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(ProcessDied(how, signal=number))
+        elif not self._doomed and number is not None:
+            log.warning("an idle process for handlers died", how=how)
+
+    async def _ended(self) -> str:
+        child = await Child.spawn(
+            [sys.executable, "-c", BOOT, str(os.getpid()), json.dumps([str(path) for path in sys.path])],
+            env=None, cwd=None, limit=self._limit, take=self._take, overrun=self._overrun,
+        )  # fmt: skip
+        self._child = child
+        if self._doomed:
+            self.kill()
+        elif self._job is not None:
+            child.write(self._job)
+        ended = await child.ended()
+        # What it said before it ended still counts.
+        await child.silent()
+        child.close()
+        return ended
+
+    def _take(self, line: bytes) -> None:
+        if self._child is not None:
+            self._child.resume()
+        # What cannot be read was printed while Python started: later, what is printed goes elsewhere.
+        with contextlib.suppress(msgspec.DecodeError):
+            said = _answer(line)
+            if isinstance(said, Begun):
+                self._begun()
+            elif self._answer is not None and not self._answer.done():
+                self._answer.set_result(said.outcome)
+
+    def _overrun(self, how: str) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(ProcessDied(how))
+
+
+def _how(ended: str) -> tuple[str, str | None]:
+    """A clause about its end, and the signal that was the cause."""
+    if not ended.startswith("killed by "):
+        return f"ended with {ended}", None
+    number = ended.removeprefix("killed by ")
+    doubt = " (out of memory, perhaps)" if number == "SIGKILL" else ""
+    return f"was killed by {number}{doubt}", number
+
+
+def _main() -> tuple[str | None, str | None]:
+    """The module and the file of the program that runs here, to be imported under another name."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    return (None if spec is None else spec.name), getattr(main, "__file__", None)

@@ -1,0 +1,115 @@
+"""Django's connection as the caller's own: what is enqueued is part of `transaction.atomic()`, and only of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import django  # type: ignore[import-untyped]
+import psycopg
+import pytest
+from django.conf import settings  # type: ignore[import-untyped]
+from django.db import connection, connections, transaction  # type: ignore[import-untyped]
+from psycopg.conninfo import conninfo_to_dict
+
+from queue_service import App
+from queue_service.app.sync import SyncApp
+from queue_service.errors import ConfigError
+
+PAYLOADS = [{"n": n, "text": "ünïcode\t\\"} for n in range(3)]
+
+
+@pytest.fixture
+def q(database: str) -> Iterator[SyncApp]:
+    """An App that was not opened; Django is configured for the same database."""
+    where = conninfo_to_dict(database)
+    names = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
+    server = {name: str(where[key]) for key, name in names.items() if key in where}
+    if not settings.configured:
+        settings.configure()
+        django.setup()
+    connections.settings = connections.configure_settings(
+        {
+            "default": {"ENGINE": "django.db.backends.postgresql", **server},
+            "other": {"ENGINE": "django.db.backends.postgresql", **server},
+            "small": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
+        }
+    )
+    yield App(database).sync
+    for each in connections.all(initialized_only=True):
+        each.close()
+        del connections[each.alias]
+
+
+@pytest.fixture
+def beside(database: str) -> Iterator[psycopg.Connection[Any]]:
+    """Another session."""
+    with psycopg.connect(database, autocommit=True) as other:
+        yield other
+
+
+def stored(beside: psycopg.Connection[Any]) -> list[tuple[int, Any]]:
+    """What another session sees."""
+    return beside.execute("select id, payload from queue_service.runs order by id").fetchall()
+
+
+@pytest.mark.parametrize("alias", ["default", "other"])
+def test_a_commit_stores_what_nobody_saw_before(q: SyncApp, beside: psycopg.Connection[Any], alias: str) -> None:
+    mine = connection if alias == "default" else connections[alias]
+    with transaction.atomic(using=alias):
+        ids = [q.enqueue("noop", {"one": 1}, conn=mine), *q.enqueue_many("noop", PAYLOADS, conn=mine)]
+        assert stored(beside) == []
+    assert stored(beside) == list(zip(ids, [{"one": 1}, *PAYLOADS], strict=True))
+
+
+@pytest.mark.parametrize("alias", ["default", "other"])
+def test_a_rollback_stores_nothing(q: SyncApp, beside: psycopg.Connection[Any], alias: str) -> None:
+    mine = connection if alias == "default" else connections[alias]
+    with transaction.atomic(using=alias):
+        q.enqueue("noop", {}, conn=mine)
+        q.enqueue_many("noop", PAYLOADS, conn=mine)
+        transaction.set_rollback(True, using=alias)
+    assert stored(beside) == []
+
+
+def test_a_savepoint_that_is_rolled_back_takes_its_run_with_it(q: SyncApp, beside: psycopg.Connection[Any]) -> None:
+    with transaction.atomic():
+        kept = q.enqueue("noop", {}, conn=connection)
+        with transaction.atomic():
+            q.enqueue("noop", {"kept": False}, conn=connection)
+            transaction.set_rollback(True)
+    assert stored(beside) == [(kept, {})]
+
+
+def test_outside_a_transaction_it_is_stored_at_once(q: SyncApp, beside: psycopg.Connection[Any]) -> None:
+    assert connection.connection is None, "Django has connected before"
+    run_id = q.enqueue("noop", {}, conn=connection)
+    assert stored(beside) == [(run_id, {})]
+
+
+def test_djangos_own_work_goes_on_after_ours(q: SyncApp, beside: psycopg.Connection[Any]) -> None:
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("create table orders (n int)")
+        first = q.enqueue("noop", {}, singleton_key="k", conn=connection)
+        assert q.enqueue("noop", {}, singleton_key="k", conn=connection) == first
+        cursor.execute("insert into orders values (%s)", [1])
+        cursor.execute("select n from orders")
+        assert cursor.fetchone() == (1,)
+    assert stored(beside) == [(first, {})]
+
+
+def test_the_psycopg_connection_under_it_will_do_as_well(q: SyncApp, beside: psycopg.Connection[Any]) -> None:
+    with transaction.atomic():
+        run_id = q.enqueue("noop", {}, conn=connection.connection)
+        assert stored(beside) == []
+    assert stored(beside) == [(run_id, {})]
+
+
+def test_a_connection_to_another_kind_of_database_is_refused(q: SyncApp) -> None:
+    with pytest.raises(ConfigError, match="'small' is one to sqlite"):
+        q.enqueue("noop", {}, conn=connections["small"])
+
+
+def test_what_is_no_connection_is_refused_where_django_is_loaded(q: SyncApp) -> None:
+    with pytest.raises(ConfigError, match=r"django\.db\.connection"):
+        q.enqueue("noop", {}, conn=object())

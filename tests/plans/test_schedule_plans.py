@@ -1,0 +1,131 @@
+"""What the statements about schedules read: planned while every table was empty, believed empty, and with right statistics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from psycopg import sql
+
+from queue_service.db import pool
+from queue_service.db.query import Query
+from queue_service.schedules import queries
+from queue_service.schedules.model import Due, Firing, Misfire
+from tests.plans.database import Sync, believed_empty
+
+SCHEDULES, SLOTS = 20_000, 200_000
+TABLES = {"schedules", "schedule_slots", "runs"}
+FIRST = datetime(2026, 1, 1, tzinfo=UTC)
+
+# A hundredth is due and as many are paused, on the same slots; of each of the first thousand, two hundred old slots.
+FILL = """
+insert into queue_service.schedules (name, task, queue, payload, cron, next_at, updated_at, paused_at)
+select 's' || n, 't', 'default', '{}', '@daily',
+       case when n % 50 = 0 then '2026-01-01Z' else clock_timestamp() + n * interval '1 min' end, '2026-01-01Z',
+       case when n % 100 = 50 then clock_timestamp() end
+  from generate_series(1, 20000) as n;
+insert into queue_service.schedule_slots (schedule, slot, fired_at, run_id)
+select 's' || 100 * (n % 1000), moment, moment, n
+  from generate_series(0, 199999) as n
+ cross join lateral (select '2025-01-01Z'::timestamptz + n / 1000 * interval '1 h' as moment) as moments
+"""
+
+STAGES = ["planned while empty", "believed empty", "believed full"]
+
+# Where Postgres cannot tell from the statement.
+TYPES = {"limit": "bigint"}
+
+
+def due(number: int) -> Due:
+    return Due(f"s{number}", "@daily", None, "UTC", Misfire.LAST, FIRST, FIRST)
+
+
+# The most rows that each may look at.
+STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
+    "due": (lambda: queries.due(limit=100), 101),
+    "due after": (lambda: queries.due(after=(FIRST, "s5"), limit=100), 101),
+    "get": (lambda: queries.get("s100"), 2),
+    "run_now": (lambda: queries.run_now("s100"), 1),
+    "pause": (lambda: queries.pause("s100"), 2),
+    "delete": (lambda: queries.delete("s100"), 1 + 200),
+    # Each is found, locked and moved, and ten old slots are forgotten.
+    "fire one": (lambda: fire(1), 2 + 20),
+    "fire many": (lambda: fire(100), 100 * (2 + 20)),
+}
+
+
+def fire(count: int) -> Query[Any]:
+    firings = [Firing(due(100 * n), [FIRST], FIRST + timedelta(days=1)) for n in range(1, count + 1)]
+    return queries.fire(firings, retention=timedelta(days=14))
+
+
+def named(query: Query[Any]) -> list[str]:
+    return list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
+
+
+@pytest.fixture(scope="module")
+def filled(server: str, template: str) -> Iterator[Sync]:
+    with believed_empty(server, template, "queue_service_schedule_plans", TABLES) as conn:
+        conn.execute(pool._SESSION.encode())
+        for number, (make, _) in enumerate(STATEMENTS.values()):
+            query = make()
+            names, text = named(query), query.text
+            for place, each in enumerate(names, 1):
+                text = text.replace(f"%({each})s", f"${place}")
+            types = ", ".join(TYPES.get(each, "unknown") for each in names)
+            conn.execute(f"prepare p{number} ({types}) as {text}".encode())
+            conn.execute(sql.SQL("explain ") + execution(number, query))
+        conn.execute(FILL.encode())
+        yield conn
+
+
+def execution(number: int, query: Query[Any]) -> sql.Composed:
+    values = sql.SQL(", ").join(sql.Literal(query.params[each]) for each in named(query))
+    return sql.SQL("execute {} ({})").format(sql.Identifier(f"p{number}"), values)
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def stage(request: pytest.FixtureRequest, filled: Sync) -> str:
+    """The stages follow one another on one database."""
+    if request.param == "believed full":
+        filled.execute("reset all")
+        filled.execute("analyze")
+        filled.execute(pool._SESSION.encode())
+    return str(request.param)
+
+
+def flattened(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from flattened(child)
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_a_statement_looks_at_what_it_takes_and_little_else(filled: Sync, stage: str, name: str) -> None:
+    make, most = STATEMENTS[name]
+    query = make()
+    explain = "explain (analyze, timing off, format json) "
+    with filled.transaction(force_rollback=True):
+        if stage == "planned while empty":
+            row = filled.execute(sql.SQL(explain) + execution(list(STATEMENTS).index(name), query)).fetchone()
+        else:
+            row = filled.execute(f"{explain}{query.text}".encode(), query.params).fetchone()
+    assert row is not None
+    nodes = list(flattened(row[0][0]["Plan"]))
+    reads = [node for node in nodes if "Scan" in node["Node Type"] and node.get("Relation Name") in TABLES]
+    told = "\n".join(
+        str((node["Node Type"], node.get("Index Name"), node["Actual Rows"], node["Actual Loops"])) for node in reads
+    )
+    visited = sum(
+        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) for node in reads
+    )
+    assert visited <= most, told
+    assert {node["Node Type"] for node in reads if node["Actual Loops"]} <= {
+        "Index Scan",
+        "Index Only Scan",
+        "Tid Scan",
+    }, told
+    assert sum(node["Actual Loops"] * node.get("Rows Removed by Join Filter", 0) for node in nodes) <= 30_000
