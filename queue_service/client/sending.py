@@ -139,7 +139,7 @@ class Sender:
                 self._dealt_with(letter, answer)
 
     async def _missed(self, letter: Letter, connection: str, failed: SendFailed) -> None:
-        log.info("a message did not go through", name=letter.name, attempt=letter.attempts, why=str(failed))
+        log.info("a message did not go through", post=letter.name, attempt=letter.attempts, why=str(failed))
         if letter.attempts == ATTEMPTS or not may_pass(failed):
             self._dealt_with(letter, failed)
         if is_forgotten(failed):

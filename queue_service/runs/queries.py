@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from operator import attrgetter
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,8 +23,11 @@ COUNT_LIMIT = 50_001
 
 _claim_of = attrgetter("claim")
 
+# A claim as its row: it equals the Claim, both being tuples, and need not be made into one.
+Done = tuple[Any, ...]
 
-class Lane(NamedTuple):
+
+class Due(NamedTuple):
     """One priority of one queue where something is due, and where the first of it stands."""
 
     queue: str
@@ -33,10 +36,12 @@ class Lane(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a look from the front found, and when that was, by the database's clock."""
+    """What a look from the front found, and when that was, by the database's clock. `laned` are the queues of which a lane
+    is to be looked at."""
 
     at: datetime
-    lanes: list[Lane]
+    due: list[Due]
+    laned: set[str]
 
 
 class Swept(NamedTuple):
@@ -109,16 +114,37 @@ def claim(
 ) -> Query[list[tuple[Run, int]]]:
     """The claimed runs, those of each queue in the order of execution, each with the id of the one lease that holds them
     all. `owner` is whose runs come a second before they are anyone's."""
-    lanes = [(each.queue, priority, each.floors[priority]) for each in asked for priority in sorted(each.floors)[::-1]]
+    floors = [(each.queue, priority, each.floors[priority]) for each in asked for priority in sorted(each.floors)[::-1]]
     return SQL.query(
         "claim",
         _claimed,
         queues=[each.queue for each in asked],
         wanted=[each.runs for each in asked],
-        lanes=[queue for queue, _, _ in lanes],
-        priorities=[priority for _, priority, _ in lanes],
-        floors=[floor.run_at for _, _, floor in lanes],
-        floor_ids=[floor.id for _, _, floor in lanes],
+        floor_queues=[queue for queue, _, _ in floors],
+        priorities=[priority for _, priority, _ in floors],
+        floors=[floor.run_at for _, _, floor in floors],
+        floor_ids=[floor.id for _, _, floor in floors],
+        tasks=list(tasks),
+        worker_id=worker_id,
+        lease=lease,
+        owner=owner,
+    )
+
+
+def claim_lanes(
+    asked: Sequence[tuple[str, int]],
+    *,
+    tasks: Sequence[str],
+    worker_id: int,
+    lease: timedelta,
+    owner: str | None = None,
+) -> Query[list[tuple[Run, int]]]:
+    """The heads of free lanes, claimed: of each queue as many as are asked for, of each lane one."""
+    return SQL.query(
+        "claim_lanes",
+        _claimed,
+        queues=[queue for queue, _ in asked],
+        wanted=[wanted for _, wanted in asked],
         tasks=list(tasks),
         worker_id=worker_id,
         lease=lease,
@@ -148,18 +174,18 @@ def cancel_requests(leases: Collection[int]) -> Query[list[int]]:
     return SQL.query("cancel_requests", column, leases=array_literal(sorted(leases)))
 
 
-def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
+def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
     """The claims that were still held and have ended. A missing one was lost: nothing about its run changed."""
     ordered = sorted(endings, key=_claim_of)
     outcomes = [_ending_json(ending) for ending in ordered]
-    return SQL.query("finish", _claims, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
+    return SQL.query("finish", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
-def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Claim]]:
+def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
     """The claims that were still held and whose runs are queued again (or `cancelled`, where that had been asked)."""
     ordered = sorted(returns, key=_claim_of)
     outcomes = [_return_json(back) for back in ordered]
-    return SQL.query("give_back", _claims, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
+    return SQL.query("give_back", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
 def sweep(*, limit: int, max_losses: int) -> Query[list[Swept]]:
@@ -276,9 +302,8 @@ def _json_array(texts: Sequence[str]) -> str | None:
     return None if all(text == "null" for text in texts) else "[" + ",".join(texts) + "]"
 
 
-def _claims(rows: Rows) -> set[Claim]:
-    # A row equals its Claim, both being tuples, and need not be made into one.
-    return cast("set[Claim]", set(rows))
+def _done(rows: Rows) -> set[Done]:
+    return set(rows)
 
 
 def _id_set(rows: Rows) -> set[int]:
@@ -290,8 +315,8 @@ def _swept(rows: Rows) -> list[Swept]:
 
 
 def _scan(rows: Rows) -> Scan:
-    lanes = [Lane(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id in rows if run_id]
-    return Scan(rows[0][0], lanes)
+    due = [Due(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id in rows if run_id]
+    return Scan(rows[0][0], due, {queue for _, queue, priority, _, _ in rows if queue and priority is None})
 
 
 def _claimed(rows: Rows) -> list[tuple[Run, int]]:

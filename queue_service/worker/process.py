@@ -115,7 +115,7 @@ class _Parts:
         self._claiming = Wire(app.conninfo, application="queue_service claimer")
         self._finishing = Wire(app.conninfo, application="queue_service finisher")
         leases = Leases()
-        self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce)
+        self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free_lanes)
         self._app = app
         self._leases = leases
         self.executors = {
@@ -236,6 +236,9 @@ class _Parts:
 
     def _wake_claimer(self) -> None:
         self.claimer.wake()
+
+    def _free_lanes(self, queues: set[str]) -> None:
+        self.claimer.free(queues)
 
     def _announce(self, ended: list[int]) -> None:
         self._app.notify([channels.about_runs(channels.FINISHED, ended)])

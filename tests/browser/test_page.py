@@ -194,6 +194,7 @@ async def test_the_keyboard_alone_is_enough(site: Site, visit: Visit) -> None:
     was = chat.stream
     await keyboard.press("Enter")
     await expect(chat.mine).to_have_count(0)
+    await chat.page.wait_for_function("location.search.includes('stream=')")
     assert chat.stream != was
 
 

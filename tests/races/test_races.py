@@ -18,7 +18,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
-from queue_service.runs.model import Claim, Ending, NewRun, Return, Run, RunState
+from queue_service.runs.model import Ending, NewRun, Return, Run, RunState
 from tests.support import LEASE, blocked, claim, claimed, enqueued, eventually, lapse, one, rows
 
 Open = Callable[[], Awaitable[Connection]]
@@ -90,11 +90,11 @@ async def held(conn: Connection) -> tuple[Run, int]:
     return taken
 
 
-def finish(run: Run, *freed: int, state: RunState = RunState.SUCCEEDED) -> Query[set[Claim]]:
+def finish(run: Run, *freed: int, state: RunState = RunState.SUCCEEDED) -> Query[set[queries.Done]]:
     return queries.finish([Ending(run.claim, state)], worker_id=1, freed=freed)
 
 
-def give_back(run: Run, *freed: int) -> Query[set[Claim]]:
+def give_back(run: Run, *freed: int) -> Query[set[queries.Done]]:
     return queries.give_back([Return(run.claim)], worker_id=1, freed=freed)
 
 
@@ -351,7 +351,7 @@ class TestThreeSessions:
         return taken
 
     @staticmethod
-    def ending(batch: list[tuple[Run, int]], *freed: int) -> Query[set[Claim]]:
+    def ending(batch: list[tuple[Run, int]], *freed: int) -> Query[set[queries.Done]]:
         return queries.finish([Ending(run.claim, RunState.SUCCEEDED) for run, _ in batch], worker_id=1, freed=freed)
 
     @pytest.mark.parametrize("place", range(4))
@@ -380,8 +380,8 @@ class TestThreeSessions:
             await eventually(lambda: blocked(onlooker, table.b))
         ended, lost = await done, {each.run_id for each in await swept}
         # A finish that frees no lease may be first to a run that the sweep has not reached.
-        assert {each.run_id for each in ended} | lost == {run.id for run, _ in batch}
-        assert {each.run_id for each in ended} & lost == set()
+        assert {run_id for run_id, _ in ended} | lost == {run.id for run, _ in batch}
+        assert {run_id for run_id, _ in ended} & lost == set()
         assert ended == set() or not frees
         states = {run.id: await table.state(run.id) for run, _ in batch}
         assert states == {run_id: "queued" if run_id in lost else "succeeded" for run_id in states}
@@ -397,8 +397,8 @@ class TestThreeSessions:
             swept = asyncio.ensure_future(fetch(table.b, SWEEP))
             await eventually(lambda: blocked(onlooker, table.b))
         ended, lost = await done, {each.run_id for each in await swept}
-        assert {each.run_id for each in ended} | lost == {run.id for run, _ in batch}
-        assert {each.run_id for each in ended} & lost == set()
+        assert {run_id for run_id, _ in ended} | lost == {run.id for run, _ in batch}
+        assert {run_id for run_id, _ in ended} & lost == set()
         assert await one(table.c, "select count(*) from queue_service.leases") == 0
         states = {run.id: await table.state(run.id) for run, _ in batch}
         assert states == {run_id: "queued" if run_id in lost else "succeeded" for run_id in states}
