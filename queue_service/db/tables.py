@@ -145,6 +145,7 @@ queues = Table(
     metadata,
     Column("name", Text, nullable=False),
     Column("paused_at", _TIMESTAMPTZ),
+    Column("resumes_at", _TIMESTAMPTZ),
     PrimaryKeyConstraint("name", name="queues_pkey"),
 )
 

@@ -216,6 +216,11 @@ def delete(run_id: int) -> Query[bool]:
     return SQL.query("delete", found, run_id=run_id)
 
 
+def purge(queue: str, *, limit: int) -> Query[int]:
+    """How many queued runs went: at most `limit` that stand in a lane, and as many that do not."""
+    return SQL.query("purge", scalar, queue=queue, limit=limit)
+
+
 def get(run_id: int) -> Query[Run | None]:
     def decode(rows: Rows) -> Run | None:
         runs = _runs(rows)

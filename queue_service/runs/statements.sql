@@ -51,6 +51,9 @@ select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.ru
 (runs.reserved_for is null or runs.reserved_for = %(owner)s::text
                 or runs.run_at < (select clock_timestamp()) - interval '1 second')
 
+-- define: paused
+paused_at is not null and coalesce(resumes_at, 'infinity') > (select clock_timestamp())
+
 -- define: in_lane
 runs.state = 'queued' and coalesce(runs.expires_at, 'infinity') > (select clock_timestamp())
            and (runs.attempt > 0 or runs.run_at <= (select clock_timestamp()))
@@ -149,7 +152,7 @@ select due.run_at, due.run_at + %(expires_in)s::interval,
 -- it comes even where nothing is due.
 with recursive asked (queue) as materialized (
     select each.queue from unnest(%(queues)s::text[]) as each (queue)
-     where not exists (select from queue_service.queues where name = each.queue and paused_at is not null)
+     where not exists (select from queue_service.queues where name = each.queue and {paused})
 ), level (queue, priority) as (
     select asked.queue, top.priority
       from asked
@@ -199,7 +202,7 @@ select moment.now, due.queue, due.priority, due.run_at, due.id
 -- writes: runs, leases
 with asked as materialized (
     select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
-     where asked.queue not in (select name from queue_service.queues where paused_at is not null)
+     where asked.queue not in (select name from queue_service.queues where {paused})
 ), picked as materialized (
     select chosen.id
       from asked
@@ -231,7 +234,7 @@ with asked as materialized (
 -- writes: runs, leases, lanes
 with asked as materialized (
     select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
-     where asked.queue not in (select name from queue_service.queues where paused_at is not null)
+     where asked.queue not in (select name from queue_service.queues where {paused})
 ), free as materialized (
     select chosen.*
       from asked
@@ -287,7 +290,7 @@ with picked as materialized (
      where runs.losses > 0 and runs.run_at <= (select clock_timestamp()) and (runs.ordering_key || '') is null
        and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
        and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-       and not exists (select from queue_service.queues where name = runs.queue and paused_at is not null)
+       and not exists (select from queue_service.queues where name = runs.queue and {paused})
      order by runs.run_at
      limit 1
        for update of runs skip locked
@@ -300,7 +303,7 @@ select exists (
      where runs.losses > 0 and runs.run_at <= (select clock_timestamp()) and (runs.ordering_key || '') is null
        and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
        and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-       and not exists (select from queue_service.queues where name = runs.queue and paused_at is not null)
+       and not exists (select from queue_service.queues where name = runs.queue and {paused})
 )
 
 -- name: extend
@@ -525,6 +528,22 @@ select {read_columns} from (
    and (%(task)s::text is null or task = %(task)s)
  order by id desc
  limit %(limit)s
+
+-- name: purge
+-- Forget queued runs of a queue, at most `limit` of them. Row: how many went.
+-- writes: runs
+with gone as (
+    delete from queue_service.runs
+     where id = any(array(select id from queue_service.runs
+                           where queue = %(queue)s and state = 'queued' and ordering_key is null
+                           order by queue, priority desc, run_at, id + 0 limit %(limit)s for update skip locked)
+                    || array(select id from queue_service.runs
+                              where queue = %(queue)s and state = 'queued' and ordering_key is not null
+                              order by queue, ordering_key, id limit %(limit)s for update skip locked))
+       and state = 'queued'
+    returning id
+)
+select count(*) from gone
 
 -- name: tally
 -- What there is of a queue, each count stopping at `most`: queued and due, queued for later, running; the oldest due.
