@@ -239,14 +239,14 @@ with asked as materialized (
     select chosen.*
       from asked
      cross join lateral (
-        select lanes.queue, lanes.ordering_key from queue_service.lanes
+        select lanes.ctid as place, lanes.queue, lanes.ordering_key from queue_service.lanes
          where lanes.queue = asked.queue and lanes.run_id is null and lanes.next_at <= (select clock_timestamp())
          order by lanes.queue, lanes.next_at
          limit asked.wanted
            for update skip locked
      ) as chosen
 ), heads as materialized (
-    select free.queue, free.ordering_key, head.id, head.run_at,
+    select free.place, free.queue, free.ordering_key, head.id, head.run_at,
            head.run_at <= (select clock_timestamp()) as is_due, head.is_ours
       from free
       left join lateral (
@@ -264,6 +264,7 @@ with asked as materialized (
      ) as locked
      where heads.is_due and heads.is_ours
 ), later as (
+    -- By their places: the rows are locked. One that this statement's snapshot does not show is looked at once more.
     update queue_service.lanes
        set next_at = (
             select case when heads.is_due then clock_timestamp() + interval '1 second'
@@ -272,12 +273,9 @@ with asked as materialized (
                              where runs.queue = heads.queue and runs.ordering_key = heads.ordering_key
                                and runs.state = 'queued' and runs.attempt = 0
                                and runs.run_at > (select clock_timestamp())), 'infinity') end
-              from heads where heads.queue = lanes.queue and heads.ordering_key = lanes.ordering_key)
-     where (queue, ordering_key) in (
-            select heads.queue, heads.ordering_key from heads where (heads.is_due and heads.is_ours) is not true)
-       and queue = any(%(queues)s::text[])
-       and ordering_key = any(array(
-            select heads.ordering_key from heads where (heads.is_due and heads.is_ours) is not true))
+              from heads where heads.place = lanes.ctid)
+     where lanes.ctid = any(array(
+            select heads.place from heads where (heads.is_due and heads.is_ours) is not true))
 ), {take_picked}
 
 -- name: claim_suspect

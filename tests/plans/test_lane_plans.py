@@ -61,4 +61,4 @@ def test_a_statement_reads_what_it_takes_and_little_else(filled: Sync, name: str
         each["Actual Loops"] * (each["Actual Rows"] + each.get("Rows Removed by Filter", 0)) for each in reads
     )
     assert visited <= most, "\n".join(map(str, told))
-    assert {each["Node Type"] for each in reads if each["Actual Loops"]} <= {"Index Scan", "Index Only Scan"}
+    assert {each["Node Type"] for each in reads if each["Actual Loops"]} <= {"Index Scan", "Index Only Scan", "Tid Scan"}
