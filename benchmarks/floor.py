@@ -91,3 +91,36 @@ async def _bare(app: App, count: int) -> float:
     taken = time.perf_counter() - begun
     await wire.close()
     return taken
+
+
+@scenario
+async def lanes(app: App, count: int) -> dict[str, float]:
+    """Runs with an ordering key each, and runs of a hundred keys."""
+    figures: dict[str, float] = {}
+    for keys in (count, 100):
+        begun, ended = [0.0], asyncio.Event()
+        left = [count]
+
+        async def laned(
+            n: int, begun: list[float] = begun, left: list[int] = left, done: asyncio.Event = ended
+        ) -> None:
+            begun[0] = begun[0] or time.perf_counter()
+            left[0] -= 1
+            if not left[0]:
+                begun.append(time.perf_counter())
+                done.set()
+
+        app.task(name=f"laned {keys}")(laned)
+        async with app.pool.connection() as conn:
+            await conn.execute(
+                "insert into queue_service.runs (queue, task, payload, ordering_key) "
+                "select 'default', %s, jsonb_build_object('n', n), 'k' || n %% %s from generate_series(1, %s) as n",
+                [f"laned {keys}", keys, count],
+            )
+        worker = Worker(app, {"default": 100})
+        running = asyncio.create_task(worker.run())
+        await ended.wait()
+        worker.stop()
+        await running
+        figures[f"{'a key each' if keys == count else '100 keys'}, runs/s"] = count / (begun[1] - begun[0])
+    return figures

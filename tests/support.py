@@ -46,9 +46,11 @@ async def enqueued(conn: Connection, task: str = "noop", **fields: Any) -> int:
 
 def claim(
     queue: str = "default", *, tasks: tuple[str, ...] = ("noop",), limit: int = 10, worker_id: int = 1,
-    lease: timedelta = LEASE, priorities: tuple[int, ...] = (0,),
+    lease: timedelta = LEASE, priorities: tuple[int, ...] = (0,), laned: bool = False,
 ) -> Query[list[tuple[Run, int]]]:  # fmt: skip
-    """A claim from the front."""
+    """A claim from the front, or of the heads of lanes."""
+    if laned:
+        return queries.claim_lanes([(queue, limit)], tasks=tasks, worker_id=worker_id, lease=lease)
     floors = dict.fromkeys(priorities, FRONT)
     return queries.claim([Wanted(queue, limit, floors)], tasks=tasks, worker_id=worker_id, lease=lease)
 

@@ -31,9 +31,13 @@ from queue_service.schedules.model import NewSchedule
 from queue_service.services.combiner import Combiner
 from queue_service.settings import Settings
 from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
+from queue_service.words import check_word
 
 if TYPE_CHECKING:
     from queue_service.app.sync import SyncApp
+
+# Runs that one statement of a purge forgets.
+PURGE_BATCH = 5_000
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -290,9 +294,23 @@ class App:
 
     # Queues
 
-    async def pause(self, queue: str) -> bool:
-        """Let no worker claim from this queue until `resume`. What is running goes on. False: it was paused already."""
-        return await self.fetch(queue_queries.pause(queue))
+    async def pause(self, queue: str, *, until: datetime | timedelta | float | None = None) -> bool:
+        """Let no worker claim from this queue until `resume`, or until a time, or for so long (seconds or timedelta, by the
+        database's clock). What is running goes on. False: it was paused already, and for as long."""
+        check_word(queue, "queue", enqueueing.MAX_QUEUE)
+        if until is None or isinstance(until, datetime):
+            return await self.fetch(queue_queries.pause(queue, until=until))
+        return await self.fetch(queue_queries.pause(queue, lasting=duration(until, "until", positive=True)))
+
+    async def purge(self, queue: str, *, told: Callable[[int], object] | None = None) -> int:
+        """Forget all that is queued in this queue, now or for later; what is running goes on. Returns how many runs went.
+        It is done in batches, and `told` is called with the count after each."""
+        count = 0
+        while gone := await self.fetch(queries.purge(queue, limit=PURGE_BATCH)):
+            count += gone
+            if told is not None:
+                told(count)
+        return count
 
     async def resume(self, queue: str) -> bool:
         """False: it was not paused."""

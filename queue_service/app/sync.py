@@ -208,3 +208,4 @@ class SyncApp(Blocking[App]):
     delete = blocking(App.delete)
     pause = blocking(App.pause)
     resume = blocking(App.resume)
+    purge = blocking(App.purge)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from datetime import datetime
 from itertools import islice
 from typing import IO, Any
 
@@ -11,21 +10,11 @@ import click
 from queue_service.app import App
 from queue_service.app.enqueue import POLICIES
 from queue_service.cli import render
-from queue_service.cli.options import DURATION, app_option, command, json_option, load_app, with_app
+from queue_service.cli.options import DURATION, MOMENT, app_option, command, json_option, load_app, with_app
 from queue_service.codec import loads
 from queue_service.errors import PayloadRefused, TaskUnknown
 
 BATCH = 5_000
-
-
-class Moment(click.ParamType):  # type: ignore[type-arg]
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return datetime.fromisoformat(value) if isinstance(value, str) else value
-        except ValueError:
-            self.fail(f"{value!r} is no ISO 8601 time such as 2030-01-31T12:00:00+00:00.", param, ctx)
 
 
 @click.command()
@@ -35,7 +24,7 @@ class Moment(click.ParamType):  # type: ignore[type-arg]
 @click.option("--queue", default=None, show_envvar=True, help="Queue; the task's own otherwise.")
 @click.option("--priority", type=int, default=0, show_envvar=True, help="Higher goes first.")
 @click.option("--delay", type=DURATION, default=None, show_envvar=True, help="Due after this time.")
-@click.option("--run-at", type=Moment(), default=None, show_envvar=True, help="Due at this time, with a time zone.")
+@click.option("--run-at", type=MOMENT, default=None, show_envvar=True, help="Due at this time, with a time zone.")
 @click.option(
     "--expires-in", type=DURATION, default=None, show_envvar=True, help="Ends expired if not started by then."
 )

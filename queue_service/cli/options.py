@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
+from datetime import datetime
 from typing import Any, TypeVar
 
 import click
@@ -37,6 +38,19 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
 
 
 DURATION = Duration()
+
+
+class Moment(click.ParamType):  # type: ignore[type-arg]
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return datetime.fromisoformat(value) if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"{value!r} is no ISO 8601 time such as 2030-01-31T12:00:00+00:00.", param, ctx)
+
+
+MOMENT = Moment()
 
 
 class Failure(click.ClickException):

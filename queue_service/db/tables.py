@@ -60,7 +60,21 @@ runs = Table(
         "run_at > '1900-01-01Z' and run_at < '9000-01-01Z' and expires_at < '9200-01-01Z'", name="runs_times_check"
     ),
 )
-Index("runs_claim_idx", runs.c.queue, runs.c.priority.desc(), runs.c.run_at, text("(id + 0)"))
+Index(
+    "runs_claim_idx",
+    runs.c.queue,
+    runs.c.priority.desc(),
+    runs.c.run_at,
+    text("(id + 0)"),
+    postgresql_where=text("ordering_key is null"),
+)
+Index(
+    "runs_lane_idx",
+    runs.c.queue,
+    runs.c.ordering_key,
+    runs.c.id,
+    postgresql_where=text("ordering_key is not null"),
+)
 Index(
     "runs_singleton_idx",
     runs.c.queue,
@@ -70,6 +84,18 @@ Index(
 )
 Index("runs_expiry_idx", runs.c.expires_at, postgresql_where=text("expires_at is not null"))
 Index("runs_suspect_idx", runs.c.run_at, postgresql_where=text("losses > 0"))
+
+lanes = Table(
+    "lanes",
+    metadata,
+    Column("queue", Text, nullable=False),
+    Column("ordering_key", Text, nullable=False),
+    Column("pending", BigInteger, nullable=False, server_default=text("1")),
+    Column("run_id", BigInteger),
+    Column("next_at", _TIMESTAMPTZ, nullable=False),
+    PrimaryKeyConstraint("queue", "ordering_key", name="lanes_pkey"),
+)
+Index("lanes_claim_idx", lanes.c.queue, lanes.c.next_at, postgresql_where=text("run_id is null"))
 
 leases = Table(
     "leases",
@@ -119,6 +145,7 @@ queues = Table(
     metadata,
     Column("name", Text, nullable=False),
     Column("paused_at", _TIMESTAMPTZ),
+    Column("resumes_at", _TIMESTAMPTZ),
     PrimaryKeyConstraint("name", name="queues_pkey"),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from queue_service.db.query import Query, Rows, found
@@ -14,11 +14,12 @@ SQL = Statements("queue_service.queues")
 class Queue(NamedTuple):
     name: str
     paused_at: datetime | None
+    resumes_at: datetime | None
 
 
-def pause(name: str) -> Query[bool]:
-    """False if it was paused already."""
-    return SQL.query("pause", found, name=name)
+def pause(name: str, *, until: datetime | None = None, lasting: timedelta | None = None) -> Query[bool]:
+    """False if it was paused already, and until the same time."""
+    return SQL.query("pause", found, name=name, until=until, lasting=lasting)
 
 
 def resume(name: str) -> Query[bool]:

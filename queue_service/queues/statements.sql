@@ -1,31 +1,54 @@
 -- Every statement about queues. A queue needs no row to be used; it has one once something about it was set.
 
+-- define: paused
+queues.paused_at is not null and coalesce(queues.resumes_at, 'infinity') > (select clock_timestamp())
+
 -- name: pause
--- Claims find nothing in this queue until it is resumed. Row: whether this changed anything.
+-- Claims find nothing in this queue until it is resumed, or until a time, or for so long. Row: whether this changed anything.
 -- writes: queues
-insert into queue_service.queues (name, paused_at) values (%(name)s, clock_timestamp())
-    on conflict (name) do update set paused_at = excluded.paused_at where queues.paused_at is null
+insert into queue_service.queues (name, paused_at, resumes_at)
+values (%(name)s, clock_timestamp(),
+        coalesce(%(until)s::timestamptz, clock_timestamp() + %(lasting)s::interval))
+    on conflict (name) do update
+   set paused_at = case when {paused} then queues.paused_at else excluded.paused_at end, resumes_at = excluded.resumes_at
+ where ({paused}) is not true or queues.resumes_at is distinct from excluded.resumes_at
 returning true
 
 -- name: resume
 -- Row: whether this changed anything.
 -- writes: queues
-update queue_service.queues set paused_at = null where name = %(name)s and paused_at is not null
+with before as materialized (
+    select queues.name, {paused} as was_paused from queue_service.queues where queues.name = %(name)s for update
+)
+update queue_service.queues set paused_at = null, resumes_at = null
+ where queues.name = (select before.name from before where before.was_paused)
 returning true
 
 -- name: listed
--- Queues that have a row or a live run. Names are found by hopping along the claim index, one descent each.
+-- Queues that have a row or a live run. Names are found by hopping along an index, one descent each: those of runs without
+-- an ordering key along the claim index, those of lanes along their key.
 with recursive used (name) as (
-    (select queue from queue_service.runs order by queue, priority desc, run_at, id + 0 limit 1)
+    (select queue from queue_service.runs where ordering_key is null
+      order by queue, priority desc, run_at, id + 0 limit 1)
     union all
     select following.queue
       from used
      cross join lateral (
-        select runs.queue from queue_service.runs where runs.queue > used.name
+        select runs.queue from queue_service.runs where runs.queue > used.name and runs.ordering_key is null
          order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as following
+), laned (name) as (
+    (select queue from queue_service.lanes order by queue, ordering_key limit 1)
+    union all
+    select following.queue
+      from laned
+     cross join lateral (
+        select lanes.queue from queue_service.lanes where lanes.queue > laned.name
+         order by lanes.queue, lanes.ordering_key limit 1
+     ) as following
 )
-select coalesce(used.name, queues.name), queues.paused_at
-  from used
+select coalesce(used.name, queues.name), case when {paused} then queues.paused_at end,
+       case when {paused} then queues.resumes_at end
+  from (select name from used union select name from laned) as used
   full join queue_service.queues on queues.name = used.name
  order by 1

@@ -27,7 +27,7 @@ _claim_of = attrgetter("claim")
 Done = tuple[Any, ...]
 
 
-class Lane(NamedTuple):
+class Due(NamedTuple):
     """One priority of one queue where something is due, and where the first of it stands."""
 
     queue: str
@@ -36,10 +36,12 @@ class Lane(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a look from the front found, and when that was, by the database's clock."""
+    """What a look from the front found, and when that was, by the database's clock. `laned` are the queues of which a lane
+    is to be looked at."""
 
     at: datetime
-    lanes: list[Lane]
+    due: list[Due]
+    laned: set[str]
 
 
 class Swept(NamedTuple):
@@ -112,16 +114,37 @@ def claim(
 ) -> Query[list[tuple[Run, int]]]:
     """The claimed runs, those of each queue in the order of execution, each with the id of the one lease that holds them
     all. `owner` is whose runs come a second before they are anyone's."""
-    lanes = [(each.queue, priority, each.floors[priority]) for each in asked for priority in sorted(each.floors)[::-1]]
+    floors = [(each.queue, priority, each.floors[priority]) for each in asked for priority in sorted(each.floors)[::-1]]
     return SQL.query(
         "claim",
         _claimed,
         queues=[each.queue for each in asked],
         wanted=[each.runs for each in asked],
-        lanes=[queue for queue, _, _ in lanes],
-        priorities=[priority for _, priority, _ in lanes],
-        floors=[floor.run_at for _, _, floor in lanes],
-        floor_ids=[floor.id for _, _, floor in lanes],
+        floor_queues=[queue for queue, _, _ in floors],
+        priorities=[priority for _, priority, _ in floors],
+        floors=[floor.run_at for _, _, floor in floors],
+        floor_ids=[floor.id for _, _, floor in floors],
+        tasks=list(tasks),
+        worker_id=worker_id,
+        lease=lease,
+        owner=owner,
+    )
+
+
+def claim_lanes(
+    asked: Sequence[tuple[str, int]],
+    *,
+    tasks: Sequence[str],
+    worker_id: int,
+    lease: timedelta,
+    owner: str | None = None,
+) -> Query[list[tuple[Run, int]]]:
+    """The heads of free lanes, claimed: of each queue as many as are asked for, of each lane one."""
+    return SQL.query(
+        "claim_lanes",
+        _claimed,
+        queues=[queue for queue, _ in asked],
+        wanted=[wanted for _, wanted in asked],
         tasks=list(tasks),
         worker_id=worker_id,
         lease=lease,
@@ -191,6 +214,11 @@ def retry(run_id: int) -> Query[tuple[str, int] | None]:
 def delete(run_id: int) -> Query[bool]:
     """True if it is gone; False if it is running or unknown."""
     return SQL.query("delete", found, run_id=run_id)
+
+
+def purge(queue: str, *, limit: int) -> Query[int]:
+    """How many queued runs went: at most `limit` that stand in a lane, and as many that do not."""
+    return SQL.query("purge", scalar, queue=queue, limit=limit)
 
 
 def get(run_id: int) -> Query[Run | None]:
@@ -292,8 +320,8 @@ def _swept(rows: Rows) -> list[Swept]:
 
 
 def _scan(rows: Rows) -> Scan:
-    lanes = [Lane(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id in rows if run_id]
-    return Scan(rows[0][0], lanes)
+    due = [Due(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id in rows if run_id]
+    return Scan(rows[0][0], due, {queue for _, queue, priority, _, _ in rows if queue and priority is None})
 
 
 def _claimed(rows: Rows) -> list[tuple[Run, int]]:

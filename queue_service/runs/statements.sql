@@ -6,6 +6,12 @@
 -- it is reached by `id = any(array)` or by an ordered walk along the claim index with a limit, and nothing else. That
 -- index holds `id + 0`, so that the first can never be served by the second.
 --
+-- Runs with an ordering key are in no claim index: they stand in the lane of their queue and key, and `lanes` has a row for
+-- each, kept by a trigger. A lane is claimed from while no run of it is running; what is taken is its head, the oldest run
+-- that may run. Not yet in the lane is what was enqueued for later and never begun, no longer in it what has expired; a head
+-- that was begun and waits for its next attempt keeps its place, and the lane waits with it. Locks: a lane before its queued
+-- runs, a running run before its lane.
+--
 -- A run that is `reserved_for` an owner is for a second, from its run_at on, that owner's to claim. After that it is
 -- anyone's, so that an owner who died delays it and no more.
 
@@ -45,6 +51,13 @@ select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.ru
 (runs.reserved_for is null or runs.reserved_for = %(owner)s::text
                 or runs.run_at < (select clock_timestamp()) - interval '1 second')
 
+-- define: paused
+paused_at is not null and coalesce(resumes_at, 'infinity') > (select clock_timestamp())
+
+-- define: in_lane
+runs.state = 'queued' and coalesce(runs.expires_at, 'infinity') > (select clock_timestamp())
+           and (runs.attempt > 0 or runs.run_at <= (select clock_timestamp()))
+
 -- define: held_claim
 runs.id = any(%(ids)s::bigint[])
        and runs.attempt = (%(attempts)s::integer[])[width_bucket(runs.id, %(ids)s::bigint[])]
@@ -53,6 +66,9 @@ runs.id = any(%(ids)s::bigint[])
 
 -- define: outcome
 (select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1)
+
+-- define: of_queue
+select from queue_service.runs where queue = %(queue)s and state = 'queued'
 
 -- define: take_picked
 lease as (
@@ -132,39 +148,50 @@ select due.run_at, due.run_at + %(expires_in)s::interval,
 -- name: scan
 -- For each priority of each queue where something is due: the first run that a claim could take, which is where claims
 -- may start to look. Paused queues are left out. Distinct priorities are found by hopping along the index, one descent
--- each. The first column is the time of the scan; it comes even where nothing is due.
-with recursive lane (queue, priority) as (
+-- each. A row without a priority says that a lane of the queue is to be looked at. The first column is the time of the scan;
+-- it comes even where nothing is due.
+with recursive asked (queue) as materialized (
+    select each.queue from unnest(%(queues)s::text[]) as each (queue)
+     where not exists (select from queue_service.queues where name = each.queue and {paused})
+), level (queue, priority) as (
     select asked.queue, top.priority
-      from unnest(%(queues)s::text[]) as asked (queue)
+      from asked
      cross join lateral (
         select runs.priority from queue_service.runs
-         where runs.queue = asked.queue
+         where runs.queue = asked.queue and runs.ordering_key is null
          order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as top
-     where not exists (select from queue_service.queues where name = asked.queue and paused_at is not null)
     union all
-    select lane.queue, below.priority
-      from lane
+    select level.queue, below.priority
+      from level
      cross join lateral (
         select runs.priority from queue_service.runs
-         where runs.queue = lane.queue and runs.priority < lane.priority
+         where runs.queue = level.queue and runs.priority < level.priority and runs.ordering_key is null
          order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as below
 )
 select moment.now, due.queue, due.priority, due.run_at, due.id
   from (select clock_timestamp() as now) as moment
   left join (
-    select lane.queue, lane.priority, first.run_at, first.id
-      from lane
+    select level.queue, level.priority, first.run_at, first.id
+      from level
      cross join lateral (
         select runs.run_at, runs.id from queue_service.runs
-         where runs.queue = lane.queue and runs.priority = lane.priority
+         where runs.queue = level.queue and runs.priority = level.priority and runs.ordering_key is null
            and runs.run_at <= (select clock_timestamp())
            and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
            and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
            and {for_us}
          order by runs.run_at, runs.id + 0 limit 1
      ) as first
+    union all
+    select asked.queue, null, null, null
+      from asked
+     cross join lateral (
+        select true from queue_service.lanes
+         where lanes.queue = asked.queue and lanes.run_id is null and lanes.next_at <= (select clock_timestamp())
+         order by lanes.queue, lanes.next_at limit 1
+     ) as lane
   ) as due on true
 
 -- name: claim
@@ -175,17 +202,17 @@ select moment.now, due.queue, due.priority, due.run_at, due.id
 -- writes: runs, leases
 with asked as materialized (
     select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
-     where asked.queue not in (select name from queue_service.queues where paused_at is not null)
+     where asked.queue not in (select name from queue_service.queues where {paused})
 ), picked as materialized (
     select chosen.id
       from asked
      cross join lateral (
         select candidate.id
-          from unnest(%(lanes)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[], %(floor_ids)s::bigint[])
+          from unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[], %(floor_ids)s::bigint[])
             as floor (queue, priority, run_at, id)
          cross join lateral (
             select runs.id from queue_service.runs
-             where runs.queue = floor.queue and runs.priority = floor.priority
+             where runs.queue = floor.queue and runs.priority = floor.priority and runs.ordering_key is null
                and (runs.run_at, runs.id + 0) >= (floor.run_at, floor.id)
                and runs.run_at <= (select clock_timestamp())
                and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
@@ -200,16 +227,68 @@ with asked as materialized (
      ) as chosen
 ), {take_picked}
 
+-- name: claim_lanes
+-- Take the heads of lanes that are free, from each queue at most as many as are `wanted`, and from each lane one. A lane whose
+-- head is not due yet is looked at again when it is, and one whose head is for another worker in a second: it must not stand
+-- before the others. A head that somebody holds (to cancel it, say) is left alone, and so is its lane.
+-- writes: runs, leases, lanes
+with asked as materialized (
+    select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
+     where asked.queue not in (select name from queue_service.queues where {paused})
+), free as materialized (
+    select chosen.*
+      from asked
+     cross join lateral (
+        select lanes.ctid as place, lanes.queue, lanes.ordering_key from queue_service.lanes
+         where lanes.queue = asked.queue and lanes.run_id is null and lanes.next_at <= (select clock_timestamp())
+         order by lanes.queue, lanes.next_at
+         limit asked.wanted
+           for update skip locked
+     ) as chosen
+), heads as materialized (
+    select free.place, free.queue, free.ordering_key, head.id, head.run_at,
+           head.run_at <= (select clock_timestamp()) as is_due, head.is_ours
+      from free
+      left join lateral (
+        select runs.id, runs.run_at, runs.task = any(%(tasks)s::text[]) and {for_us} as is_ours
+          from queue_service.runs
+         where runs.queue = free.queue and runs.ordering_key = free.ordering_key and {in_lane}
+         order by runs.queue, runs.ordering_key, runs.id limit 1
+      ) as head on true
+), picked as materialized (
+    select locked.id
+      from heads
+     cross join lateral (
+        select runs.id from queue_service.runs
+         where runs.id = heads.id and runs.state = 'queued' limit 1 for update skip locked
+     ) as locked
+     where heads.is_due and heads.is_ours
+), later as (
+    -- By their places: the rows are locked. One that this statement's snapshot does not show is looked at once more.
+    update queue_service.lanes
+       set next_at = (
+            select case when heads.is_due then clock_timestamp() + interval '1 second'
+                        else coalesce(heads.run_at, (
+                            select min(runs.run_at) from queue_service.runs
+                             where runs.queue = heads.queue and runs.ordering_key = heads.ordering_key
+                               and runs.state = 'queued' and runs.attempt = 0
+                               and runs.run_at > (select clock_timestamp())), 'infinity') end
+              from heads where heads.place = lanes.ctid)
+     where lanes.ctid = any(array(
+            select heads.place from heads where (heads.is_due and heads.is_ours) is not true))
+), {take_picked}
+
 -- name: claim_suspect
--- Take one due run that lost a worker before. It comes alone, so that a run that kills its worker kills nothing else.
--- `queue || ''` keeps the planner from the claim index, where it would read whole queues to find the few suspects.
+-- Take one due run that lost a worker before. It comes alone, so that a run that kills its worker kills nothing else; one of
+-- a lane keeps its place there instead.
+-- The `|| ''` keep the planner from the claim index, where it would read whole queues to find the few suspects.
 -- writes: runs, leases
 with picked as materialized (
     select runs.id from queue_service.runs
-     where runs.losses > 0 and runs.run_at <= (select clock_timestamp())
+     where runs.losses > 0 and runs.run_at <= (select clock_timestamp()) and (runs.ordering_key || '') is null
        and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
        and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-       and not exists (select from queue_service.queues where name = runs.queue and paused_at is not null)
+       and not exists (select from queue_service.queues where name = runs.queue and {paused})
      order by runs.run_at
      limit 1
        for update of runs skip locked
@@ -219,10 +298,10 @@ with picked as materialized (
 -- Whether claim_suspect would find one.
 select exists (
     select from queue_service.runs
-     where runs.losses > 0 and runs.run_at <= (select clock_timestamp())
+     where runs.losses > 0 and runs.run_at <= (select clock_timestamp()) and (runs.ordering_key || '') is null
        and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
        and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-       and not exists (select from queue_service.queues where name = runs.queue and paused_at is not null)
+       and not exists (select from queue_service.queues where name = runs.queue and {paused})
 )
 
 -- name: extend
@@ -448,15 +527,38 @@ select {read_columns} from (
  order by id desc
  limit %(limit)s
 
+-- name: purge
+-- Forget queued runs of a queue, at most `limit` of them. Row: how many went.
+-- writes: runs
+with gone as (
+    delete from queue_service.runs
+     where id = any(array(select id from queue_service.runs
+                           where queue = %(queue)s and state = 'queued' and ordering_key is null
+                           order by queue, priority desc, run_at, id + 0 limit %(limit)s for update skip locked)
+                    || array(select id from queue_service.runs
+                              where queue = %(queue)s and state = 'queued' and ordering_key is not null
+                              order by queue, ordering_key, id limit %(limit)s for update skip locked))
+       and state = 'queued'
+    returning id
+)
+select count(*) from gone
+
 -- name: tally
 -- What there is of a queue, each count stopping at `most`: queued and due, queued for later, running; the oldest due.
-select (select count(*) from (select from queue_service.runs where queue = %(queue)s and state = 'queued'
-                                 and run_at <= clock_timestamp() limit %(most)s) as due),
-       (select count(*) from (select from queue_service.runs where queue = %(queue)s and state = 'queued'
-                                 and run_at > clock_timestamp() limit %(most)s) as later),
+select (select count(*) from (({of_queue} and ordering_key is null and run_at <= clock_timestamp() limit %(most)s)
+                              union all
+                              ({of_queue} and ordering_key is not null and run_at <= clock_timestamp() limit %(most)s)
+                              limit %(most)s) as due),
+       (select count(*) from (({of_queue} and ordering_key is null and run_at > clock_timestamp() limit %(most)s)
+                              union all
+                              ({of_queue} and ordering_key is not null and run_at > clock_timestamp() limit %(most)s)
+                              limit %(most)s) as later),
        (select count(*) from queue_service.runs
          where id = any(array(select unnest(run_ids) from queue_service.leases)) and queue = %(queue)s
            and state = 'running'),
-       (select min(run_at) from (select run_at from queue_service.runs where queue = %(queue)s and state = 'queued'
-                                    and run_at <= clock_timestamp()
-                                  order by queue, priority desc, run_at, id + 0 limit 1) as first)
+       least((select min(run_at) from (select run_at from queue_service.runs where queue = %(queue)s and state = 'queued'
+                                          and run_at <= clock_timestamp() and ordering_key is null
+                                        order by queue, priority desc, run_at, id + 0 limit 1) as first),
+             (select next_at from queue_service.lanes
+               where queue = %(queue)s and run_id is null and next_at <= clock_timestamp()
+               order by queue, next_at limit 1))

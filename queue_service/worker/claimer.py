@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 
 from queue_service.db.pool import Wire
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
-from queue_service.runs.model import Return
+from queue_service.runs.model import Return, Run
 from queue_service.runs.queries import Wanted
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
@@ -66,8 +66,11 @@ class Claimer:
         self._poll = poll_interval.total_seconds()
         self._owner = owner
         self._floors = Floors()
-        # Queues that may have more than was claimed.
+        # Queues that may have more than was claimed, and those of which a lane may be free. Only queues that were seen to
+        # have lanes are looked at for them, but for the scan, which looks everywhere.
         self._hopeful: set[str] = set(executors)
+        self._freed: set[str] = set()
+        self._laned: set[str] = set()
         self._wake = asyncio.Event()
         self._stopping = False
         self._next_scan = 0.0
@@ -86,7 +89,14 @@ class Claimer:
         if queue in self._executors:
             self._floors.hint(queue, priority)
             self._hopeful.add(queue)
+            self._freed |= self._laned & {queue}
             self._wake.set()
+
+    def free(self, queues: Collection[str]) -> None:
+        """A run that stood in a lane of these queues is not running any more."""
+        self._laned.update(queues)
+        self._freed.update(queues)
+        self._wake.set()
 
     def rescan(self) -> None:
         """Notices may have been lost: look everywhere as soon as the pace of scans allows."""
@@ -122,13 +132,19 @@ class Claimer:
         if now >= max(self._next_scan, self._earliest_scan):
             await self._scan(now)
             return False
-        hopeful = [self._executors[queue] for queue in self._hopeful]
-        ready = [(executor, wanted) for executor in hopeful if (wanted := executor.wanted()) > 0]
+        lanes = self._ready(self._freed)
+        for some in _batches(lanes):
+            await self._claim_lanes(some)
+        ready = self._ready(self._hopeful)
         for some in _batches(ready):
             await self._claim(some)
-        if not ready:
+        if not ready and not lanes:
             await self._sleep(min(longest, max(self._next_scan, self._earliest_scan) - now))
-        return not ready
+        return not ready and not lanes
+
+    def _ready(self, queues: Collection[str]) -> list[Ready]:
+        executors = [self._executors[queue] for queue in queues]
+        return [(executor, wanted) for executor in executors if (wanted := executor.wanted()) > 0]
 
     async def _scan(self, now: float) -> None:
         self._hand_back_stalled(now)
@@ -142,8 +158,11 @@ class Claimer:
     async def _look_everywhere(self) -> None:
         # Emptied before the look: a hint that comes while it is under way tells of something it may not see.
         self._hopeful.clear()
+        self._freed.clear()
         scan = await self._wire.fetch(queries.scan(list(self._executors), self._tasks, owner=self._owner))
         self._hopeful |= self._floors.scanned(scan)
+        self._laned |= scan.laned
+        self._freed |= scan.laned
 
     async def _claim(self, ready: Sequence[Ready]) -> None:
         # Dropped before the claim, for the same reason.
@@ -157,19 +176,41 @@ class Claimer:
                 owner=self._owner,
             )
         )
+        for executor, wanted, held in self._by_queue(ready, claimed):
+            self._floors.claimed(executor.queue, [each.run for each in held])
+            if len(held) == wanted:
+                self._hopeful.add(executor.queue)
+            else:
+                # Short: the queue is empty, or what is left stands behind the floor.
+                self._next_scan = min(self._next_scan, self._earliest_scan)
+            self._offer(executor, held)
+
+    async def _claim_lanes(self, ready: Sequence[Ready]) -> None:
+        self._freed.difference_update(executor.queue for executor, _ in ready)
+        claimed = await self._wire.fetch(
+            queries.claim_lanes(
+                [(executor.queue, wanted) for executor, wanted in ready],
+                tasks=self._tasks,
+                worker_id=self._worker_id,
+                lease=self._lease,
+                owner=self._owner,
+            )
+        )
+        for executor, wanted, held in self._by_queue(ready, claimed):
+            if len(held) == wanted:
+                self._freed.add(executor.queue)
+            self._offer(executor, held)
+
+    def _by_queue(
+        self, ready: Sequence[Ready], claimed: list[tuple[Run, int]]
+    ) -> Iterator[tuple[Executor, int, list[Held]]]:
         held: dict[str, list[Held]] = {executor.queue: [] for executor, _ in ready}
         for each in self._leases.take(claimed):
             held[each.run.queue].append(each)
         for executor, wanted in ready:
-            self._share_out(executor, wanted, held[executor.queue])
+            yield executor, wanted, held[executor.queue]
 
-    def _share_out(self, executor: Executor, wanted: int, held: list[Held]) -> None:
-        self._floors.claimed(executor.queue, [each.run for each in held])
-        if len(held) == wanted:
-            self._hopeful.add(executor.queue)
-        else:
-            # Short: the queue is empty, or what is left stands behind the floor.
-            self._next_scan = min(self._next_scan, self._earliest_scan)
+    def _offer(self, executor: Executor, held: list[Held]) -> None:
         if self._stopping:
             for each in held:
                 self._finisher.put(each, Return(each.run.claim))
@@ -216,10 +257,15 @@ class Claimer:
 
     async def _is_drained(self) -> bool:
         """Nothing runs, nothing is being written, and a look from the front finds nothing that is due."""
-        if self._hopeful or not self._finisher.is_idle or not all(each.is_idle for each in self._executors.values()):
+        if (
+            self._hopeful
+            or self._freed
+            or not self._finisher.is_idle
+            or not all(each.is_idle for each in self._executors.values())
+        ):
             return False
         await self._look_everywhere()
-        if self._hopeful:
+        if self._hopeful or self._freed:
             return False
         return not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._tasks))
 

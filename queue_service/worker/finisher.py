@@ -48,17 +48,25 @@ class _Batch:
     endings: list[Ending] = field(default_factory=list)
     returns: list[Return] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
+    # Queues of which a lane is free when this is written.
+    laned: set[str] = field(default_factory=set)
     # A write that failed may have been done all the same; then its claims are found gone, and are not lost.
     uncertain: bool = False
 
 
 class Finisher:
     """`put` never waits. `run` writes until `close` was called and nothing is left. `announce` is told the ids of runs
-    that ended, once that is committed.
+    that ended, and `free` the queues of which a lane was left, once that is committed.
     """
 
     def __init__(
-        self, wire: Wire, leases: Leases, worker_id: int, *, announce: Callable[[list[int]], None] = lambda _ids: None
+        self,
+        wire: Wire,
+        leases: Leases,
+        worker_id: int,
+        *,
+        announce: Callable[[list[int]], None] = lambda _ids: None,
+        free: Callable[[set[str]], None] = lambda _queues: None,
     ) -> None:
         self.tally = Tally()
         self._wire = wire
@@ -69,6 +77,7 @@ class Finisher:
         self._closing = False
         self._writing = False
         self._announce = announce
+        self._free = free
 
     def put(self, held: Held, outcome: Outcome) -> None:
         self._pending.append((held, outcome))
@@ -99,6 +108,8 @@ class Finisher:
                 batch.returns.append(outcome)
             else:
                 batch.endings.append(outcome)
+            if held.run.ordering_key is not None:
+                batch.laned.add(held.run.queue)
             held.lease.outstanding -= 1
             if held.lease.outstanding == 0:
                 batch.freed.append(held.lease.id)
@@ -119,6 +130,8 @@ class Finisher:
                 if pause > FIRST_PAUSE:
                     log.info("writing endings again")
                 self._leases.release(batch.freed)
+                if batch.laned:
+                    self._free(batch.laned)
                 return
 
     async def _write_once(self, batch: _Batch) -> None:

@@ -19,7 +19,7 @@ FRONT = Floor(datetime.min.replace(tzinfo=UTC), 0)
 # that such a run is met by the next claim and need not wait for a scan.
 COMMIT_LAG = timedelta(seconds=1)
 # A queue with more priorities than this starts over at each scan, with those where something is due.
-MAX_LANES = 64
+MAX_PRIORITIES = 64
 
 
 class Floors:
@@ -37,13 +37,13 @@ class Floors:
         """Take over what a scan of every queue found. Returns the queues where something is due."""
         empty = Floor(scan.at - COMMIT_LAG, 0)
         for floors in self._queues.values():
-            if len(floors) > MAX_LANES:
+            if len(floors) > MAX_PRIORITIES:
                 floors.clear()
             for priority, floor in floors.items():
                 floors[priority] = max(floor, empty)
-        for lane in scan.lanes:
-            self._queues.setdefault(lane.queue, {})[lane.priority] = lane.first
-        return {lane.queue for lane in scan.lanes}
+        for due in scan.due:
+            self._queues.setdefault(due.queue, {})[due.priority] = due.first
+        return {due.queue for due in scan.due}
 
     def claimed(self, queue: str, runs: Sequence[Run]) -> None:
         """Move the floors past what was just claimed."""

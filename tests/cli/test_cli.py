@@ -127,7 +127,7 @@ EVERY_COMMAND = dict(commands(cli))
 def test_every_command_is_there() -> None:
     assert {" ".join(path) for path in EVERY_COMMAND} == {
         "config show", "db check", "db current", "db migrate", "db psql", "db sql", "db start", "db stop", "db url",
-        "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "queues list", "queues pause", "queues resume", "runs cancel", "runs delete", "runs list",
+        "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "queues list", "queues pause", "queues purge", "queues resume", "runs cancel", "runs delete", "runs list",
         "runs retry", "runs show", "runs why", "schedules add", "schedules delete", "schedules list", "schedules next",
         "schedules pause", "schedules resume", "schedules run", "schedules show", "version", "worker", "workers list",
     }  # fmt: skip
@@ -510,6 +510,18 @@ def test_queues_are_listed_paused_and_resumed(invoke: Invoke) -> None:
     assert "was not paused" in succeeded(invoke("queues", "resume", "busy")).stdout
     (queue,) = json.loads(succeeded(invoke("queues", "list", "--json")).stdout)
     assert queue["paused_at"] is None
+    succeeded(invoke("queues", "pause", "busy", "--for", "2h"))
+    (queue,) = json.loads(succeeded(invoke("queues", "list", "--json")).stdout)
+    assert queue["resumes_at"] > queue["paused_at"]
+    assert invoke("queues", "pause", "busy", "--for", "2h", "--until", "2999-01-01T00:00:00Z").exit_code == 2
+
+
+def test_a_queue_is_purged_once_that_is_confirmed(invoke: Invoke) -> None:
+    for _ in range(3):
+        succeeded(invoke("enqueue", "t", "--queue", "busy"))
+    assert invoke("queues", "purge", "busy").exit_code == 1
+    assert "queue busy: 3 runs forgotten" in succeeded(invoke("queues", "purge", "busy", "--yes")).stdout
+    assert "queue busy: 0 runs forgotten" in succeeded(invoke("queues", "purge", "busy", "--yes")).stdout
 
 
 def test_workers_are_listed_with_what_they_hold(database: str, invoke: Invoke) -> None:

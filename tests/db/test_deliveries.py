@@ -39,7 +39,7 @@ async def claimed_by(conn: Connection, owner: str | None) -> list[Run]:
 
 async def found_by(conn: Connection, owner: str | None) -> list[int]:
     scan = await fetch(conn, queries.scan(["default"], ["noop"], owner=owner))
-    return [lane.first.id for lane in scan.lanes]
+    return [lane.first.id for lane in scan.due]
 
 
 async def given_back(conn: Connection, **fields: Any) -> None:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import pytest
+
+from queue_service import App
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.queues import queries as queues
@@ -25,6 +29,31 @@ class TestPause:
         await fetch(conn, queues.pause("q"))
         assert await fetch(conn, queues.listed()) == [before]
         assert before.paused_at is not None
+
+    async def test_a_pause_for_a_time_ends_by_itself(self, conn: Connection) -> None:
+        await enqueued(conn)
+        await enqueued(conn, ordering_key="k")
+        assert await fetch(conn, queues.pause("default", lasting=timedelta(hours=1)))
+        (queue,) = await fetch(conn, queues.listed())
+        assert queue.paused_at is not None
+        assert queue.resumes_at == queue.paused_at + timedelta(hours=1)
+        for laned in (False, True):
+            assert await claimed(conn, laned=laned) == []
+        scan = await fetch(conn, queries.scan(["default"], ["noop"]))
+        assert (scan.due, scan.laned) == ([], set())
+        await conn.execute("update queue_service.queues set resumes_at = clock_timestamp()")
+        assert await fetch(conn, queues.listed()) == [queue._replace(paused_at=None, resumes_at=None)]
+        assert not await fetch(conn, queues.resume("default"))
+        for laned in (False, True):
+            assert len(await claimed(conn, laned=laned)) == 1
+
+    async def test_a_pause_may_be_made_longer_shorter_or_lasting(self, conn: Connection) -> None:
+        until = datetime(2999, 1, 1, tzinfo=UTC)
+        cases: list[dict[str, Any]] = [{"lasting": timedelta(hours=1)}, {"until": until}, {"until": until}, {}, {}]
+        answers = [await fetch(conn, queues.pause("q", **how)) for how in cases]
+        assert answers == [True, True, False, True, False]
+        (queue,) = await fetch(conn, queues.listed())
+        assert queue.resumes_at is None
 
     async def test_what_is_running_goes_on(self, conn: Connection) -> None:
         await enqueued(conn)
@@ -99,3 +128,32 @@ class TestRoster:
         assert await fetch(conn, roster.prune(timedelta(minutes=1))) == [silent]
         assert await rows(conn, "select id from queue_service.workers") == [(staying,)]
         assert await rows(conn, "select worker_id from queue_service.leases") == [(silent,)]
+
+
+class TestPurge:
+    async def test_everything_that_is_queued_goes_and_nothing_else(self, app: App, conn: Connection) -> None:
+        for fields in (
+            {},
+            {"delay": timedelta(hours=1)},
+            {"priority": 5},
+            {"ordering_key": "k"},
+            {"ordering_key": "k"},
+        ):
+            await enqueued(conn, **fields)
+        await enqueued(conn, queue="other")
+        ((running, _),) = await claimed(conn, limit=1)
+        assert await app.purge("default") == 4
+        left = await rows(conn, "select queue, state from queue_service.runs order by queue")
+        assert left == [("default", "running"), ("other", "queued")]
+        assert await one(conn, "select count(*) from queue_service.lanes") == 0
+        assert running
+
+    async def test_it_goes_in_batches_and_tells_of_each(
+        self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("queue_service.app.app.PURGE_BATCH", 10)
+        await app.enqueue_many("noop", [{}] * 25)
+        told: list[int] = []
+        assert await app.purge("default", told=told.append) == 25
+        assert told == [10, 20, 25]
+        assert await one(conn, "select count(*) from queue_service.runs") == 0

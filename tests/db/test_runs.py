@@ -42,7 +42,7 @@ async def ended(conn: Connection, state: RunState = RunState.FAILED, **fields: A
     """A run in history."""
     run_id = await enqueued(conn, **fields)
     await conn.execute("update queue_service.runs set run_at = '2000-01-01Z' where id = %s", [run_id])
-    ((run, lease),) = await claimed(conn, limit=1)
+    ((run, lease),) = await claimed(conn, limit=1, laned="ordering_key" in fields)
     assert run.id == run_id
     ending = Ending(run.claim, state, '"result"', '{"reason": "raised", "message": "m"}')
     await fetch(conn, queries.finish([ending], worker_id=7, freed=[lease]))
@@ -174,30 +174,30 @@ class TestScan:
         await enqueued(conn, priority=4, task="unknown")
         await suspect(conn, priority=5)
         scan = await fetch(conn, queries.scan(["default", "other", "empty"], ["noop"]))
-        assert {(lane.queue, lane.priority, lane.first.id) for lane in scan.lanes} == {
+        assert {(lane.queue, lane.priority, lane.first.id) for lane in scan.due} == {
             ("default", 9, high),
             ("default", 0, first),
             ("other", -5, other),
         }
-        assert later not in {lane.first.id for lane in scan.lanes}
+        assert later not in {lane.first.id for lane in scan.due}
 
     async def test_it_tells_the_time_even_where_nothing_is_due(self, conn: Connection) -> None:
         scan = await fetch(conn, queries.scan(["default"], ["noop"]))
-        assert scan.lanes == []
+        assert scan.due == []
         assert await one(conn, "select %s between now() - interval '1 minute' and now()", scan.at)
 
     async def test_a_paused_queue_has_no_lanes(self, conn: Connection) -> None:
         await enqueued(conn)
         await fetch(conn, queues.pause("default"))
-        assert (await fetch(conn, queries.scan(["default"], ["noop"]))).lanes == []
+        assert (await fetch(conn, queries.scan(["default"], ["noop"]))).due == []
         await fetch(conn, queues.resume("default"))
-        assert len((await fetch(conn, queries.scan(["default"], ["noop"]))).lanes) == 1
+        assert len((await fetch(conn, queries.scan(["default"], ["noop"]))).due) == 1
 
     async def test_what_it_finds_is_what_a_claim_from_there_takes(self, conn: Connection) -> None:
         for priority in (2, 0, 1, 0, 2):
             await enqueued(conn, priority=priority)
         scan = await fetch(conn, queries.scan(["default"], ["noop"]))
-        floors = {lane.priority: lane.first for lane in scan.lanes}
+        floors = {lane.priority: lane.first for lane in scan.due}
         query = queries.claim([Wanted("default", 10, floors)], tasks=["noop"], worker_id=1, lease=LEASE)
         assert len(await fetch(conn, query)) == 5
 
@@ -244,7 +244,7 @@ class TestClaim:
             max_attempts=4, retry_delay=timedelta(seconds=2.5), timeout=timedelta(3), metadata='{"m": 1}',
             organization_id="acme",
         )  # fmt: skip
-        ((run, _),) = await claimed(conn)
+        ((run, _),) = await claimed(conn, laned=True)
         assert (run.attempt, run.state) == (1, RunState.RUNNING)
         stored = await found(conn, run_id)
         assert stored.claimed_at is not None
@@ -376,7 +376,7 @@ class TestFinish:
             organization_id="acme",
         )  # fmt: skip
         await conn.execute("update queue_service.runs set failures = 2, losses = 0, attempt = 5")
-        ((run, lease),) = await claimed(conn)
+        ((run, lease),) = await claimed(conn, laned=True)
         before = await found(conn, run_id)
         ending = Ending(run.claim, state, '{"r": [1]}', '{"reason": "raised", "message": "m"}')
         assert await fetch(conn, queries.finish([ending], worker_id=42, freed=[lease])) == {run.claim}

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 # As in alembic/env.py: versions of this package that run at the same time must agree on it.
 LOCK = 4_718_105_520_114
 TABLES = {
-    "runs", "leases", "finished_runs", "finished_runs_default", "queues", "workers", "receipts",
+    "runs", "leases", "finished_runs", "finished_runs_default", "queues", "workers", "receipts", "lanes",
     "turn_markers", "turn_outcomes", "streams", "events", "connections", "schedules", "schedule_slots",
 }  # fmt: skip
 

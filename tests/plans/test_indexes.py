@@ -38,6 +38,7 @@ def statements() -> dict[str, Query[Any]]:
     claims = [Claim(run_id, 1) for run_id in range(1, 501)]
     return {
         "claim": claim(limit=500, priorities=(0, 5)),
+        "claim_lanes": claim(limit=500, laned=True),
         "claim_suspect": queries.claim_suspect(["default"], ["noop"], worker_id=1, lease=LEASE),
         "scan": queries.scan(["default", "other"], ["noop"]),
         "finish": queries.finish([Ending(each, RunState.SUCCEEDED) for each in claims], worker_id=1, freed=[1]),
@@ -53,6 +54,7 @@ def statements() -> dict[str, Query[Any]]:
 
 INDEXES = {
     "claim": {"runs_claim_idx", "runs_pkey"},
+    "claim_lanes": {"runs_lane_idx", "runs_pkey"},
     "claim_suspect": {"runs_suspect_idx", "runs_pkey"},
     "scan": {"runs_claim_idx"},
     "finish": {"runs_pkey"},

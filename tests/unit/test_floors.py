@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from queue_service import Run, RunState
 from queue_service.runs.model import Floor
-from queue_service.runs.queries import Lane, Scan
-from queue_service.worker.floors import COMMIT_LAG, FRONT, MAX_LANES, Floors
+from queue_service.runs.queries import Due, Scan
+from queue_service.worker.floors import COMMIT_LAG, FRONT, MAX_PRIORITIES, Floors
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -68,23 +68,23 @@ def test_a_claim_of_nothing_changes_nothing() -> None:
 def test_a_scan_takes_over_what_it_found_even_behind_the_floor() -> None:
     floors = Floors()
     floors.claimed("q", [run(50, 1)])
-    assert floors.scanned(Scan(at(60), [Lane("q", 0, Floor(at(10), 2))])) == {"q"}
+    assert floors.scanned(Scan(at(60), [Due("q", 0, Floor(at(10), 2))], set())) == {"q"}
     assert floors.of("q") == {0: Floor(at(10), 2)}
 
 
 def test_a_scan_names_the_queues_where_something_is_due() -> None:
     floors = Floors()
     floors.hint("empty", 0)
-    lanes = [Lane("a", 0, Floor(at(1), 1)), Lane("a", 5, Floor(at(2), 2)), Lane("b", 0, Floor(at(3), 3))]
-    assert floors.scanned(Scan(at(10), lanes)) == {"a", "b"}
+    lanes = [Due("a", 0, Floor(at(1), 1)), Due("a", 5, Floor(at(2), 2)), Due("b", 0, Floor(at(3), 3))]
+    assert floors.scanned(Scan(at(10), lanes, set())) == {"a", "b"}
     assert floors.of("a") == {0: Floor(at(1), 1), 5: Floor(at(2), 2)}
-    assert floors.scanned(Scan(at(11), [])) == set()
+    assert floors.scanned(Scan(at(11), [], set())) == set()
 
 
 def test_a_scan_raises_an_empty_stretch_to_a_second_before_it() -> None:
     floors = Floors()
     floors.hint("q", 0)
-    floors.scanned(Scan(at(60), []))
+    floors.scanned(Scan(at(60), [], set()))
     assert floors.of("q") == {0: Floor(at(60) - COMMIT_LAG, 0)}
     assert timedelta(seconds=1) == COMMIT_LAG
 
@@ -92,27 +92,27 @@ def test_a_scan_raises_an_empty_stretch_to_a_second_before_it() -> None:
 def test_a_scan_of_an_empty_stretch_does_not_lower_a_floor() -> None:
     floors = Floors()
     floors.claimed("q", [run(59.5, 8)])
-    floors.scanned(Scan(at(60), []))
+    floors.scanned(Scan(at(60), [], set()))
     assert floors.of("q") == {0: Floor(at(59.5), 8)}
 
 
 def test_a_queue_of_many_priorities_starts_over_at_a_scan() -> None:
     floors = Floors()
-    for priority in range(MAX_LANES):
+    for priority in range(MAX_PRIORITIES):
         floors.hint("q", priority)
-    floors.scanned(Scan(at(60), [Lane("q", 3, Floor(at(1), 1))]))
-    assert len(floors.of("q")) == MAX_LANES
-    floors.hint("q", MAX_LANES)
-    floors.scanned(Scan(at(61), [Lane("q", 3, Floor(at(1), 1)), Lane("q", 9, Floor(at(2), 2))]))
+    floors.scanned(Scan(at(60), [Due("q", 3, Floor(at(1), 1))], set()))
+    assert len(floors.of("q")) == MAX_PRIORITIES
+    floors.hint("q", MAX_PRIORITIES)
+    floors.scanned(Scan(at(61), [Due("q", 3, Floor(at(1), 1)), Due("q", 9, Floor(at(2), 2))], set()))
     assert floors.of("q") == {3: Floor(at(1), 1), 9: Floor(at(2), 2)}
 
 
 def test_the_many_priorities_of_one_queue_cost_another_nothing() -> None:
     floors = Floors()
-    for priority in range(MAX_LANES + 1):
+    for priority in range(MAX_PRIORITIES + 1):
         floors.hint("many", priority)
     floors.claimed("few", [run(70, 1, queue="few")])
-    floors.scanned(Scan(at(60), []))
+    floors.scanned(Scan(at(60), [], set()))
     assert floors.of("many") == {}
     assert floors.of("few") == {0: Floor(at(70), 1)}
 
@@ -161,7 +161,7 @@ class Queue:
         for place, priority in sorted(self.waiting.items()):
             if place.run_at <= at(self.now):
                 due.setdefault(priority, place)
-        self.floors.scanned(Scan(at(self.now), [Lane("q", priority, first) for priority, first in due.items()]))
+        self.floors.scanned(Scan(at(self.now), [Due("q", priority, first) for priority, first in due.items()], set()))
 
 
 def run_of(place: Floor, priority: int) -> Run:

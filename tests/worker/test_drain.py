@@ -135,6 +135,8 @@ async def test_what_was_claimed_ahead_is_handed_back_at_once(app: App, conn: Con
     worker = Worker(app, {"default": 2})
     running = asyncio.create_task(worker.run())
     await eventually(lambda: len(blocked) == 2)
+    # What has ended is running until that is written.
+    await eventually(lambda: one(conn, "select count(*) = 2000 from queue_service.finished_runs"))
     held = await one(conn, "select count(*) from queue_service.runs where state = 'running'")
     assert held > 2
     worker.stop()

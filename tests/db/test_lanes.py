@@ -1,0 +1,324 @@
+"""Lanes on a real database: of the runs of one queue with one ordering key one runs at a time, in the order of enqueueing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from queue_service import App, Run, RunState
+from queue_service.db.execute import fetch
+from queue_service.db.pool import Connection
+from queue_service.runs import queries
+from queue_service.runs.model import Ending, NewRun, Return
+from queue_service.runs.queries import Scan
+from tests.support import LEASE, blocked, claim, enqueued, eventually, lapse, one, rows
+
+Session = Callable[[], Awaitable[Connection]]
+HEADS = claim(laned=True)
+
+
+async def laned(conn: Connection, key: str = "k", **fields: Any) -> int:
+    return await enqueued(conn, ordering_key=key, **fields)
+
+
+async def heads(conn: Connection, **options: Any) -> list[Run]:
+    return [run for run, _ in await fetch(conn, claim(laned=True, **options))]
+
+
+async def finished(conn: Connection, run: Run, state: RunState = RunState.SUCCEEDED) -> None:
+    assert await fetch(conn, queries.finish([Ending(run.claim, state)], worker_id=1)) == {run.claim}
+
+
+async def back(conn: Connection, run: Run, delay: float | None = None, *, failed: bool = False) -> None:
+    assert await fetch(conn, queries.give_back([Return(run.claim, delay, failed=failed)], worker_id=1)) == {run.claim}
+
+
+async def scanned(conn: Connection) -> Scan:
+    return await fetch(conn, queries.scan(["default", "other"], ["noop"]))
+
+
+async def assert_sound(conn: Connection) -> None:
+    """Each lane's row says of its runs what is true, and there is none without runs."""
+    counted = await rows(
+        conn,
+        "select queue, ordering_key, count(*), min(id) filter (where state = 'running') from queue_service.runs "
+        "where ordering_key is not null group by queue, ordering_key order by 1, 2",
+    )
+    kept = await rows(conn, "select queue, ordering_key, pending, run_id from queue_service.lanes order by 1, 2")
+    assert kept == counted
+    overlaps = await one(
+        conn,
+        "select count(*) from (select from queue_service.runs where ordering_key is not null and state = 'running' "
+        "group by queue, ordering_key having count(*) > 1) as twice",
+    )
+    assert overlaps == 0
+
+
+@pytest.fixture
+async def sound(conn: Connection) -> Any:
+    yield
+    await assert_sound(conn)
+
+
+@pytest.mark.usefixtures("sound")
+class TestALane:
+    async def test_gives_its_runs_one_at_a_time_in_the_order_they_were_enqueued(self, conn: Connection) -> None:
+        ids = [await laned(conn) for _ in range(5)]
+        for run_id in ids:
+            (run,) = await heads(conn)
+            assert run.id == run_id
+            assert await heads(conn) == []
+            await finished(conn, run)
+        assert await one(conn, "select count(*) from queue_service.lanes") == 0
+
+    async def test_does_not_wait_for_another_key_or_queue(self, conn: Connection) -> None:
+        await laned(conn, "a")
+        b, other = await laned(conn, "b"), await laned(conn, "a", queue="other")
+        assert len(await heads(conn)) == 2
+        assert [run.id for run in await heads(conn, queue="other")] == [other]
+        assert b
+
+    async def test_is_not_claimed_from_by_the_claim_of_other_runs(self, conn: Connection) -> None:
+        await laned(conn)
+        plain = await enqueued(conn)
+        assert [run.id for run, _ in await fetch(conn, claim())] == [plain]
+        assert await fetch(conn, queries.claim_suspect(["default"], ["noop"], worker_id=1, lease=LEASE)) == []
+
+    async def test_does_not_care_about_priorities_within_it(self, conn: Connection) -> None:
+        first = await laned(conn)
+        await laned(conn, priority=9)
+        assert [run.id for run in await heads(conn)] == [first]
+
+    async def test_is_found_by_a_scan_while_it_is_free(self, conn: Connection) -> None:
+        assert (await scanned(conn)).laned == set()
+        await laned(conn)
+        await laned(conn, queue="other", delay=timedelta(hours=1))
+        assert (await scanned(conn)).laned == {"default"}
+        (run,) = await heads(conn)
+        assert (await scanned(conn)).laned == set()
+        await laned(conn)
+        assert (await scanned(conn)).laned == set()
+        await finished(conn, run)
+        assert (await scanned(conn)).laned == {"default"}
+
+    async def test_of_a_paused_queue_gives_nothing(self, conn: Connection) -> None:
+        await laned(conn)
+        await conn.execute("insert into queue_service.queues (name, paused_at) values ('default', now())")
+        assert await heads(conn) == []
+        assert (await scanned(conn)).laned == set()
+
+    @pytest.mark.parametrize("state", [state for state in RunState if state.finished and state is not RunState.EXPIRED])
+    async def test_is_free_as_soon_as_its_head_has_ended(self, conn: Connection, state: RunState) -> None:
+        await laned(conn)
+        second = await laned(conn)
+        (run,) = await heads(conn)
+        await finished(conn, run, state)
+        assert [run.id for run in await heads(conn)] == [second]
+
+
+@pytest.mark.usefixtures("sound")
+class TestAHead:
+    async def test_that_is_retried_keeps_its_place_and_the_lane_waits_with_it(self, conn: Connection) -> None:
+        first = await laned(conn)
+        await laned(conn)
+        (run,) = await heads(conn)
+        await back(conn, run, 60.0, failed=True)
+        assert await heads(conn) == []
+        assert (await scanned(conn)).laned == set()
+        # The lane is looked at again for what came meanwhile, and still waits.
+        await laned(conn)
+        assert (await scanned(conn)).laned == {"default"}
+        assert await heads(conn) == []
+        assert (await scanned(conn)).laned == set()
+        await conn.execute("update queue_service.runs set run_at = now() - interval '1 s' where id = %s", [first])
+        assert [(run.id, run.attempt) for run in await heads(conn)] == [(first, 2)]
+
+    async def test_that_was_handed_back_is_the_next_again(self, conn: Connection) -> None:
+        first = await laned(conn)
+        await laned(conn)
+        (run,) = await heads(conn)
+        await back(conn, run)
+        assert [run.id for run in await heads(conn)] == [first]
+
+    async def test_that_lost_its_worker_keeps_its_place(self, conn: Connection) -> None:
+        first = await laned(conn)
+        await laned(conn)
+        await heads(conn)
+        await lapse(conn)
+        assert len(await fetch(conn, queries.sweep(limit=10, max_losses=3))) == 1
+        assert [(run.id, run.losses) for run in await heads(conn)] == [(first, 1)]
+
+    async def test_that_ends_for_losing_its_workers_frees_the_lane(self, conn: Connection) -> None:
+        await laned(conn)
+        second = await laned(conn)
+        await heads(conn)
+        await lapse(conn)
+        await fetch(conn, queries.sweep(limit=10, max_losses=1))
+        assert [run.id for run in await heads(conn)] == [second]
+
+    async def test_that_was_enqueued_for_later_lets_others_pass_until_then(self, conn: Connection) -> None:
+        later = await laned(conn, delay=timedelta(hours=1))
+        second = await laned(conn)
+        (run,) = await heads(conn)
+        assert run.id == second
+        await finished(conn, run)
+        assert await heads(conn) == []
+        assert (await scanned(conn)).laned == set()
+        await conn.execute("update queue_service.runs set run_at = now() - interval '1 s' where id = %s", [later])
+        assert [run.id for run in await heads(conn)] == [later]
+
+    async def test_that_expired_lets_others_pass_and_is_ended_by_the_sweep(self, conn: Connection) -> None:
+        expired = await laned(conn, expires_in=timedelta(microseconds=1))
+        second = await laned(conn)
+        assert [run.id for run in await heads(conn)] == [second]
+        assert await fetch(conn, queries.expire(limit=10)) == [expired]
+
+    async def test_alone_that_expired_leaves_no_lane(self, conn: Connection) -> None:
+        await laned(conn, expires_in=timedelta(microseconds=1))
+        assert await heads(conn) == []
+        await fetch(conn, queries.expire(limit=10))
+        assert await one(conn, "select count(*) from queue_service.lanes") == 0
+
+    async def test_for_another_worker_is_left_to_it_and_stands_before_no_other_lane(self, conn: Connection) -> None:
+        await laned(conn, "a", task="theirs")
+        ours = await laned(conn, "b")
+        assert await heads(conn, limit=1) == []
+        assert [run.id for run in await heads(conn, limit=1)] == [ours]
+        await conn.execute("update queue_service.lanes set next_at = now()")
+        (theirs,) = await heads(conn, tasks=("theirs",))
+        assert theirs.ordering_key == "a"
+
+    async def test_may_be_cancelled_or_deleted_and_so_may_those_behind_it(self, conn: Connection) -> None:
+        ids = [await laned(conn) for _ in range(5)]
+        assert await fetch(conn, queries.cancel(ids[0])) == "cancelled"
+        assert await fetch(conn, queries.delete(ids[1]))
+        assert await fetch(conn, queries.cancel(ids[3])) == "cancelled"
+        for run_id in (ids[2], ids[4]):
+            (run,) = await heads(conn)
+            assert run.id == run_id
+            await finished(conn, run)
+
+    async def test_from_history_stands_where_it_stood(self, conn: Connection) -> None:
+        first = await laned(conn)
+        second = await laned(conn)
+        (run,) = await heads(conn)
+        await finished(conn, run, RunState.FAILED)
+        await fetch(conn, queries.retry(first))
+        assert [run.id for run in await heads(conn)] == [first]
+        assert second
+
+
+@pytest.mark.usefixtures("sound")
+class TestEveryWayIn:
+    async def test_leads_into_the_lane(self, app: App, conn: Connection) -> None:
+        await app.enqueue("noop", {}, ordering_key="k")
+        await app.enqueue_many("noop", [{"n": n} for n in range(10)], ordering_key="k")
+        await app.enqueue("noop", {}, ordering_key="k", singleton_key="s")
+        await asyncio.gather(*(app.enqueue("noop", {}, ordering_key=f"k{n % 3}") for n in range(20)))
+        await app.enqueue("noop", {}, ordering_key="k", conn=conn)
+        assert await one(conn, "select pending from queue_service.lanes where ordering_key = 'k'") == 13
+
+    async def test_that_replaces_a_run_moves_it_from_lane_to_lane(self, conn: Connection) -> None:
+        def put(key: str | None) -> Any:
+            new = NewRun(task="noop", queue="default", payload="{}", singleton_key="s", ordering_key=key)
+            return fetch(conn, queries.replace(new))
+
+        for key in ("a", "b", None, "c", "c"):
+            await put(key)
+            await assert_sound(conn)
+        assert await rows(conn, "select ordering_key, pending from queue_service.lanes") == [("c", 1)]
+
+    async def test_that_is_rolled_back_leaves_no_lane(self, conn: Connection) -> None:
+        await conn.execute("begin")
+        await laned(conn)
+        await conn.execute("rollback")
+        assert await one(conn, "select count(*) from queue_service.lanes") == 0
+
+
+@pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])
+@pytest.mark.usefixtures("sound")
+class TestRace:
+    async def test_two_claims_never_take_from_the_same_lane(
+        self, conn: Connection, session: Session, commit: bool
+    ) -> None:
+        a, b = await session(), await session()
+        for key in ("k", "k", "j"):
+            await laned(conn, key)
+        await a.execute("begin")
+        taken = await fetch(a, claim(laned=True, limit=1))
+        assert len(taken) == 1
+        others = await fetch(b, HEADS)
+        assert {run.ordering_key for run, _ in others}.isdisjoint({run.ordering_key for run, _ in taken})
+        assert len(others) == 1
+        await a.execute("commit" if commit else "rollback")
+
+    async def test_a_lane_that_another_session_is_claiming_from_is_passed_over(
+        self, conn: Connection, session: Session, commit: bool
+    ) -> None:
+        a = await session()
+        await laned(conn)
+        await a.execute("begin")
+        await a.execute("select from queue_service.lanes for update")
+        # Whichever run it takes: its snapshot may show another head than ours.
+        assert await heads(conn) == []
+        await a.execute("commit" if commit else "rollback")
+        assert len(await heads(conn)) == 1
+
+    async def test_an_enqueue_and_the_end_of_the_last_run_of_a_lane(
+        self, conn: Connection, session: Session, commit: bool
+    ) -> None:
+        a, b = await session(), await session()
+        await laned(conn)
+        (run,) = await heads(conn)
+        await a.execute("begin")
+        await finished(a, run)
+        waiting = asyncio.create_task(laned(b))
+        await eventually(lambda: blocked(conn, b))
+        await a.execute("commit" if commit else "rollback")
+        second = await waiting
+        if not commit:
+            await finished(conn, run)
+        assert [run.id for run in await heads(conn)] == [second]
+
+    async def test_the_end_of_the_last_run_and_an_enqueue_before_it(
+        self, conn: Connection, session: Session, commit: bool
+    ) -> None:
+        a, b = await session(), await session()
+        await laned(conn)
+        (run,) = await heads(conn)
+        await a.execute("begin")
+        second = await laned(a)
+        waiting = asyncio.create_task(finished(b, run))
+        await eventually(lambda: blocked(conn, b))
+        await a.execute("commit" if commit else "rollback")
+        await waiting
+        assert [run.id for run in await heads(conn)] == ([second] if commit else [])
+
+    async def test_a_cancellation_of_the_head_and_a_claim(
+        self, conn: Connection, session: Session, commit: bool
+    ) -> None:
+        a = await session()
+        first, second = await laned(conn), await laned(conn)
+        await a.execute("begin")
+        await a.execute("select from queue_service.runs where id = %s for update", [first])
+        # It is not passed over for the one behind it: the cancellation may be taken back.
+        assert await heads(conn) == []
+        await fetch(a, queries.cancel(first))
+        await a.execute("commit" if commit else "rollback")
+        assert [run.id for run in await heads(conn)] == [second if commit else first]
+
+    async def test_a_claim_and_a_cancellation_of_the_head(
+        self, conn: Connection, session: Session, commit: bool
+    ) -> None:
+        a, b = await session(), await session()
+        first = await laned(conn)
+        await a.execute("begin")
+        await fetch(a, HEADS)
+        waiting = asyncio.create_task(fetch(b, queries.cancel(first)))
+        await eventually(lambda: blocked(conn, b))
+        await a.execute("commit" if commit else "rollback")
+        assert await waiting == ("requested" if commit else "cancelled")

@@ -1,0 +1,164 @@
+"""Lanes as workers work them off: whatever retries, crashes and waits, no two runs of a key at once, and none out of turn."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import AsyncExitStack
+
+import pytest
+
+from queue_service import App, Retry, Run, RunState, Snooze, Worker
+from queue_service.db.pool import Connection
+from queue_service.settings import load
+from queue_service.worker import claimer
+from tests.support import eventually, one, working
+
+
+class Witness:
+    """Sees handlers begin and end, from outside of any worker."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, int] = {}
+        self.begun: dict[str, list[int]] = {}
+        self.overlaps: list[str] = []
+
+    def begin(self, run: Run) -> None:
+        key = run.ordering_key or ""
+        if key in self.running:
+            self.overlaps.append(f"{key}: {run.id} while {self.running[key]}")
+        self.running[key] = run.id
+        self.begun.setdefault(key, []).append(run.id)
+
+    def end(self, run: Run) -> None:
+        del self.running[run.ordering_key or ""]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_four_workers_keep_every_lane_in_order(app: App, database: str, conn: Connection, seed: int) -> None:
+    dice, witness = random.Random(seed), Witness()
+
+    async def step(run: Run) -> Snooze | None:
+        witness.begin(run)
+        await asyncio.sleep(dice.choice([0, 0, 0.002]))  # the handler's work
+        witness.end(run)
+        chance = dice.random()
+        if chance < 0.1:
+            raise RuntimeError("again")
+        return Snooze(0.01) if chance < 0.2 else None
+
+    apps = [App(database, settings=app.settings) for _ in range(4)]
+    for each in apps:
+        each.task(name="step", retry=Retry(max_attempts=100))(step)
+    for _ in range(400):
+        await app.enqueue("step", {}, ordering_key=f"k{dice.randrange(20)}", retry_delay=0.01)
+    async with AsyncExitStack() as stack:
+        for each in apps:
+            await stack.enter_async_context(each)
+            await stack.enter_async_context(working(each, {"default": 10}))
+        await eventually(lambda: nothing_is_left(conn), within=40)
+    assert witness.overlaps == []
+    for ids in witness.begun.values():
+        assert ids == sorted(ids)
+    assert await one(conn, "select count(*) from queue_service.finished_runs where state = 'succeeded'") == 400
+    assert await one(conn, "select count(*) from queue_service.lanes") == 0
+
+
+async def nothing_is_left(conn: Connection) -> bool:
+    return bool(await one(conn, "select count(*) = 0 from queue_service.runs"))
+
+
+async def test_a_lane_goes_on_at_once_when_its_head_ends(app: App) -> None:
+    begun: list[int] = []
+
+    @app.task
+    async def note(n: int) -> None:
+        begun.append(n)
+
+    async with working(app), asyncio.timeout(5):
+        # Found by polling, one of them would take a tenth of a second.
+        await app.enqueue_many("note", [{"n": n} for n in range(200)], ordering_key="k")
+        await eventually(lambda: len(begun) == 200)
+    assert begun == list(range(200))
+
+
+async def test_a_notice_alone_leads_to_a_lane(app: App, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    # No look from the front but the first one.
+    monkeypatch.setattr(claimer, "SOON", 3_600.0)
+    async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as patient:
+
+        @patient.task
+        async def note(n: int) -> None:
+            begun.append(n)
+
+        await patient.enqueue("note", {"n": 0}, ordering_key="k")
+        async with working(patient):
+            await eventually(lambda: begun == [0])
+            await eventually(lambda: nothing_is_held(patient))
+            await app.enqueue("note", {"n": 1}, ordering_key="another")
+            await eventually(lambda: begun == [0, 1])
+
+
+async def nothing_is_held(app: App) -> bool:
+    async with app.pool.connection() as conn:
+        return await nothing_is_left(conn)
+
+
+async def test_a_failed_head_lets_the_next_one_through(app: App) -> None:
+    @app.task(retry=Retry(max_attempts=1))
+    async def note(n: int) -> None:
+        if n == 0:
+            raise RuntimeError("no")
+
+    ids = await app.enqueue_many("note", [{"n": n} for n in range(2)], ordering_key="k")
+    async with asyncio.timeout(20):
+        tally = await Worker(app, {"default": 5}).run(once=True)
+    assert (tally.failed, tally.succeeded) == (1, 1)
+    ended = [await app.get(run_id) for run_id in ids]
+    assert [run.state for run in ended if run] == [RunState.FAILED, RunState.SUCCEEDED]
+
+
+async def test_one_slow_lane_holds_up_no_other_and_no_run_without_a_lane(app: App) -> None:
+    go = asyncio.Event()
+    done: list[str] = []
+
+    @app.task
+    async def note(name: str) -> None:
+        if name == "slow":
+            await go.wait()
+        done.append(name)
+
+    async with working(app, {"default": 3}):
+        await app.enqueue_many("note", [{"name": name} for name in ("slow", "behind", "behind")], ordering_key="slow")
+        for n in range(20):
+            await app.enqueue("note", {"name": "laned"}, ordering_key=f"k{n % 2}")
+            await app.enqueue("note", {"name": "free"})
+        await eventually(lambda: len(done) == 40)
+        go.set()
+        await eventually(lambda: len(done) == 43)
+    assert done[40:] == ["slow", "behind", "behind"]
+
+
+async def test_a_drained_worker_hands_its_lanes_to_another(app: App, database: str) -> None:
+    held = asyncio.Event()
+
+    @app.task
+    async def wait(n: int) -> None:
+        held.set()
+        await asyncio.Event().wait()
+
+    ids = await app.enqueue_many("wait", [{"n": n} for n in range(3)], ordering_key="k")
+    async with working(app) as worker:
+        await held.wait()
+        worker.stop(now=True)
+    begun: list[int] = []
+    async with App(database, settings=app.settings) as other:
+
+        @other.task(name="wait")
+        async def note(run: Run, n: int) -> None:
+            begun.append(run.id)
+
+        async with asyncio.timeout(20):
+            await Worker(other, {"default": 5}).run(once=True)
+    assert begun == ids
