@@ -246,19 +246,29 @@ class App:
 
     async def wait(self, run_id: int, *, timeout: timedelta | float | None = None) -> Run:
         """The run once it has ended. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has."""
+        (run,) = await self.wait_many([run_id], timeout=timeout)
+        return run
+
+    async def wait_many(self, run_ids: Iterable[int], *, timeout: timedelta | float | None = None) -> list[Run]:
+        """The runs once all of them have ended, in the order asked for. Raises TimeoutError after `timeout`, RunUnknown for
+        an id nobody has. One look serves them all, however many they are."""
+        asked = list(run_ids)
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
+        ended: dict[int, Run] = {}
         try:
             async with asyncio.timeout(seconds):
                 with self.opened.sweeping():
-                    while True:
-                        if await self.opened.endings.wait(run_id) is None:
-                            raise RunUnknown(run_id)
-                        run = await self.fetch(queries.get(run_id))
-                        # None or live: it was deleted, or taken out of history and queued again, between the two looks.
-                        if run is not None and run.state.finished:
-                            return run
+                    while left := set(asked) - ended.keys():
+                        states = await self.opened.endings.wait(left)
+                        if unknown := [run_id for run_id, state in states.items() if state is None]:
+                            raise RunUnknown(min(unknown))
+                        # One that is missing or live was deleted, or queued again from history, between the two looks.
+                        found = await self.fetch(queries.get_many(left))
+                        ended |= {run.id: run for run in found if run.state.finished}
         except TimeoutError:
-            raise TimeoutError(f"Run {run_id} did not end within {seconds:g} s. It goes on; wait again.") from None
+            who = f"Run {asked[0]}" if len(asked) == 1 else f"One of {len(asked):,} runs"
+            raise TimeoutError(f"{who} did not end within {seconds:g} s. It goes on; wait again.") from None
+        return [ended[run_id] for run_id in asked]
 
     async def get(self, run_id: int) -> Run | None:
         """The run, live or finished; None if there is none of this id."""

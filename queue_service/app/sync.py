@@ -202,6 +202,7 @@ class SyncApp(Blocking[App]):
     enqueue = blocking(App.enqueue)
     enqueue_many = blocking(App.enqueue_many)
     wait = blocking(App.wait)
+    wait_many = blocking(App.wait_many)
     get = blocking(App.get)
     cancel = blocking(App.cancel)
     retry = blocking(App.retry)

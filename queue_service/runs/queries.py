@@ -229,6 +229,11 @@ def get(run_id: int) -> Query[Run | None]:
     return SQL.query("get", decode, run_id=run_id)
 
 
+def get_many(run_ids: Collection[int]) -> Query[list[Run]]:
+    """Those of these runs that exist, in no order."""
+    return SQL.query("get_many", _runs, run_ids=array_literal(sorted(run_ids)))
+
+
 def endings(run_ids: Collection[int]) -> Query[dict[int, RunState | None]]:
     """Those that have ended, with how; those that do not exist, with None. Live ones are missing."""
 

@@ -501,6 +501,14 @@ select {read_columns} from (
 ) as run
 limit 1
 
+-- name: get_many
+-- These runs, wherever they are, in no order. One that is moving between places may come from both, or from neither.
+select {read_columns} from (
+    {live_as_read} where id = any(%(run_ids)s::bigint[])
+    union all
+    {finished_as_read} where id = any(%(run_ids)s::bigint[])
+) as run
+
 -- name: endings
 -- Those of these runs that have ended, and those that do not exist (null).
 select asked.id, ending.state

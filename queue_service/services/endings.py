@@ -36,21 +36,31 @@ class Endings:
         self._waiting: dict[int, set[Answer]] = {}
         self._watch: asyncio.Task[None] | None = None
 
-    async def wait(self, run_id: int) -> RunState | None:
-        """How the run ended; None if there is no such run. Waits for ever: the caller brings the deadline."""
-        answer: Answer = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(run_id, set()).add(answer)
+    async def wait(self, run_ids: Collection[int]) -> dict[int, RunState | None]:
+        """How these runs ended, once all of them have; None for one that does not exist. Waits for ever: the caller brings
+        the deadline."""
+        loop = asyncio.get_running_loop()
+        answers: dict[int, Answer] = {run_id: loop.create_future() for run_id in run_ids}
+        for run_id, answer in answers.items():
+            self._waiting.setdefault(run_id, set()).add(answer)
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._run(), name="endings")
         try:
             # The watch may be listening already, and then nobody reads for a newcomer but itself.
-            await self._read([run_id])
-            return await answer
+            await self._read(answers.keys())
+            return {run_id: await answer for run_id, answer in answers.items()}
         finally:
-            answers = self._waiting.get(run_id, set())
-            answers.discard(answer)
-            if not answers:
-                self._waiting.pop(run_id, None)
+            for run_id, answer in answers.items():
+                self._forget(run_id, answer)
+
+    def _forget(self, run_id: int, answer: Answer) -> None:
+        # An error is told to all who wait; of those that one caller waits for, it hears the first.
+        if not answer.cancel() and not answer.cancelled():
+            answer.exception()
+        others = self._waiting.get(run_id, set())
+        others.discard(answer)
+        if not others:
+            self._waiting.pop(run_id, None)
 
     async def close(self) -> None:
         if self._watch is not None:

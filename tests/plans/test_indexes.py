@@ -49,6 +49,7 @@ def statements() -> dict[str, Query[Any]]:
         "cancel": queries.cancel(1),
         "cancel_requests": queries.cancel_requests([1, 2, 3]),
         "endings": queries.endings([1, 2, 3]),
+        "get_many": queries.get_many([1, 2, 3]),
     }
 
 
@@ -65,6 +66,7 @@ INDEXES = {
     "cancel": {"runs_pkey"},
     "cancel_requests": {"runs_pkey"},
     "endings": {"runs_pkey"},
+    "get_many": {"runs_pkey"},
 }
 
 
