@@ -300,8 +300,10 @@ class TestFollowing:
         async with aclosing(app.events.follow("s")) as events:
             first = asyncio.ensure_future(following(events))
             await waiting_follower(app)
-            await conn.execute("insert into queue_service.streams (stream, head) values ('s', 1)")
-            await conn.execute("insert into queue_service.events (stream, seq, kind, body) values ('s', 1, 'x', '0')")
+            await conn.execute(
+                "with head as (insert into queue_service.streams (stream, head) values ('s', 1)) "
+                "insert into queue_service.events (stream, seq, kind, body) values ('s', 1, 'x', '0')"
+            )
             assert (await first).kind == "x"
 
     async def test_slowly_costs_the_others_nothing_and_misses_nothing(
