@@ -7,8 +7,8 @@ queues.paused_at is not null and coalesce(queues.resumes_at, 'infinity') > (sele
 -- Claims find nothing in this queue until it is resumed, or until a time, or for so long. Row: whether this changed anything.
 -- writes: queues
 insert into queue_service.queues (name, paused_at, resumes_at)
-values (%(name)s, clock_timestamp(),
-        coalesce(%(until)s::timestamptz, clock_timestamp() + %(lasting)s::interval))
+select %(name)s, moment.now, coalesce(%(until)s::timestamptz, moment.now + %(lasting)s::interval)
+  from (select clock_timestamp() as now offset 0) as moment
     on conflict (name) do update
    set paused_at = case when {paused} then queues.paused_at else excluded.paused_at end, resumes_at = excluded.resumes_at
  where ({paused}) is not true or queues.resumes_at is distinct from excluded.resumes_at
