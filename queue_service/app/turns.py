@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from psycopg import errors as pg
 
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.enqueue import drive_any
@@ -148,7 +149,7 @@ class Turns:
         both or neither, and once. Sending it again, however often and from wherever, returns the same receipt.
 
         The event's body is `{"message_id", "user_id", "body": payload}`; the rest is as in `dispatch`. Raises
-        MessageConflict for another payload under a message id that was used, StreamEnded.
+        MessageConflict for another payload under a message id that was used, StreamEnded for a stream that is closing too.
         """
         owed, limit = self._owed(turn, admission, execution), self._app.settings.payload_limit
         run, notice = enqueueing.of_turn(self._app.tasks, limit, turn, task, payload, metadata, options)
@@ -161,7 +162,11 @@ class Turns:
             owed, run, msgspec.json.encode(said).decode(), digest, notice if rides else None, tell=tell
         )
         for _ in range(TRIES):
-            sent = await self._app.fetch(query)
+            try:
+                sent = await self._app.fetch(query)
+            except pg.NotNullViolation:
+                # The stream was closed at this moment; the next look sees that.
+                continue
             if sent is None:
                 continue
             if sent.word == "ended":

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import re
@@ -14,17 +15,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from inspect import isawaitable
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.gateway.refusals import Refused
+from queue_service.logs import get_logger
 from queue_service.words import check_word
+
+log = get_logger(__name__)
 
 COOKIE = "queue_service_token"
 # Principals whose pace is remembered; the one that was quiet for longest is forgotten first.
 REMEMBERED = 10_000
+# How long, in seconds, `authorize` and `owns` may take.
+HOOK_DEADLINE = 10.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +117,9 @@ class Access:
         origin = request.headers.get("origin")
         if origin is not None and origin not in self._origins and _host(origin) != request.headers.get("host"):
             raise Refused(403, "Pages of another origin may not use this gateway. Name it in `origins` if it should.")
-        found = self._authorize(request)
-        principal = await found if isawaitable(found) else found
+        principal = await _answered(self._authorize(request))
         if principal is None:
-            raise Refused(401, "Nobody is signed in.")
+            raise Refused(401, "Nobody is signed in. Sign in, or send your token, and try again.")
         return principal
 
     async def stream(self, principal: Principal, stream: str, field: str = "stream") -> str:
@@ -122,8 +130,7 @@ class Access:
             raise Refused(400, str(refused), field=field) from None
         if not stream.isprintable():
             raise Refused(400, f"{field} holds a character that cannot be printed.", field=field)
-        theirs = principal.owns(stream)
-        if not (await theirs if isawaitable(theirs) else theirs):
+        if not await _answered(principal.owns(stream)):
             raise Refused(404, f"You have no stream {stream!r}.", field=field)
         return stream
 
@@ -149,7 +156,17 @@ class Access:
         if len(self._paces) > REMEMBERED:
             self._paces.popitem(last=False)
         if left < 1:
-            raise Refused(429, "Messages come too fast.", retry_after=(1 - left) / rate)
+            raise Refused(429, "Messages come too fast. Wait for a moment, and go on.", retry_after=(1 - left) / rate)
+
+
+async def _answered(answer: T | Awaitable[T]) -> T:
+    """What a hook says, which may have to ask elsewhere. Raises Refused (503) where that takes too long."""
+    try:
+        async with asyncio.timeout(HOOK_DEADLINE):
+            return await answer if isawaitable(answer) else answer
+    except TimeoutError:
+        log.error("a hook of the gateway did not answer in time", seconds=HOOK_DEADLINE)
+        raise Refused(503, "It could not be found out in time what you may do. Try again.", retry_after=2) from None
 
 
 def _host(origin: str) -> str | None:

@@ -164,6 +164,8 @@ class Gateway:
             return Response(status_code=204)
         with ExitStack() as stack:
             stack.enter_context(self._access.connected(principal))
+            # Begun anew for each who comes, should it have failed since.
+            stack.enter_context(self._app.opened.sweeping())
             connection = stack.enter_context(self._connected(principal))
             connection.watch_only(cursors)
             return EventResponse(connection, stall=self._stall, ended=stack.pop_all().close)

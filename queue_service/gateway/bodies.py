@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,9 @@ Cursor = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Word = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 # More could be watched, but no page shows them.
 Cursors = Annotated[dict[str, Cursor], msgspec.Meta(max_length=1_000)]
+
+# How long, in seconds, a body may take to come.
+DEADLINE = 20.0
 
 # Where msgspec says what it refused: "... - at `$.streams[...]`", "missing required field `stream`".
 _AT = re.compile(r"at `\$\.(\w+)|field `(\w+)`")
@@ -74,8 +78,12 @@ async def read(request: Request, kind: type[B], *, limit: int) -> B:
 
 async def _bytes(request: Request, limit: int) -> bytes:
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
-            raise Refused(413, f"The body is larger than the {limit:,} bytes that are taken.")
+    try:
+        async with asyncio.timeout(DEADLINE):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limit:
+                    raise Refused(413, f"The body is larger than the {limit:,} bytes that are taken. Send less.")
+    except TimeoutError:
+        raise Refused(408, f"The body did not come within {DEADLINE:g} s. Send it again.") from None
     return bytes(data)

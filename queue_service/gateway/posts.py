@@ -129,7 +129,7 @@ class Posts:
 
     async def _close(self, post: Post) -> Answer:
         asked = await self._about(post, bodies.Stream)
-        # No message is taken in any more; what was taken in before gets its ending, and then there is nothing to come.
+        # From here on no message is taken in; what was taken in before gets its ending, and then there is nothing to come.
         await self._app.events.set_state(asked.stream, StreamState.CLOSING)
         await self._cancel_turns(asked.stream, None)
         return await self._put(asked, StreamState.ENDED)

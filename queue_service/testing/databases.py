@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from queue_service.app import App
@@ -53,11 +54,15 @@ def made(server: str, source: str, *, prefix: str = "queue_service_test") -> Ite
     name = f"{prefix}_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(server, autocommit=True) as admin:
         # Copying files writes little into the log, where a checkpoint costs nothing: fsync is off, or the database small.
-        admin.execute(f"create database {name} template {source} strategy file_copy".encode())
+        admin.execute(
+            sql.SQL("create database {} template {} strategy file_copy").format(
+                sql.Identifier(name), sql.Identifier(source)
+            )
+        )
         try:
             yield make_conninfo(server, dbname=name)
         finally:
-            admin.execute(f"drop database {name} with (force)".encode())
+            admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 @contextmanager

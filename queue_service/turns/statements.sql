@@ -246,11 +246,13 @@ select 'known', (select m.run_id from queue_service.turn_markers as m
 -- Take in a message: store it as an event of its stream, arm its turn, and store the run that works on it, all or nothing,
 -- and once. A stream that was new or suspended is active then. Row: 'sent' or 'known', the seq of the event and the digest
 -- of the message (both null for a turn that was armed by other means); 'ended' where the stream takes no messages. No row:
--- another session is sending it, send it again.
+-- another session is sending it, send it again; and so where this is a not-null violation: the stream was closed after this
+-- statement began to look, its head was not moved, and a receipt without a seq takes everything back.
 -- writes: turn_outcomes, turn_markers, streams, events, runs, receipts
 with {asked_turn}, open_streams as materialized (
     select asked.stream from asked
-     where (select s.state from queue_service.streams as s where s.stream = asked.stream limit 1) is distinct from 'ended'
+     where (select s.state from queue_service.streams as s where s.stream = asked.stream limit 1)
+           not in ('closing', 'ended') is not false
 ), opened as (
     insert into queue_service.turn_outcomes (deployment, message_id, stream)
     select deployment, message_id, stream from asked where exists (select from open_streams)
@@ -262,6 +264,7 @@ with {asked_turn}, open_streams as materialized (
         on conflict (stream) do update
        set head = streams.head + 1,
            state = case when streams.state in ('created', 'suspended') then 'active' else streams.state end
+     where streams.state not in ('closing', 'ended')
     returning stream, head
 ), said as (
     insert into queue_service.events (stream, seq, kind, body)
@@ -275,7 +278,7 @@ with {asked_turn}, open_streams as materialized (
     select {marker_values}, stored.id from asked cross join stored where {is_opened}
 ), receipt as (
     insert into queue_service.receipts (deployment, message_id, seq, digest)
-    select asked.deployment, asked.message_id, heads.head, %(digest)s from asked cross join heads
+    select asked.deployment, asked.message_id, (select heads.head from heads), %(digest)s from asked where {is_opened}
     returning seq, digest
 )
 select 'sent', seq, digest, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end,

@@ -120,6 +120,8 @@ class _Process:
         self.life = asyncio.create_task(self._live())
 
     async def do(self, job: bytes, begun: Callable[[], None]) -> Outcome:
+        """What this process answers to a job. `begun` is called when its handler is; from then on the caller bounds it,
+        before that STARTUP does. Raises ProcessDied."""
         self._answer = asyncio.get_running_loop().create_future()
         self.has_begun = False
         try:
@@ -158,8 +160,8 @@ class _Process:
     async def _live(self) -> None:
         try:
             how, number = _how(await self._ended())
-        except (OSError, ValueError) as refused:
-            how, number = f"could not be started: {refused}", None
+        except Exception as broken:  # noqa: BLE001 - whoever waits for its answer must hear of it, or would wait for ever
+            how, number = f"could not be run: {type(broken).__name__}: {broken}", None
         self.has_ended = True
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(ProcessDied(how, signal=number))

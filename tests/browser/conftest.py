@@ -126,7 +126,8 @@ class Chat:
 
     @property
     def replies(self) -> Locator:
-        return self.page.locator("#told .agent .text")
+        """The complete ones: what grows says the same before its turn has ended."""
+        return self.page.locator("#told .agent:not(.growing) .text")
 
     @property
     def growing(self) -> Locator:

@@ -38,7 +38,7 @@ async def _beating(deployment: str) -> AsyncIterator[None]:
     async def beat() -> None:
         while True:
             await app.turns.extend(deployment)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)  # the pace of its beats
 
     beating = asyncio.create_task(beat())
     try:

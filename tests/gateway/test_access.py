@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from queue_service import App
 from queue_service.errors import ConfigError
-from queue_service.gateway import Limits, Principal, Token, loopback
+from queue_service.gateway import Limits, Principal, Token, access, loopback
 from tests.gateway.served import Client, Served, named, serving
 from tests.support import eventually
 
@@ -87,6 +87,24 @@ async def test_a_hook_that_raises_refuses_and_the_server_goes_on(app: App) -> No
             answer = await client.post("interrupt", connection_id, {"stream": "ann/a"}, **{"x-break": "1"})
             assert answer.status_code == 500
             assert (await client.post("interrupt", connection_id, {"stream": "ann/a"})).status_code == 200
+
+
+@pytest.mark.parametrize("hook", ["authorize", "owns"])
+async def test_a_hook_that_does_not_answer_refuses_in_time(
+    app: App, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    monkeypatch.setattr(access, "HOOK_DEADLINE", 0.05)
+
+    async def never(*_: object) -> bool:
+        return await asyncio.Event().wait()
+
+    async def at_once(_request: Request) -> Principal:
+        return Principal("ann", never)
+
+    async with serving(app, authorize=never if hook == "authorize" else at_once) as served, served.client() as client:
+        answer = await client.get("/api/sessions/ann/a/state")
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
 
 
 class TestAnOrigin:

@@ -264,6 +264,15 @@ class TestAnyReplica:
             await app.turns.arm(Turn(deployment="d", message_id="m", stream="ann/a"), admission=0.05)
             assert (await stream.event())["body"]["code"] == "worker_unresponsive"
 
+    async def test_sweeps_again_for_the_next_client_when_sweeping_has_failed(self, app: App, ann: Client) -> None:
+        sweeping = app.opened._sweeping
+        assert sweeping is not None
+        sweeping.cancel()
+        await eventually(sweeping.done)
+        async with ann.connected("?stream=ann/a") as (stream, _):
+            await app.turns.arm(Turn(deployment="d", message_id="m", stream="ann/a"), admission=0.05)
+            assert (await stream.event())["body"]["code"] == "worker_unresponsive"
+
     async def test_delivers_though_every_notice_is_lost(self, ann: Client, conn: Connection) -> None:
         async with ann.connected("?stream=ann/a") as (stream, _):
             await conn.execute(

@@ -11,7 +11,7 @@ import pytest
 from queue_service import App, Run, StreamState, Turn
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import Connection
-from queue_service.gateway import Limits
+from queue_service.gateway import Limits, bodies
 from tests.gateway.served import Client, Served, serving
 from tests.support import eventually, one, working
 
@@ -109,6 +109,19 @@ class TestEveryPost:
         async with ann.connected() as (_, connection_id):
             answer = await ann.post("send", connection_id, message(text="x" * app.settings.payload_limit))
         assert answer.status_code == 413
+
+    async def test_whose_body_does_not_come_is_408(
+        self, served: Served, ann: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bodies, "DEADLINE", 0.05)
+        async with ann.connected() as (_, connection_id):
+            host, port = served.address.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            head = f"POST /api/chat/send HTTP/1.1\r\nHost: x\r\nX-User: ann\r\nX-Connection-ID: {connection_id}\r\n"
+            writer.write(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 408")
+            writer.close()
+            await writer.wait_closed()
 
     async def test_that_does_not_exist_is_404(self, ann: Client) -> None:
         async with ann.connected() as (_, connection_id):
