@@ -287,16 +287,16 @@ class App:
         Raises DuplicateRun if a live run holds its singleton key; then nothing moved.
         """
         try:
-            lane = await self.fetch(queries.retry(run_id))
+            where = await self.fetch(queries.retry(run_id))
         except pg.UniqueViolation:
             run = await self.fetch(queries.get(run_id))
             if run is None or run.singleton_key is None:
                 return False
             holder = await self.fetch(queries.singleton_holder(run.queue, run.singleton_key))
             raise DuplicateRun(holder or run_id, run.singleton_key, why="so this one was not queued again") from None
-        if lane is not None:
-            self.opened.notifier.send([channels.enqueued(*lane)])
-        return lane is not None
+        if where is not None:
+            self.opened.notifier.send([channels.enqueued(*where)])
+        return where is not None
 
     async def delete(self, run_id: int) -> bool:
         """Forget a queued or finished run. False: it is running, or there is none of this id."""

@@ -1,1 +1,1 @@
-"""Queues: the named lanes of runs, and whether they are paused. Statements and values; no connection."""
+"""Queues: what is set about them, such as whether one is paused. Statements and values; no connection."""

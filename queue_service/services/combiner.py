@@ -23,7 +23,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 # Two, so that one is prepared here while the server works on the other.
-LANES = 2
+CARRIERS = 2
 # So much goes into one statement: items, and bytes of what they carry.
 MOST = 200
 MOST_BYTES = 1_000_000
@@ -55,9 +55,9 @@ class Combiner(Generic[A, R]):
         self._name = name
         self._weigh = weigh
         self._pending: deque[tuple[A, asyncio.Future[R | Busy]]] = deque()
-        # Statements under way: of lone callers, and of lanes, which are tasks that are kept from being forgotten here.
+        # Statements under way: of lone callers, and of carriers, which are tasks that are kept from being forgotten here.
         self._under_way = 0
-        self._lanes: set[asyncio.Task[None]] = set()
+        self._carriers: set[asyncio.Task[None]] = set()
 
     async def __call__(self, item: A) -> R:
         """Raises DatabaseUnavailable where a lock was not let go of in time, and whatever `send` raises."""
@@ -76,18 +76,18 @@ class Combiner(Generic[A, R]):
     async def _sent(self, item: A) -> R | Busy:
         future: asyncio.Future[R | Busy] = asyncio.get_running_loop().create_future()
         self._pending.append((item, future))
-        if self._under_way < LANES:
+        if self._under_way < CARRIERS:
             self._under_way += 1
             try:
                 # For those who call at the same moment: a batch that splits once stays split, and halves the throughput.
                 await asyncio.sleep(0)
             except asyncio.CancelledError:
                 future.cancel()
-                self._open_lane()
+                self._carry()
                 raise
             if len(self._pending) == 1 and self._pending[0][1] is future:
                 return await self._alone()
-            self._open_lane()
+            self._carry()
         return await future
 
     async def _alone(self) -> R | Busy:
@@ -101,18 +101,18 @@ class Combiner(Generic[A, R]):
     def _go_on(self) -> None:
         """One who was under way is done. What came meanwhile goes together in its place."""
         self._under_way -= 1
-        if self._pending and self._under_way < LANES:
+        if self._pending and self._under_way < CARRIERS:
             self._under_way += 1
-            self._open_lane()
+            self._carry()
 
-    def _open_lane(self) -> None:
-        lane = asyncio.create_task(self._work(), name=self._name)
-        self._lanes.add(lane)
-        lane.add_done_callback(self._close_lane)
+    def _carry(self) -> None:
+        carrier = asyncio.create_task(self._work(), name=self._name)
+        self._carriers.add(carrier)
+        carrier.add_done_callback(self._carried)
 
-    def _close_lane(self, lane: asyncio.Task[None]) -> None:
+    def _carried(self, carrier: asyncio.Task[None]) -> None:
         # Here and not in the task, which may have been cancelled before it began.
-        self._lanes.discard(lane)
+        self._carriers.discard(carrier)
         self._go_on()
 
     async def _work(self) -> None:
@@ -122,7 +122,7 @@ class Combiner(Generic[A, R]):
             except Exception as refused:  # noqa: BLE001 - handed to those who wait for it
                 _refuse(batch, refused)
             except BaseException as broken:
-                # Told to whoever waits: nobody may wait for a lane that has died.
+                # Told to whoever waits: nobody may wait for a carrier that has died.
                 _refuse(batch, DatabaseUnavailable(f"This process is ending ({type(broken).__name__})."))
                 raise
 

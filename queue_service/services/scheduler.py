@@ -94,7 +94,7 @@ class Scheduler:
 
     def _told(self, fired: Sequence[Fired]) -> int:
         runs = [each for each in fired if each.run_id is not None]
-        self._notify([channels.enqueued(*lane) for lane in {(each.queue, each.priority) for each in runs}])
+        self._notify([channels.enqueued(*where) for where in {(each.queue, each.priority) for each in runs}])
         for each in runs:
             log.debug("schedule fired", schedule=each.name, slot=str(each.slot), run_id=each.run_id)
         return len(runs)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from io import FileIO
 from typing import Any
 
 import msgspec
@@ -177,14 +178,8 @@ class _Child:
 
 @contextlib.asynccontextmanager
 async def _pipes() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """The two pipes, under numbers of their own that no process started here inherits: what is printed goes to standard
-    error, and what is run here neither reads our turns nor holds our pipes open."""
     loop = asyncio.get_running_loop()
-    incoming, outgoing = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    os.close(nothing)
+    incoming, outgoing = taken_pipes()
     lines = asyncio.StreamReader(MAX_LINE)
     reading, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), incoming)
     writing, flow = await loop.connect_write_pipe(
@@ -199,6 +194,17 @@ async def _pipes() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWr
         reading.close()
         with contextlib.suppress(ConnectionError):
             await out.wait_closed()
+
+
+def taken_pipes() -> tuple[FileIO, FileIO]:
+    """Our standard input and output, under numbers of their own that no process started here inherits: what is printed goes
+    to standard error, and what is run here neither reads our lines nor holds our pipes open."""
+    incoming, outgoing = FileIO(os.dup(0), "rb"), FileIO(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    os.close(nothing)
+    return incoming, outgoing
 
 
 def die_with_parent() -> None:

@@ -23,11 +23,11 @@ from queue_service import codec
 from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
-from queue_service.worker import results
 from queue_service.worker.finisher import Finisher, Outcome
+from queue_service.worker.handlers import results
+from queue_service.worker.handlers.processes import Processes
+from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
-from queue_service.worker.processes import Processes
-from queue_service.worker.threads import Exhausted, Threads
 
 log = get_logger(__name__)
 

@@ -33,11 +33,11 @@ from queue_service.settings import Settings
 from queue_service.worker.claimer import Claimer
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher, Tally
+from queue_service.worker.handlers.processes import Processes
+from queue_service.worker.handlers.threads import Threads
 from queue_service.worker.keeper import Keeper
 from queue_service.worker.lag import LagWatch
 from queue_service.worker.leases import Leases
-from queue_service.worker.processes import Processes
-from queue_service.worker.threads import Threads
 
 log = get_logger(__name__)
 
@@ -252,8 +252,8 @@ class _Parts:
                 self.claimer.rescan()
             elif heard.channel == channels.CANCEL:
                 self._cancel(channels.read_run_ids(heard.payload) or ())
-            elif (lane := channels.read_enqueued(heard.payload)) is not None:
-                self.claimer.hint(*lane)
+            elif (where := channels.read_enqueued(heard.payload)) is not None:
+                self.claimer.hint(*where)
 
     def _wake_claimer(self) -> None:
         self.claimer.wake()

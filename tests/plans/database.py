@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from queue_service.db.query import Query
+
 Sync = psycopg.Connection[Any]
+
+# Where Postgres cannot tell from the statement.
+TYPES = {"priority": "smallint", "max_attempts": "integer", "tell": "boolean", "limit": "bigint"}
 
 
 @contextmanager
@@ -23,3 +30,24 @@ def believed_empty(server: str, template: str, name: str, tables: Collection[str
                 conn.execute(f"vacuum analyze queue_service.{table}".encode())
             yield conn
         admin.execute(f"drop database {name} with (force)")
+
+
+def prepare(conn: Sync, name: str, query: Query[Any]) -> None:
+    """Prepare the statement, and have it planned at once."""
+    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
+    text = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", query.text).replace("%%", "%")
+    types = ", ".join(TYPES.get(each, "unknown") for each in names)
+    conn.execute(f"prepare {name} ({types}) as {text}".encode())
+    conn.execute(sql.SQL("explain ") + execution(name, query))
+
+
+def execution(name: str, query: Query[Any]) -> sql.Composed:
+    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
+    values = sql.SQL(", ").join(sql.Literal(query.params[each]) for each in names)
+    return sql.SQL("execute {} ({})").format(sql.Identifier(name), values)
+
+
+def flattened(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from flattened(child)

@@ -8,8 +8,7 @@ import pytest
 
 from queue_service.db import pool
 from queue_service.runs import queries
-from tests.plans.database import Sync, believed_empty
-from tests.plans.test_turn_plans import execution, flattened, prepare
+from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 from tests.support import claim
 
 LANES, DEEP = 50_000, 50_000

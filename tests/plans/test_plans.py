@@ -20,7 +20,7 @@ from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Floor, Return, RunState
 from queue_service.runs.queries import Wanted
 from queue_service.worker.floors import FRONT
-from tests.plans.database import Sync, believed_empty
+from tests.plans.database import Sync, believed_empty, flattened
 from tests.support import claim
 
 ROWS = 500_000
@@ -83,12 +83,6 @@ class Plan(NamedTuple):
                 for node in self.reads
             )
         )
-
-
-def flattened(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for child in plan.get("Plans", []):
-        yield from flattened(child)
 
 
 def done(conn: Sync, query: Query[Any]) -> Plan:

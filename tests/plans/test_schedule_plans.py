@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,7 +13,7 @@ from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.schedules import queries
 from queue_service.schedules.model import Due, Firing, Misfire
-from tests.plans.database import Sync, believed_empty
+from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 
 SCHEDULES, SLOTS = 20_000, 200_000
 TABLES = {"schedules", "schedule_slots", "runs"}
@@ -34,9 +33,6 @@ select 's' || 100 * (n % 1000), moment, moment, n
 """
 
 STAGES = ["planned while empty", "believed empty", "believed full"]
-
-# Where Postgres cannot tell from the statement.
-TYPES = {"limit": "bigint"}
 
 
 def due(number: int) -> Due:
@@ -62,29 +58,14 @@ def fire(count: int) -> Query[Any]:
     return queries.fire(firings, retention=timedelta(days=14))
 
 
-def named(query: Query[Any]) -> list[str]:
-    return list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
-
-
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_schedule_plans", TABLES) as conn:
         conn.execute(pool._SESSION.encode())
         for number, (make, _) in enumerate(STATEMENTS.values()):
-            query = make()
-            names, text = named(query), query.text
-            for place, each in enumerate(names, 1):
-                text = text.replace(f"%({each})s", f"${place}")
-            types = ", ".join(TYPES.get(each, "unknown") for each in names)
-            conn.execute(f"prepare p{number} ({types}) as {text}".encode())
-            conn.execute(sql.SQL("explain ") + execution(number, query))
+            prepare(conn, f"p{number}", make())
         conn.execute(FILL.encode())
         yield conn
-
-
-def execution(number: int, query: Query[Any]) -> sql.Composed:
-    values = sql.SQL(", ").join(sql.Literal(query.params[each]) for each in named(query))
-    return sql.SQL("execute {} ({})").format(sql.Identifier(f"p{number}"), values)
 
 
 @pytest.fixture(scope="module", params=STAGES)
@@ -97,12 +78,6 @@ def stage(request: pytest.FixtureRequest, filled: Sync) -> str:
     return str(request.param)
 
 
-def flattened(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for child in plan.get("Plans", []):
-        yield from flattened(child)
-
-
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_a_statement_looks_at_what_it_takes_and_little_else(filled: Sync, stage: str, name: str) -> None:
     make, most = STATEMENTS[name]
@@ -110,7 +85,7 @@ def test_a_statement_looks_at_what_it_takes_and_little_else(filled: Sync, stage:
     explain = "explain (analyze, timing off, format json) "
     with filled.transaction(force_rollback=True):
         if stage == "planned while empty":
-            row = filled.execute(sql.SQL(explain) + execution(list(STATEMENTS).index(name), query)).fetchone()
+            row = filled.execute(sql.SQL(explain) + execution(f"p{list(STATEMENTS).index(name)}", query)).fetchone()
         else:
             row = filled.execute(f"{explain}{query.text}".encode(), query.params).fetchone()
     assert row is not None

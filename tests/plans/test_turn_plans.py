@@ -4,7 +4,6 @@ with statistics that are wrong in either direction, and with right ones.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from queue_service.events.queries import NewEvent
 from queue_service.turns import queries as turns
 from queue_service.turns.model import Ending, Turn, TurnFailure
 from queue_service.turns.queries import Owed
-from tests.plans.database import Sync, believed_empty
+from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 
 TURNS, EVENTS = 100_000, 300_000
 TABLES = {"turn_markers", "turn_outcomes", "receipts", "streams", "events", "runs", "connections"}
@@ -44,9 +43,6 @@ select 's' || n % 1000 + 1, n / 1000 + 1, 'delta', '{}' from generate_series(0, 
 
 STAGES = ["planned while empty", "believed empty", "believed full", "believed full, empty"]
 
-# Where Postgres cannot tell from the statement.
-TYPES = {"priority": "smallint", "max_attempts": "integer", "tell": "boolean"}
-
 
 class Stage(NamedTuple):
     conn: Sync
@@ -61,21 +57,6 @@ def filled(server: str, template: str) -> Iterator[Sync]:
             prepare(conn, f"p{number}", make())
         conn.execute(FILL.encode())
         yield conn
-
-
-def prepare(conn: Sync, name: str, query: Query[Any]) -> None:
-    """Prepare the statement, and have it planned at once."""
-    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
-    text = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", query.text).replace("%%", "%")
-    types = ", ".join(TYPES.get(each, "unknown") for each in names)
-    conn.execute(f"prepare {name} ({types}) as {text}".encode())
-    conn.execute(sql.SQL("explain ") + execution(name, query))
-
-
-def execution(name: str, query: Query[Any]) -> sql.Composed:
-    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
-    values = sql.SQL(", ").join(sql.Literal(query.params[each]) for each in names)
-    return sql.SQL("execute {} ({})").format(sql.Identifier(name), values)
 
 
 @pytest.fixture(scope="module", params=STAGES)
@@ -150,12 +131,6 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "aged": (lambda: events.aged(timedelta(days=14), after="s5", limit=100), 300),
     "trim": (lambda: events.trim("s7", upto=100, limit=50), 150),
 }  # fmt: skip
-
-
-def flattened(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for child in plan.get("Plans", []):
-        yield from flattened(child)
 
 
 @pytest.mark.parametrize("name", STATEMENTS)

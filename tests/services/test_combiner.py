@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from queue_service.errors import DatabaseUnavailable
-from queue_service.services.combiner import LANES, MOST, MOST_BYTES, Combiner
+from queue_service.services.combiner import CARRIERS, MOST, MOST_BYTES, Combiner
 
 
 class Server:
@@ -37,11 +37,11 @@ class Server:
         return tasks
 
     async def occupied(self) -> list[asyncio.Task[int]]:
-        """Calls that are under way, one after the other, on every lane."""
+        """Calls that are under way, one after the other, on every carrier."""
         tasks = []
-        for number in range(LANES):
+        for number in range(CARRIERS):
             tasks += await self.call(number)
-        assert self.batches == [[number] for number in range(LANES)]
+        assert self.batches == [[number] for number in range(CARRIERS)]
         return tasks
 
 
@@ -65,11 +65,11 @@ async def test_those_that_come_at_the_same_moment_go_together(server: Server) ->
 
 async def test_those_that_come_meanwhile_go_together_and_each_gets_its_own_answer(server: Server) -> None:
     tasks = await server.occupied()
-    for number in range(LANES, 50):
+    for number in range(CARRIERS, 50):
         tasks += await server.call(number)
     server.gate.set()
     assert await asyncio.gather(*tasks) == [2 * number for number in range(50)]
-    assert server.batches[LANES:] == [list(range(LANES, 50))]
+    assert server.batches[CARRIERS:] == [list(range(CARRIERS, 50))]
 
 
 async def test_callers_that_go_together_stay_together(server: Server) -> None:
@@ -96,7 +96,7 @@ async def test_a_batch_is_bounded_by_what_it_carries_but_for_one_item(server: Se
     tasks += await server.call(*sizes)
     server.gate.set()
     await asyncio.gather(*tasks)
-    assert server.batches[LANES:] == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
+    assert server.batches[CARRIERS:] == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
 
 
 async def test_a_call_that_is_refused_fails_alone(server: Server) -> None:
@@ -118,7 +118,7 @@ async def test_where_the_database_is_gone_nobody_tries_one_by_one(server: Server
 
 async def test_a_caller_who_gives_up_takes_nothing_from_the_others_and_is_not_sent(server: Server) -> None:
     tasks = await server.occupied()
-    tasks += await server.call(*range(LANES, 6))
+    tasks += await server.call(*range(CARRIERS, 6))
     for number in (0, 4):
         tasks[number].cancel()
     await asyncio.sleep(0)
@@ -128,23 +128,23 @@ async def test_a_caller_who_gives_up_takes_nothing_from_the_others_and_is_not_se
     assert sorted(number for batch in server.batches for number in batch) == [0, 1, 2, 3, 5]
 
 
-async def test_nobody_waits_for_a_lane_that_was_cancelled(server: Server) -> None:
+async def test_nobody_waits_for_a_carrier_that_was_cancelled(server: Server) -> None:
     tasks = await server.call(1, 2, 3)
-    for lane in tuple(server.combiner._lanes):
-        lane.cancel()
+    for carrier in tuple(server.combiner._carriers):
+        carrier.cancel()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(each) for each in answers} == {DatabaseUnavailable}
     server.gate.set()
     assert await server.combiner(1) == 2
 
 
-async def test_nobody_waits_for_a_lane_that_was_cancelled_before_it_began(server: Server) -> None:
+async def test_nobody_waits_for_a_carrier_that_was_cancelled_before_it_began(server: Server) -> None:
     tasks = [asyncio.create_task(server.combiner(number)) for number in range(3)]
-    while not server.combiner._lanes:  # noqa: ASYNC110 - it is not to go on a step too late
+    while not server.combiner._carriers:  # noqa: ASYNC110 - it is not to go on a step too late
         await asyncio.sleep(0)
     assert server.batches == []
-    for lane in tuple(server.combiner._lanes):
-        lane.cancel()
+    for carrier in tuple(server.combiner._carriers):
+        carrier.cancel()
     server.gate.set()
     assert await asyncio.gather(*tasks) == [0, 2, 4]
 

@@ -17,7 +17,7 @@ import pytest
 from queue_service import App, Cancel, Retry, Run, RunState, Snooze, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
-from queue_service.worker import threads
+from queue_service.worker.handlers import threads
 from tests.support import enqueued, eventually, one, rows, working
 
 NEVER_AGAIN = Retry(max_attempts=1)

@@ -19,8 +19,8 @@ import pytest
 from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError
-from queue_service.worker.process_child import Job
-from queue_service.worker.processes import BOOT
+from queue_service.worker.handlers.process_child import Job
+from queue_service.worker.handlers.processes import BOOT
 from tests.support import eventually, one, working
 from tests.worker import tasks_for_tests
 

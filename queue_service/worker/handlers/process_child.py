@@ -25,9 +25,9 @@ from queue_service.db.url import Server
 from queue_service.errors import ConfigError
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Retry, Task
-from queue_service.worker import results
-from queue_service.worker.agent import die_with_parent
+from queue_service.worker.agent import die_with_parent, taken_pipes
 from queue_service.worker.finisher import Outcome
+from queue_service.worker.handlers import results
 
 # The program of the worker, imported under this name, does not take itself for the program of this process.
 MAIN = "__mp_main__"
@@ -68,21 +68,14 @@ def serve(parent: int) -> None:
     die_with_parent()
     if os.getppid() != parent:
         return
-    incoming, outgoing = _pipes()
+    incoming, outgoing = taken_pipes()
+    out: BufferedWriter = BufferedWriter(outgoing)
     lines: SimpleQueue[bytes | None] = SimpleQueue()
-    threading.Thread(target=_listen, args=(incoming, lines), name="queue_service jobs", daemon=True).start()
+    threading.Thread(
+        target=_listen, args=(BufferedReader(incoming), lines), name="queue_service jobs", daemon=True
+    ).start()
     while (line := lines.get()) is not None:
-        _say(outgoing, _executed(_job(line), outgoing))
-
-
-def _pipes() -> tuple[BufferedReader, BufferedWriter]:
-    """The two pipes, out of the reach of handlers and of the processes that these start."""
-    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    os.close(nothing)
-    return incoming, outgoing
+        _say(out, _executed(_job(line), out))
 
 
 def _listen(incoming: BufferedReader, lines: SimpleQueue[bytes | None]) -> None:

@@ -23,14 +23,14 @@ from queue_service.runs.model import Run
 from queue_service.tasks import ProcessDied, Task
 from queue_service.worker.child import Child
 from queue_service.worker.finisher import Outcome
-from queue_service.worker.process_child import Begun, Ended, Job, Returned
+from queue_service.worker.handlers.process_child import Begun, Ended, Job, Returned
 
 log = get_logger(__name__)
 
 # What is found before it can be asked for: our own package, where this process found it.
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
-    "from queue_service.worker.process_child import serve; serve(int(sys.argv[1]))"
+    "from queue_service.worker.handlers.process_child import serve; serve(int(sys.argv[1]))"
 )
 # How long a process may take to start and to import the task's module.
 STARTUP = 60.0

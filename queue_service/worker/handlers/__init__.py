@@ -1,0 +1,1 @@
+"""How a claimed run's handler is executed: where, and what becomes of the run."""
