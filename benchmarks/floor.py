@@ -12,7 +12,7 @@ from queue_service import App, Worker
 from queue_service.db.pool import Wire
 from queue_service.runs import queries
 from queue_service.runs.model import Ending, Floor, RunState
-from queue_service.runs.queries import Wanted
+from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 
 BATCH = 500
@@ -82,7 +82,7 @@ async def _bare(app: App, count: int) -> float:
     lease = timedelta(seconds=30)
     begun = time.perf_counter()
     while left:
-        claim = queries.claim([Wanted("default", BATCH, {0: place})], tasks=["noop"], worker_id=1, lease=lease)
+        claim = queries.claim([Wanted("default", BATCH, {0: place})], Claimant(["noop"], 1, lease))
         runs = await wire.fetch(claim)
         endings = [Ending(run.claim, RunState.SUCCEEDED) for run, _ in runs]
         await wire.fetch(queries.finish(endings, worker_id=1, freed={held for _, held in runs}))
@@ -96,31 +96,46 @@ async def _bare(app: App, count: int) -> float:
 @scenario
 async def lanes(app: App, count: int) -> dict[str, float]:
     """Runs with an ordering key each, and runs of a hundred keys."""
-    figures: dict[str, float] = {}
-    for keys in (count, 100):
-        begun, ended = [0.0], asyncio.Event()
-        left = [count]
+    return {
+        "a key each, runs/s": await _rate(app, "a key each", count, "'k' || n"),
+        "100 keys, runs/s": await _rate(app, "100 keys", count, "'k' || n % 100"),
+    }
 
-        async def laned(
-            n: int, begun: list[float] = begun, left: list[int] = left, done: asyncio.Event = ended
-        ) -> None:
-            begun[0] = begun[0] or time.perf_counter()
-            left[0] -= 1
-            if not left[0]:
-                begun.append(time.perf_counter())
-                done.set()
 
-        app.task(name=f"laned {keys}")(laned)
-        async with app.pool.connection() as conn:
-            await conn.execute(
-                "insert into queue_service.runs (queue, task, payload, ordering_key) "
-                "select 'default', %s, jsonb_build_object('n', n), 'k' || n %% %s from generate_series(1, %s) as n",
-                [f"laned {keys}", keys, count],
-            )
-        worker = Worker(app, {"default": 100})
-        running = asyncio.create_task(worker.run())
-        await ended.wait()
-        worker.stop()
-        await running
-        figures[f"{'a key each' if keys == count else '100 keys'}, runs/s"] = count / (begun[1] - begun[0])
+@scenario
+async def limits(app: App, count: int) -> dict[str, float]:
+    """A queue of which a hundred runs may go on at once, one that allows ten, and one with a rate that is never reached."""
+    figures = {}
+    for what, given in {"100": {"max_running": 100}, "10": {"max_running": 10}, "a rate": {"rate": 1_000_000}}.items():
+        await app.queues.limit("default", **given)
+        figures[f"{what}, runs/s"] = await _rate(app, f"limited to {what}", count, "null")
+    await app.queues.limit("default")
     return figures
+
+
+async def _rate(app: App, task: str, count: int, key: str) -> float:
+    """Runs per second from the first handler's start to the last one's, with so many runs stored before."""
+    left, begun, ended = count, 0.0, asyncio.Event()
+
+    async def handle(n: int) -> None:
+        nonlocal left, begun
+        begun = begun or time.perf_counter()
+        left -= 1
+        if not left:
+            ended.set()
+
+    app.task(name=task)(handle)
+    async with app.pool.connection() as conn:
+        await conn.execute(
+            (
+                "insert into queue_service.runs (queue, task, payload, ordering_key) "  # noqa: S608 - our own text
+                f"select 'default', '{task}', jsonb_build_object('n', n), {key} from generate_series(1, {count}) as n"
+            ).encode()
+        )
+    worker = Worker(app, {"default": 100})
+    running = asyncio.create_task(worker.run())
+    await ended.wait()
+    taken = time.perf_counter() - begun
+    worker.stop()
+    await running
+    return count / taken

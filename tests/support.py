@@ -17,7 +17,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
-from queue_service.runs.queries import Wanted
+from queue_service.runs.queries import Claimant, Wanted
 from queue_service.testing import eventually as eventually  # noqa: PLC0414 - most tests have it from here
 from queue_service.worker.floors import FRONT
 
@@ -49,10 +49,10 @@ def claim(
     lease: timedelta = LEASE, priorities: tuple[int, ...] = (0,), laned: bool = False,
 ) -> Query[list[tuple[Run, int]]]:  # fmt: skip
     """A claim from the front, or of the heads of lanes."""
+    by = Claimant(tasks, worker_id, lease)
     if laned:
-        return queries.claim_lanes([(queue, limit)], tasks=tasks, worker_id=worker_id, lease=lease)
-    floors = dict.fromkeys(priorities, FRONT)
-    return queries.claim([Wanted(queue, limit, floors)], tasks=tasks, worker_id=worker_id, lease=lease)
+        return queries.claim_lanes([(queue, limit)], by)
+    return queries.claim([Wanted(queue, limit, dict.fromkeys(priorities, FRONT))], by)
 
 
 async def claimed(conn: Connection, **options: Any) -> list[tuple[Run, int]]:

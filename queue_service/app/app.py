@@ -17,6 +17,7 @@ from queue_service.app import enqueue as enqueueing
 from queue_service.app.enqueue import OnConflict, Steps, drive, drive_sync
 from queue_service.app.events import Events
 from queue_service.app.opened import Opened
+from queue_service.app.queues import Queues
 from queue_service.app.schedules import MisfireWord, Schedules, TaskT
 from queue_service.app.turns import Turns
 from queue_service.db import channels, url
@@ -24,20 +25,15 @@ from queue_service.db.borrowed import borrow
 from queue_service.db.pool import Pool
 from queue_service.db.query import Query
 from queue_service.errors import ConfigError, DuplicateRun, RunUnknown
-from queue_service.queues import queries as queue_queries
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Run
 from queue_service.schedules.model import NewSchedule
 from queue_service.services.combiner import Combiner
 from queue_service.settings import Settings
 from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
-from queue_service.words import check_word
 
 if TYPE_CHECKING:
     from queue_service.app.sync import SyncApp
-
-# Runs that one statement of a purge forgets.
-PURGE_BATCH = 5_000
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,6 +61,7 @@ class App:
         """What belongs to this object alone, and to one event loop."""
         self.turns = Turns(self)
         self.events = Events(self)
+        self.queues = Queues(self)
         self.schedules = Schedules(self)
         self._enqueuing: Combiner[NewRun, int] = Combiner(
             self._enqueue, name="enqueue", weigh=lambda new: len(new.payload) + len(new.metadata or "")
@@ -301,33 +298,6 @@ class App:
     async def delete(self, run_id: int) -> bool:
         """Forget a queued or finished run. False: it is running, or there is none of this id."""
         return await self.fetch(queries.delete(run_id))
-
-    # Queues
-
-    async def pause(self, queue: str, *, until: datetime | timedelta | float | None = None) -> bool:
-        """Let no worker claim from this queue until `resume`, or until a time, or for so long (seconds or timedelta, by the
-        database's clock). What is running goes on. False: it was paused already, and for as long."""
-        check_word(queue, "queue", enqueueing.MAX_QUEUE)
-        if until is None or isinstance(until, datetime):
-            return await self.fetch(queue_queries.pause(queue, until=until))
-        return await self.fetch(queue_queries.pause(queue, lasting=duration(until, "until", positive=True)))
-
-    async def purge(self, queue: str, *, told: Callable[[int], object] | None = None) -> int:
-        """Forget all that is queued in this queue, now or for later; what is running goes on. Returns how many runs went.
-        It is done in batches, and `told` is called with the count after each."""
-        count = 0
-        while gone := await self.fetch(queries.purge(queue, limit=PURGE_BATCH)):
-            count += gone
-            if told is not None:
-                told(count)
-        return count
-
-    async def resume(self, queue: str) -> bool:
-        """False: it was not paused."""
-        resumed = await self.fetch(queue_queries.resume(queue))
-        if resumed:
-            self.opened.notifier.send([channels.enqueued(queue, 0)])
-        return resumed
 
     def notify(self, notices: Iterable[channels.Notice]) -> None:
         """Send notices soon, coalesced with those of the rest of this process."""

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from queue_service.app.app import App
 from queue_service.app.events import Events
+from queue_service.app.queues import Queues
 from queue_service.app.schedules import Schedules
 from queue_service.app.turns import Turns
 from queue_service.db.borrowed import borrow
@@ -150,6 +151,16 @@ class SyncEvents(Blocking[Events]):
                 self._loop.call(close())
 
 
+class SyncQueues(Blocking[Queues]):
+    """`app.queues`, blocking."""
+
+    list = blocking(Queues.list)
+    pause = blocking(Queues.pause)
+    resume = blocking(Queues.resume)
+    purge = blocking(Queues.purge)
+    limit = blocking(Queues.limit)
+
+
 class SyncSchedules(Blocking[Schedules]):
     """`app.schedules`, blocking."""
 
@@ -172,6 +183,7 @@ class SyncApp(Blocking[App]):
         super().__init__(app, Loop())
         self.turns = SyncTurns(app.turns, self._loop)
         self.events = SyncEvents(app.events, self._loop)
+        self.queues = SyncQueues(app.queues, self._loop)
         self.schedules = SyncSchedules(app.schedules, self._loop)
 
     def __enter__(self) -> Self:
@@ -207,6 +219,3 @@ class SyncApp(Blocking[App]):
     cancel = blocking(App.cancel)
     retry = blocking(App.retry)
     delete = blocking(App.delete)
-    pause = blocking(App.pause)
-    resume = blocking(App.resume)
-    purge = blocking(App.purge)

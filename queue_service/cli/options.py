@@ -53,6 +53,21 @@ class Moment(click.ParamType):  # type: ignore[type-arg]
 MOMENT = Moment()
 
 
+class Rate(click.ParamType):  # type: ignore[type-arg]
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number, slash, period = value.partition("/") if isinstance(value, str) else ("", "", "")
+        if not number.isdecimal() or not slash:
+            self.fail(
+                f"{value!r} is no rate such as 100/1m: a number, and the time in which so many begin.", param, ctx
+            )
+        return int(number), DURATION.convert(period, param, ctx)
+
+
+RATE = Rate()
+
+
 class Failure(click.ClickException):
     def __init__(self, error: QueueServiceError) -> None:
         super().__init__(str(error))

@@ -8,47 +8,47 @@ import msgspec
 
 from queue_service.app import App
 from queue_service.cli import render
-from queue_service.cli.options import DURATION, MOMENT, command, json_option, load_app, with_app
+from queue_service.cli.options import DURATION, MOMENT, RATE, command, json_option, load_app, with_app
 from queue_service.errors import ConfigError
-from queue_service.queues import queries as queue_queries
+from queue_service.queues.queries import Queue
 from queue_service.runs import queries
+from queue_service.runs.queries import Depth
 
 
 @click.group()
 def queues() -> None:
-    """List, pause, resume and purge queues."""
+    """List, pause, resume, limit and purge queues."""
 
 
 @queues.command("list")
 @json_option
 @command
 def list_(as_json: bool, database_url: str | None) -> None:
-    """The queues that hold runs or are paused, and how much each holds."""
+    """The queues that hold runs, or about which something was set, and how much each holds."""
 
-    async def body(app: App) -> list[dict[str, object]]:
-        found = await app.fetch(queue_queries.listed())
-        depths = [await app.fetch(queries.depth(queue.name)) for queue in found]
-        return [{**queue._asdict(), **depth._asdict()} for queue, depth in zip(found, depths, strict=True)]
+    async def body(app: App) -> list[tuple[Queue, Depth]]:
+        return [(queue, await app.fetch(queries.depth(queue.name))) for queue in await app.queues.list()]
 
     found = with_app(load_app(None, database_url), body)
     if as_json:
-        click.echo(msgspec.json.encode(found))
+        click.echo(msgspec.json.encode([{**queue._asdict(), **depth._asdict()} for queue, depth in found]))
         return
     render.table(
-        ("queue", "due", "later", "running", "first due", "paused", "until"),
+        ("queue", "due", "later", "running", "limits", "first due", "paused", "until"),
         [
             (
-                row["name"],
-                _count(row["due"]),
-                _count(row["later"]),
-                row["running"],
-                row["first_due"],
-                row["paused_at"],
-                row["resumes_at"],
+                queue.name,
+                _count(depth.due),
+                _count(depth.later),
+                depth.running,
+                _limits(queue),
+                depth.first_due,
+                queue.paused_at,
+                queue.resumes_at,
             )
-            for row in found
+            for queue, depth in found
         ],
-        empty="No queue holds a run, and none is paused.",
+        empty="No queue holds a run, and about none is anything set.",
     )
 
 
@@ -61,7 +61,7 @@ def pause(name: str, until: datetime | None, lasting: timedelta | None, database
     """Let no worker claim from the queue NAME, until it is resumed; what is running goes on."""
     if until is not None and lasting is not None:
         raise ConfigError("--until and --for both say for how long. Pass one of them.")
-    changed = with_app(load_app(None, database_url), lambda app: app.pause(name, until=until or lasting))
+    changed = with_app(load_app(None, database_url), lambda app: app.queues.pause(name, until=until or lasting))
     click.echo(f"queue {name}: {'paused' if changed else 'was paused already'}")
 
 
@@ -79,7 +79,7 @@ def purge(name: str, yes: bool, database_url: str | None) -> None:
         if shown:
             click.echo(f"\r{count:,} forgotten", nl=False, err=True)
 
-    count = with_app(load_app(None, database_url), lambda app: app.purge(name, told=told))
+    count = with_app(load_app(None, database_url), lambda app: app.queues.purge(name, told=told))
     click.echo(f"{chr(10) if shown and count else ''}queue {name}: {count:,} runs forgotten")
 
 
@@ -88,10 +88,54 @@ def purge(name: str, yes: bool, database_url: str | None) -> None:
 @command
 def resume(name: str, database_url: str | None) -> None:
     """Let workers claim from the queue NAME again."""
-    changed = with_app(load_app(None, database_url), lambda app: app.resume(name))
+    changed = with_app(load_app(None, database_url), lambda app: app.queues.resume(name))
     click.echo(f"queue {name}: {'resumed' if changed else 'was not paused'}")
 
 
-def _count(count: object) -> str:
-    assert isinstance(count, int)
+@queues.command()
+@click.argument("name")
+@click.option("--max-running", type=int, default=None, show_envvar=True, help="So many of its runs go on at once.")
+@click.option(
+    "--max-running-per-key",
+    type=int,
+    default=None,
+    show_envvar=True,
+    help="So many with the same ordering key (1 without this).",
+)
+@click.option(
+    "--rate", type=RATE, default=None, show_envvar=True, metavar="N/TIME", help="So many begin in a time: 100/1m."
+)
+@click.option("--burst", type=int, default=None, show_envvar=True, help="So many of them at once (all, without this).")
+@click.option("--none", "unlimited", is_flag=True, show_envvar=True, help="Take the limits away.")
+@command
+def limit(
+    name: str,
+    max_running: int | None,
+    max_running_per_key: int | None,
+    rate: tuple[int, timedelta] | None,
+    burst: int | None,
+    unlimited: bool,
+    database_url: str | None,
+) -> None:
+    """Set the limits of the queue NAME, for all workers together; what is not given here is not limited."""
+    given = {"max_running": max_running, "max_running_per_key": max_running_per_key, "burst": burst}
+    number, period = rate or (None, timedelta(seconds=1))
+    if unlimited is any(value is not None for value in (*given.values(), number)):
+        raise ConfigError("Say what limits the queue has from now on, or pass --none to take them all away.")
+    changed = with_app(
+        load_app(None, database_url), lambda app: app.queues.limit(name, **given, rate=number, period=period)
+    )
+    click.echo(f"queue {name}: {'limits set' if changed else 'had these limits already'}")
+
+
+def _limits(queue: Queue) -> str | None:
+    parts = [f"{queue.max_running:,} running"] if queue.max_running else []
+    parts += [f"{queue.max_running_per_key:,} of a key"] if queue.max_running_per_key else []
+    if queue.rate and queue.period:
+        parts.append(f"{queue.rate:,} in {queue.period.total_seconds():g} s")
+        parts += [f"{queue.burst:,} at once"] if queue.burst != queue.rate else []
+    return ", ".join(parts) or None
+
+
+def _count(count: int) -> str:
     return f"{count - 1:,}+" if count >= queries.COUNT_LIMIT else f"{count:,}"

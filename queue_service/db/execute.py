@@ -82,6 +82,10 @@ def translated() -> Iterator[None]:
         raise
     except pg.QueryCanceled as slow:
         raise DatabaseUnavailable(f"The database gave up on a statement: {_first_line(slow)}.") from slow
+    except pg.LockNotAvailable as held:
+        raise DatabaseUnavailable(
+            "Another transaction has held what this needs for too long. Is one left open? Try again."
+        ) from held
     except _SCHEMA_MISSING as missing:
         from queue_service.db.schema import HEAD
 

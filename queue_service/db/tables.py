@@ -7,6 +7,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Double,
     Identity,
     Index,
     Integer,
@@ -91,11 +92,12 @@ lanes = Table(
     Column("queue", Text, nullable=False),
     Column("ordering_key", Text, nullable=False),
     Column("pending", BigInteger, nullable=False, server_default=text("1")),
-    Column("run_id", BigInteger),
     Column("next_at", _TIMESTAMPTZ, nullable=False),
+    Column("running", Integer, nullable=False, server_default=text("0")),
+    Column("width", Integer, nullable=False, server_default=text("1")),
     PrimaryKeyConstraint("queue", "ordering_key", name="lanes_pkey"),
 )
-Index("lanes_claim_idx", lanes.c.queue, lanes.c.next_at, postgresql_where=text("run_id is null"))
+Index("lanes_claim_idx", lanes.c.queue, lanes.c.next_at, postgresql_where=text("running < width"))
 
 leases = Table(
     "leases",
@@ -104,6 +106,7 @@ leases = Table(
     Column("worker_id", BigInteger, nullable=False),
     Column("expires_at", _TIMESTAMPTZ, nullable=False),
     Column("run_ids", ARRAY(BigInteger), nullable=False),
+    Column("limited", Boolean, nullable=False, server_default=text("false")),
     PrimaryKeyConstraint("id", name="leases_pkey"),
 )
 Index("leases_expiry_idx", leases.c.expires_at)
@@ -146,7 +149,20 @@ queues = Table(
     Column("name", Text, nullable=False),
     Column("paused_at", _TIMESTAMPTZ),
     Column("resumes_at", _TIMESTAMPTZ),
+    Column("max_running", Integer),
+    Column("max_running_per_key", Integer),
+    Column("rate", Integer),
+    Column("period", Interval),
+    Column("burst", Integer),
+    Column("tokens", Double),
+    Column("tokens_at", _TIMESTAMPTZ),
+    Column("claims", BigInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("name", name="queues_pkey"),
+    CheckConstraint(
+        "max_running > 0 and max_running_per_key > 0 and rate > 0 and period > '0' and burst > 0",
+        name="queues_limits_check",
+    ),
+    CheckConstraint("num_nulls(rate, period, burst, tokens, tokens_at) in (0, 5)", name="queues_rate_check"),
 )
 
 workers = Table(

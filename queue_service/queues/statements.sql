@@ -24,6 +24,49 @@ update queue_service.queues set paused_at = null, resumes_at = null
  where queues.name = (select before.name from before where before.was_paused)
 returning true
 
+-- name: await_claims
+-- Wait for the claims that are under way, and let none begin before the end of the transaction.
+lock table queue_service.leases in share row exclusive mode
+
+-- name: count_all
+-- Let what runs now count in limits, whatever its queue.
+-- writes: leases
+update queue_service.leases set limited = true where not limited
+
+-- name: limit
+-- Set the limits of a queue, those that are null to none. A rate begins with as much saved up as there can be. Row: whether
+-- this changed anything.
+-- writes: queues
+insert into queue_service.queues (name, max_running, max_running_per_key, rate, period, burst, tokens, tokens_at)
+select %(name)s, %(max_running)s, %(max_running_per_key)s, given.rate, %(period)s::interval, given.burst, given.burst,
+       case when given.rate is not null then clock_timestamp() end
+  from (select %(rate)s::integer as rate, %(burst)s::integer as burst) as given
+    on conflict (name) do update
+   set max_running = excluded.max_running, max_running_per_key = excluded.max_running_per_key, rate = excluded.rate,
+       period = excluded.period, burst = excluded.burst, tokens = excluded.tokens, tokens_at = excluded.tokens_at
+ where (queues.max_running, queues.max_running_per_key, queues.rate, queues.period, queues.burst)
+       is distinct from
+       (excluded.max_running, excluded.max_running_per_key, excluded.rate, excluded.period, excluded.burst)
+returning true
+
+-- name: widen
+-- Let lanes of a queue know how many of their runs go on at once, at most `limit` of them. Row: whether any are left, for
+-- there are more, or others hold them. Claims never take a lane for wider than its queue says, and one for narrower at most
+-- until it is empty: an enqueue that could not see the new width when it made the lane leaves it so.
+-- writes: lanes
+with stale as materialized (
+    select ctid from queue_service.lanes where queue = %(queue)s and width <> %(width)s limit %(limit)s + 1
+), held as materialized (
+    select ctid from queue_service.lanes
+     where ctid = any(array(select stale.ctid from stale)) and width <> %(width)s
+     limit %(limit)s for update skip locked
+), widened as (
+    update queue_service.lanes set width = %(width)s
+     where ctid = any(array(select held.ctid from held))
+    returning ctid
+)
+select (select count(*) from stale) > (select count(*) from widened)
+
 -- name: listed
 -- Queues that have a row or a live run. Names are found by hopping along an index, one descent each: those of runs without
 -- an ordering key along the claim index, those of lanes along their key.
@@ -48,7 +91,8 @@ with recursive used (name) as (
      ) as following
 )
 select coalesce(used.name, queues.name), case when {paused} then queues.paused_at end,
-       case when {paused} then queues.resumes_at end
+       case when {paused} then queues.resumes_at end,
+       queues.max_running, queues.max_running_per_key, queues.rate, queues.period, queues.burst
   from (select name from used union select name from laned) as used
   full join queue_service.queues on queues.name = used.name
  order by 1

@@ -37,11 +37,12 @@ class Due(NamedTuple):
 
 class Scan(NamedTuple):
     """What a look from the front found, and when that was, by the database's clock. `laned` are the queues of which a lane
-    is to be looked at."""
+    is to be looked at, `limited` those of all these that have a limit."""
 
     at: datetime
     due: list[Due]
     laned: set[str]
+    limited: set[str]
 
 
 class Swept(NamedTuple):
@@ -92,7 +93,7 @@ def reserve(
 
 
 def scan(queues: Sequence[str], tasks: Sequence[str], *, owner: str | None = None) -> Query[Scan]:
-    """What `claim` by this owner could take; without one, what is reserved for nobody."""
+    """What claims by this owner could take, if limits allow; without one, what is reserved for nobody."""
     return SQL.query("scan", _scan, queues=list(queues), tasks=list(tasks), owner=owner)
 
 
@@ -104,61 +105,51 @@ class Wanted(NamedTuple):
     floors: Mapping[int, Floor]
 
 
-def claim(
-    asked: Sequence[Wanted],
-    *,
-    tasks: Sequence[str],
-    worker_id: int,
-    lease: timedelta,
-    owner: str | None = None,
-) -> Query[list[tuple[Run, int]]]:
+class Claimant(NamedTuple):
+    """Who claims: what it knows how to do, its lease, and whose runs come to it a second before they are anyone's."""
+
+    tasks: Sequence[str]
+    worker_id: int
+    lease: timedelta
+    owner: str | None = None
+
+    @property
+    def params(self) -> dict[str, object]:
+        return {**self._asdict(), "tasks": list(self.tasks)}
+
+
+class Allowed(NamedTuple):
+    """What was claimed within limits: the runs, as of `claim`; and for each queue that no other session was claiming from,
+    in how many seconds its rate lets more begin, or None if it is not the rate that forbids it."""
+
+    runs: list[tuple[Run, int]]
+    waits: dict[str, float | None]
+
+
+def claim(asked: Sequence[Wanted], by: Claimant) -> Query[list[tuple[Run, int]]]:
     """The claimed runs, those of each queue in the order of execution, each with the id of the one lease that holds them
-    all. `owner` is whose runs come a second before they are anyone's."""
-    floors = [(each.queue, priority, each.floors[priority]) for each in asked for priority in sorted(each.floors)[::-1]]
-    return SQL.query(
-        "claim",
-        _claimed,
-        queues=[each.queue for each in asked],
-        wanted=[each.runs for each in asked],
-        floor_queues=[queue for queue, _, _ in floors],
-        priorities=[priority for _, priority, _ in floors],
-        floors=[floor.run_at for _, _, floor in floors],
-        floor_ids=[floor.id for _, _, floor in floors],
-        tasks=list(tasks),
-        worker_id=worker_id,
-        lease=lease,
-        owner=owner,
-    )
+    all. Queues that have a limit give none."""
+    return SQL.query("claim", _claimed, **_from_floors(asked), **by.params, limited=False)
 
 
-def claim_lanes(
-    asked: Sequence[tuple[str, int]],
-    *,
-    tasks: Sequence[str],
-    worker_id: int,
-    lease: timedelta,
-    owner: str | None = None,
-) -> Query[list[tuple[Run, int]]]:
+def claim_lanes(asked: Sequence[tuple[str, int]], by: Claimant) -> Query[list[tuple[Run, int]]]:
     """The heads of free lanes, claimed: of each queue as many as are asked for, of each lane one."""
-    return SQL.query(
-        "claim_lanes",
-        _claimed,
-        queues=[queue for queue, _ in asked],
-        wanted=[wanted for _, wanted in asked],
-        tasks=list(tasks),
-        worker_id=worker_id,
-        lease=lease,
-        owner=owner,
-    )
+    return SQL.query("claim_lanes", _claimed, **_from_lanes(asked), **by.params, limited=False)
 
 
-def claim_suspect(
-    queues: Collection[str], tasks: Sequence[str], *, worker_id: int, lease: timedelta
-) -> Query[list[tuple[Run, int]]]:
+def claim_limited(asked: Sequence[Wanted], by: Claimant) -> Query[Allowed]:
+    """As `claim`, of queues that have a limit."""
+    return SQL.query("claim_limited", _allowed, **_from_floors(asked), **by.params, limited=True)
+
+
+def claim_limited_lanes(asked: Sequence[tuple[str, int]], by: Claimant) -> Query[Allowed]:
+    """As `claim_lanes`, of queues that have a limit."""
+    return SQL.query("claim_limited_lanes", _allowed, **_from_lanes(asked), **by.params, limited=True)
+
+
+def claim_suspect(queues: Collection[str], by: Claimant) -> Query[list[tuple[Run, int]]]:
     """At most one run, with its lease."""
-    return SQL.query(
-        "claim_suspect", _claimed, queues=list(queues), tasks=list(tasks), worker_id=worker_id, lease=lease
-    )
+    return SQL.query("claim_suspect", _claimed, queues=list(queues), **by.params, limited=True)
 
 
 def suspect_is_due(queues: Collection[str], tasks: Sequence[str]) -> Query[bool]:
@@ -280,6 +271,22 @@ def _object(new: NewRun) -> dict[str, object]:
     return fields
 
 
+def _from_floors(asked: Sequence[Wanted]) -> dict[str, object]:
+    floors = [(each.queue, priority, each.floors[priority]) for each in asked for priority in sorted(each.floors)[::-1]]
+    return {
+        "queues": [each.queue for each in asked],
+        "wanted": [each.runs for each in asked],
+        "floor_queues": [queue for queue, _, _ in floors],
+        "priorities": [priority for _, priority, _ in floors],
+        "floors": [floor.run_at for _, _, floor in floors],
+        "floor_ids": [floor.id for _, _, floor in floors],
+    }
+
+
+def _from_lanes(asked: Sequence[tuple[str, int]]) -> dict[str, object]:
+    return {"queues": [queue for queue, _ in asked], "wanted": [wanted for _, wanted in asked]}
+
+
 def _batch(
     claims: Sequence[Claim], outcomes: Sequence[str], worker_id: int, freed: Collection[int]
 ) -> dict[str, object]:
@@ -325,8 +332,9 @@ def _swept(rows: Rows) -> list[Swept]:
 
 
 def _scan(rows: Rows) -> Scan:
-    due = [Due(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id in rows if run_id]
-    return Scan(rows[0][0], due, {queue for _, queue, priority, _, _ in rows if queue and priority is None})
+    due = [Due(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id, _ in rows if run_id]
+    laned = {row[1] for row in rows if row[1] and row[2] is None}
+    return Scan(rows[0][0], due, laned, {row[1] for row in rows if row[5]})
 
 
 def _claimed(rows: Rows) -> list[tuple[Run, int]]:
@@ -345,6 +353,10 @@ def _claimed(rows: Rows) -> list[tuple[Run, int]]:
     ]  # fmt: skip
     runs.sort(key=lambda claimed: (-claimed[0].priority, claimed[0].run_at, claimed[0].id))
     return runs
+
+
+def _allowed(rows: Rows) -> Allowed:
+    return Allowed(_claimed([row for row in rows if row[0] is not None]), {row[-2]: row[-1] for row in rows})
 
 
 def _runs(rows: Rows) -> list[Run]:

@@ -12,6 +12,12 @@
 -- that was begun and waits for its next attempt keeps its place, and the lane waits with it. Locks: a lane before its queued
 -- runs, a running run before its lane.
 --
+-- A queue may have a limit: how many of its runs go on at once, or how many may begin in a time. Such a queue is passed over
+-- by the claims of the others, which then pay nothing for it, and has claims of its own. What runs is counted from the leases
+-- that those claims marked, so that no counter can drift. The count comes from the snapshot, but nothing can have made it
+-- greater since: each such claim changes `claims` of the queue's row, and one whose snapshot shows another number than the
+-- row it then locks takes nothing.
+--
 -- A run that is `reserved_for` an owner is for a second, from its run_at on, that owner's to claim. After that it is
 -- anyone's, so that an owner who died delays it and no more.
 
@@ -47,17 +53,6 @@ select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.ru
   from (select coalesce(%(run_at)s::timestamptz,
                         clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
 
--- define: for_us
-(runs.reserved_for is null or runs.reserved_for = %(owner)s::text
-                or runs.run_at < (select clock_timestamp()) - interval '1 second')
-
--- define: paused
-paused_at is not null and coalesce(resumes_at, 'infinity') > (select clock_timestamp())
-
--- define: in_lane
-runs.state = 'queued' and coalesce(runs.expires_at, 'infinity') > (select clock_timestamp())
-           and (runs.attempt > 0 or runs.run_at <= (select clock_timestamp()))
-
 -- define: held_claim
 runs.id = any(%(ids)s::bigint[])
        and runs.attempt = (%(attempts)s::integer[])[width_bucket(runs.id, %(ids)s::bigint[])]
@@ -70,12 +65,112 @@ runs.id = any(%(ids)s::bigint[])
 -- define: of_queue
 select from queue_service.runs where queue = %(queue)s and state = 'queued'
 
--- define: take_picked
+-- define: from_floors
+select candidate.id, floor.queue
+          from unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[], %(floor_ids)s::bigint[])
+            as floor (queue, priority, run_at, id)
+         cross join lateral (
+            select runs.id from queue_service.runs
+             where runs.queue = floor.queue and runs.priority = floor.priority and runs.ordering_key is null
+               and (runs.run_at, runs.id + 0) >= (floor.run_at, floor.id)
+               and runs.run_at <= (select clock_timestamp())
+               and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
+               and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+               and {for_us}
+             order by runs.run_at, runs.id + 0
+             limit asked.wanted
+               for update skip locked
+         ) as candidate
+         where floor.queue = asked.queue
+         limit asked.wanted
+
+-- define: from_lanes
+free as materialized (
+    select chosen.*
+      from asked
+     cross join lateral (
+        select lanes.ctid as place, lanes.queue, lanes.ordering_key from queue_service.lanes
+         where lanes.queue = asked.queue and lanes.running < lanes.width and lanes.running < asked.width
+           and lanes.next_at <= (select clock_timestamp())
+         order by lanes.queue, lanes.next_at
+         limit asked.wanted
+           for update skip locked
+     ) as chosen
+), heads as materialized (
+    select free.place, free.queue, free.ordering_key, head.id, head.run_at,
+           head.run_at <= (select clock_timestamp()) as is_due, head.is_ours
+      from free
+      left join lateral (
+        select runs.id, runs.run_at, runs.task = any(%(tasks)s::text[]) and {for_us} as is_ours
+          from queue_service.runs
+         where runs.queue = free.queue and runs.ordering_key = free.ordering_key and {in_lane}
+         order by runs.queue, runs.ordering_key, runs.id limit 1
+      ) as head on true
+), picked as materialized (
+    select locked.id, heads.queue
+      from heads
+     cross join lateral (
+        select runs.id from queue_service.runs
+         where runs.id = heads.id and runs.state = 'queued' limit 1 for update skip locked
+     ) as locked
+     where heads.is_due and heads.is_ours
+), later as (
+    -- By their places: the rows are locked. One that this statement's snapshot does not show is looked at once more.
+    update queue_service.lanes
+       set next_at = (
+            select case when heads.is_due then clock_timestamp() + interval '1 second'
+                        else coalesce(heads.run_at, (
+                            select min(runs.run_at) from queue_service.runs
+                             where runs.queue = heads.queue and runs.ordering_key = heads.ordering_key
+                               and runs.state = 'queued' and runs.attempt = 0
+                               and runs.run_at > (select clock_timestamp())), 'infinity') end
+              from heads where heads.place = lanes.ctid)
+     where lanes.ctid = any(array(
+            select heads.place from heads where (heads.is_due and heads.is_ours) is not true))
+)
+
+-- define: suspect
+runs.losses > 0 and runs.run_at <= (select clock_timestamp()) and (runs.ordering_key || '') is null
+       and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
+       and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
+       and not exists (select from queue_service.queues where queues.name = runs.queue and ({paused} or {full}))
+
+-- define: within_limits
+counted as materialized (
+    select queues.name, queues.claims, given.wanted, {vacant} as vacant
+      from given join queue_service.queues on queues.name = given.queue
+     where {limited} and ({paused}) is not true
+), asked as materialized (
+    select held.name as queue, held.width, held.tokens, held.rate, held.period,
+           greatest(0, least(held.wanted, held.vacant, floor(held.tokens)))::integer as wanted
+      from (
+        select queues.name, coalesce(queues.max_running_per_key, 1) as width, queues.rate, queues.period,
+               {tokens} as tokens, counted.wanted, counted.vacant
+          from counted join queue_service.queues on queues.name = counted.name and queues.claims = counted.claims
+           for update of queues skip locked
+      ) as held
+)
+
+-- define: counted_in
+took as materialized (
+    select picked.queue, count(*) as runs from picked group by picked.queue
+), spent as (
+    update queue_service.queues
+       set claims = claims + 1, tokens = {tokens} - took.runs,
+           tokens_at = case when queues.rate is not null then clock_timestamp() end
+      from took
+     where queues.name = took.queue and {limited}
+)
+
+-- define: new_lease
 lease as (
-    insert into queue_service.leases (worker_id, expires_at, run_ids)
-    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id) from picked having count(*) > 0
+    insert into queue_service.leases (worker_id, expires_at, run_ids, limited)
+    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id), %(limited)s::boolean
+      from picked having count(*) > 0
     returning id
 )
+
+-- define: take_picked
 update queue_service.runs
    set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
   from lease
@@ -83,6 +178,41 @@ update queue_service.runs
 returning runs.id, runs.queue, runs.task, runs.payload::text, runs.attempt, runs.failures, runs.losses, runs.priority,
           runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts, runs.retry_delay, runs.timeout,
           runs.singleton_key, runs.ordering_key, runs.organization_id, runs.metadata::text, runs.lease_id
+
+-- define: told_by_queue
+select taken.*, asked.queue,
+       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
+            then extract(epoch from asked.period)::float8 / asked.rate
+                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end
+  from asked left join taken on taken.queue = asked.queue
+
+-- define: full
+(coalesce({vacant} < 1, false) or coalesce({tokens} < 1, false))
+
+-- define: vacant
+case when queues.max_running is not null then queues.max_running - (
+                    select count(*) from queue_service.runs
+                     where runs.id = any(array(
+                            select unnest(leases.run_ids) from queue_service.leases where leases.limited))
+                       and runs.queue = queues.name and runs.state = 'running') end
+
+-- define: tokens
+least(queues.burst, queues.tokens + extract(epoch from clock_timestamp() - queues.tokens_at)::float8
+                                             * queues.rate / extract(epoch from queues.period)::float8)
+
+-- define: limited
+(queues.max_running is not null or queues.rate is not null)
+
+-- define: paused
+queues.paused_at is not null and coalesce(queues.resumes_at, 'infinity') > (select clock_timestamp())
+
+-- define: for_us
+(runs.reserved_for is null or runs.reserved_for = %(owner)s::text
+                or runs.run_at < (select clock_timestamp()) - interval '1 second')
+
+-- define: in_lane
+runs.state = 'queued' and coalesce(runs.expires_at, 'infinity') > (select clock_timestamp())
+           and (runs.attempt > 0 or runs.run_at <= (select clock_timestamp()))
 
 -- name: enqueue
 -- Store a run, and tell of it if there is a notice to send. One row: its id. None: a live run holds the singleton key,
@@ -149,10 +279,10 @@ select due.run_at, due.run_at + %(expires_in)s::interval,
 -- For each priority of each queue where something is due: the first run that a claim could take, which is where claims
 -- may start to look. Paused queues are left out. Distinct priorities are found by hopping along the index, one descent
 -- each. A row without a priority says that a lane of the queue is to be looked at. The first column is the time of the scan;
--- it comes even where nothing is due.
+-- it comes even where nothing is due. The last says whether the queue has a limit.
 with recursive asked (queue) as materialized (
     select each.queue from unnest(%(queues)s::text[]) as each (queue)
-     where not exists (select from queue_service.queues where name = each.queue and {paused})
+     where not exists (select from queue_service.queues where queues.name = each.queue and {paused})
 ), level (queue, priority) as (
     select asked.queue, top.priority
       from asked
@@ -170,7 +300,8 @@ with recursive asked (queue) as materialized (
          order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as below
 )
-select moment.now, due.queue, due.priority, due.run_at, due.id
+select moment.now, due.queue, due.priority, due.run_at, due.id,
+       exists (select from queue_service.queues where queues.name = due.queue and {limited})
   from (select clock_timestamp() as now) as moment
   left join (
     select level.queue, level.priority, first.run_at, first.id
@@ -189,7 +320,7 @@ select moment.now, due.queue, due.priority, due.run_at, due.id
       from asked
      cross join lateral (
         select true from queue_service.lanes
-         where lanes.queue = asked.queue and lanes.run_id is null and lanes.next_at <= (select clock_timestamp())
+         where lanes.queue = asked.queue and lanes.running < lanes.width and lanes.next_at <= (select clock_timestamp())
          order by lanes.queue, lanes.next_at limit 1
      ) as lane
   ) as due on true
@@ -197,35 +328,18 @@ select moment.now, due.queue, due.priority, due.run_at, due.id
 -- name: claim
 -- Take due runs of some queues, from each at most as many as are `wanted`, higher priority first, each priority from its
 -- floor on. Passed over: runs of tasks not named, expired ones, suspects (see claim_suspect), those reserved for another
--- owner, and what another session is claiming. A paused queue gives none. The clock is read in a subquery, since a volatile
--- function cannot bound an index scan.
+-- owner, and what another session is claiming. A queue that is paused or has a limit gives none. The clock is read in a
+-- subquery, since a volatile function cannot bound an index scan.
 -- writes: runs, leases
 with asked as materialized (
     select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
-     where asked.queue not in (select name from queue_service.queues where {paused})
+     where asked.queue not in (select queues.name from queue_service.queues where {paused} or {limited})
 ), picked as materialized (
-    select chosen.id
-      from asked
-     cross join lateral (
-        select candidate.id
-          from unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[], %(floor_ids)s::bigint[])
-            as floor (queue, priority, run_at, id)
-         cross join lateral (
-            select runs.id from queue_service.runs
-             where runs.queue = floor.queue and runs.priority = floor.priority and runs.ordering_key is null
-               and (runs.run_at, runs.id + 0) >= (floor.run_at, floor.id)
-               and runs.run_at <= (select clock_timestamp())
-               and runs.state = 'queued' and runs.losses = 0 and runs.task = any(%(tasks)s::text[])
-               and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-               and {for_us}
-             order by runs.run_at, runs.id + 0
-             limit asked.wanted
-               for update skip locked
-         ) as candidate
-         where floor.queue = asked.queue
-         limit asked.wanted
+    select chosen.id from asked cross join lateral (
+        {from_floors}
      ) as chosen
-), {take_picked}
+), {new_lease}
+{take_picked}
 
 -- name: claim_lanes
 -- Take the heads of lanes that are free, from each queue at most as many as are `wanted`, and from each lane one. A lane whose
@@ -233,76 +347,60 @@ with asked as materialized (
 -- before the others. A head that somebody holds (to cancel it, say) is left alone, and so is its lane.
 -- writes: runs, leases, lanes
 with asked as materialized (
-    select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
-     where asked.queue not in (select name from queue_service.queues where {paused})
-), free as materialized (
-    select chosen.*
-      from asked
-     cross join lateral (
-        select lanes.ctid as place, lanes.queue, lanes.ordering_key from queue_service.lanes
-         where lanes.queue = asked.queue and lanes.run_id is null and lanes.next_at <= (select clock_timestamp())
-         order by lanes.queue, lanes.next_at
-         limit asked.wanted
-           for update skip locked
+    select asked.queue, asked.wanted, coalesce((select queues.max_running_per_key from queue_service.queues
+                                                 where queues.name = asked.queue), 1) as width
+      from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
+     where asked.queue not in (select queues.name from queue_service.queues where {paused} or {limited})
+), {from_lanes}, {new_lease}
+{take_picked}
+
+-- name: claim_limited
+-- As `claim`, of queues that have a limit, and within it. Rows: for each queue that is not being claimed from by another
+-- session, in how many seconds more may begin (null: it is not the rate that forbids it), with each run that was taken.
+-- writes: runs, leases, queues
+with given as materialized (
+    select given.queue, given.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
+), {within_limits}, picked as materialized (
+    select chosen.id, chosen.queue from asked cross join lateral (
+        {from_floors}
      ) as chosen
-), heads as materialized (
-    select free.place, free.queue, free.ordering_key, head.id, head.run_at,
-           head.run_at <= (select clock_timestamp()) as is_due, head.is_ours
-      from free
-      left join lateral (
-        select runs.id, runs.run_at, runs.task = any(%(tasks)s::text[]) and {for_us} as is_ours
-          from queue_service.runs
-         where runs.queue = free.queue and runs.ordering_key = free.ordering_key and {in_lane}
-         order by runs.queue, runs.ordering_key, runs.id limit 1
-      ) as head on true
-), picked as materialized (
-    select locked.id
-      from heads
-     cross join lateral (
-        select runs.id from queue_service.runs
-         where runs.id = heads.id and runs.state = 'queued' limit 1 for update skip locked
-     ) as locked
-     where heads.is_due and heads.is_ours
-), later as (
-    -- By their places: the rows are locked. One that this statement's snapshot does not show is looked at once more.
-    update queue_service.lanes
-       set next_at = (
-            select case when heads.is_due then clock_timestamp() + interval '1 second'
-                        else coalesce(heads.run_at, (
-                            select min(runs.run_at) from queue_service.runs
-                             where runs.queue = heads.queue and runs.ordering_key = heads.ordering_key
-                               and runs.state = 'queued' and runs.attempt = 0
-                               and runs.run_at > (select clock_timestamp())), 'infinity') end
-              from heads where heads.place = lanes.ctid)
-     where lanes.ctid = any(array(
-            select heads.place from heads where (heads.is_due and heads.is_ours) is not true))
-), {take_picked}
+), {counted_in}, {new_lease}, taken as (
+{take_picked}
+)
+{told_by_queue}
+
+-- name: claim_limited_lanes
+-- As `claim_lanes`, of queues that have a limit, and within it. Rows as of `claim_limited`.
+-- writes: runs, leases, lanes, queues
+with given as materialized (
+    select given.queue, given.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
+), {within_limits}, {from_lanes}, {counted_in}, {new_lease}, taken as (
+{take_picked}
+)
+{told_by_queue}
 
 -- name: claim_suspect
 -- Take one due run that lost a worker before. It comes alone, so that a run that kills its worker kills nothing else; one of
 -- a lane keeps its place there instead.
 -- The `|| ''` keep the planner from the claim index, where it would read whole queues to find the few suspects.
--- writes: runs, leases
-with picked as materialized (
-    select runs.id from queue_service.runs
-     where runs.losses > 0 and runs.run_at <= (select clock_timestamp()) and (runs.ordering_key || '') is null
-       and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
-       and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-       and not exists (select from queue_service.queues where name = runs.queue and {paused})
+-- writes: runs, leases, queues
+with suspect as materialized (
+    select runs.id, runs.queue from queue_service.runs where {suspect}
      order by runs.run_at
      limit 1
        for update of runs skip locked
-), {take_picked}
+), given as materialized (
+    select suspect.queue, 1 as wanted from suspect
+), {within_limits}, picked as materialized (
+    select suspect.id, suspect.queue from suspect
+     where suspect.queue in (select asked.queue from asked where asked.wanted > 0)
+        or not exists (select from queue_service.queues where queues.name = suspect.queue and {limited})
+), {counted_in}, {new_lease}
+{take_picked}
 
 -- name: suspect_is_due
 -- Whether claim_suspect would find one.
-select exists (
-    select from queue_service.runs
-     where runs.losses > 0 and runs.run_at <= (select clock_timestamp()) and (runs.ordering_key || '') is null
-       and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
-       and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
-       and not exists (select from queue_service.queues where name = runs.queue and {paused})
-)
+select exists (select from queue_service.runs where {suspect})
 
 -- name: extend
 -- Push the deadline of leases. One row for each that is still held; the others were swept, and their runs with them.
@@ -568,5 +666,5 @@ select (select count(*) from (({of_queue} and ordering_key is null and run_at <=
                                           and run_at <= clock_timestamp() and ordering_key is null
                                         order by queue, priority desc, run_at, id + 0 limit 1) as first),
              (select next_at from queue_service.lanes
-               where queue = %(queue)s and run_id is null and next_at <= clock_timestamp()
+               where queue = %(queue)s and running < width and next_at <= clock_timestamp()
                order by queue, next_at limit 1))

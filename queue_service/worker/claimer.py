@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 
 from queue_service.db.pool import Wire
+from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import Return, Run
-from queue_service.runs.queries import Wanted
+from queue_service.runs.queries import Allowed, Claimant, Wanted
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.floors import Floors
@@ -35,6 +36,8 @@ PATIENCE = 1.0
 PROBATION = 2.0
 # Runs that one statement claims of several queues: the sweep can take a lease of so many.
 AT_ONCE = 1_000
+# A queue at its limit is not asked again for this long, unless a run of it ends here.
+AT_LIMIT = 0.050
 # Suspects in a row before ordinary runs get their turn.
 SUSPECTS = 20
 
@@ -60,17 +63,19 @@ class Claimer:
         self._executors = executors
         self._leases = leases
         self._finisher = finisher
-        self._tasks = tasks
-        self._worker_id = worker_id
-        self._lease = lease
+        self._claimant = Claimant(tasks, worker_id, lease, owner)
         self._poll = poll_interval.total_seconds()
-        self._owner = owner
         self._floors = Floors()
         # Queues that may have more than was claimed, and those of which a lane may be free. Only queues that were seen to
         # have lanes are looked at for them, but for the scan, which looks everywhere.
         self._hopeful: set[str] = set(executors)
         self._freed: set[str] = set()
         self._laned: set[str] = set()
+        # Queues that have a limit, and until when one is not worth asking. Of their lanes and their other runs, each may be
+        # first in turn, since they share what there is.
+        self._limited: set[str] = set()
+        self._not_before: dict[str, float] = {}
+        self._lanes_first = True
         self._wake = asyncio.Event()
         self._stopping = False
         self._next_scan = 0.0
@@ -92,10 +97,14 @@ class Claimer:
             self._freed |= self._laned & {queue}
             self._wake.set()
 
-    def free(self, queues: Collection[str]) -> None:
-        """A run that stood in a lane of these queues is not running any more."""
-        self._laned.update(queues)
-        self._freed.update(queues)
+    def free(self, laned: Collection[str], limited: Collection[str]) -> None:
+        """A run that stood in a lane of these queues, or counted in the limit of those, is not running any more."""
+        self._laned.update(laned)
+        self._freed.update(laned)
+        for queue in limited:
+            self._not_before.pop(queue, None)
+            self._hopeful.add(queue)
+            self._freed |= self._laned & {queue}
         self._wake.set()
 
     def rescan(self) -> None:
@@ -132,19 +141,30 @@ class Claimer:
         if now >= max(self._next_scan, self._earliest_scan):
             await self._scan(now)
             return False
-        lanes = self._ready(self._freed)
-        for some in _batches(lanes):
-            await self._claim_lanes(some)
-        ready = self._ready(self._hopeful)
-        for some in _batches(ready):
-            await self._claim(some)
-        if not ready and not lanes:
-            await self._sleep(min(longest, max(self._next_scan, self._earliest_scan) - now))
-        return not ready and not lanes
+        busy = False
+        for limited in (False, True):
+            kinds = [(self._freed, self._claim_lanes), (self._hopeful, self._claim)]
+            for queues, claim in kinds if self._lanes_first else kinds[::-1]:
+                for some in _batches(self._ready(queues, now, limited=limited)):
+                    busy = True
+                    await claim(some, limited=limited)
+        if not busy:
+            await self._sleep(min(longest, self._next_look() - now))
+        return not busy
 
-    def _ready(self, queues: Collection[str]) -> list[Ready]:
-        executors = [self._executors[queue] for queue in queues]
-        return [(executor, wanted) for executor in executors if (wanted := executor.wanted()) > 0]
+    def _next_look(self) -> float:
+        """When there is something to do that nobody tells of."""
+        asked = [self._not_before[queue] for queue in self._hopeful | self._freed if queue in self._not_before]
+        return min([max(self._next_scan, self._earliest_scan), *asked])
+
+    def _ready(self, queues: Collection[str], now: float, *, limited: bool) -> list[Ready]:
+        """Those to be claimed from now. What a limit allows is not claimed ahead: others could begin it at once."""
+        names = [queue for queue in queues if (queue in self._limited) is limited and self._may_ask(queue, now)]
+        wanted = {queue: self._executors[queue].wanted(ahead=not limited) for queue in names}
+        return [(self._executors[queue], count) for queue, count in wanted.items() if count > 0]
+
+    def _may_ask(self, queue: str, now: float) -> bool:
+        return self._not_before.get(queue, now) <= now
 
     async def _scan(self, now: float) -> None:
         self._hand_back_stalled(now)
@@ -159,53 +179,76 @@ class Claimer:
         # Emptied before the look: a hint that comes while it is under way tells of something it may not see.
         self._hopeful.clear()
         self._freed.clear()
-        scan = await self._wire.fetch(queries.scan(list(self._executors), self._tasks, owner=self._owner))
-        self._hopeful |= self._floors.scanned(scan)
+        scan = await self._wire.fetch(
+            queries.scan(list(self._executors), self._claimant.tasks, owner=self._claimant.owner)
+        )
+        due = self._floors.scanned(scan)
+        self._hopeful |= due
+        self._limited = self._limited - due - scan.laned | scan.limited
         self._laned |= scan.laned
         self._freed |= scan.laned
 
-    async def _claim(self, ready: Sequence[Ready]) -> None:
+    async def _claim(self, ready: Sequence[Ready], *, limited: bool) -> None:
         # Dropped before the claim, for the same reason.
         self._hopeful.difference_update(executor.queue for executor, _ in ready)
-        claimed = await self._wire.fetch(
-            queries.claim(
-                [Wanted(executor.queue, count, self._floors.of(executor.queue)) for executor, count in ready],
-                tasks=self._tasks,
-                worker_id=self._worker_id,
-                lease=self._lease,
-                owner=self._owner,
-            )
-        )
-        for executor, wanted, held in self._by_queue(ready, claimed):
+        asked = [Wanted(executor.queue, count, self._floors.of(executor.queue)) for executor, count in ready]
+        if limited:
+            claimed = await self._within_limits(queries.claim_limited(asked, self._claimant), ready, self._hopeful)
+        else:
+            claimed = await self._wire.fetch(queries.claim(asked, self._claimant))
+        for executor, wanted, held in self._by_queue(ready, claimed, limited=limited):
             self._floors.claimed(executor.queue, [each.run for each in held])
             if len(held) == wanted:
                 self._hopeful.add(executor.queue)
-            else:
+            elif not limited:
                 # Short: the queue is empty, or what is left stands behind the floor.
-                self._next_scan = min(self._next_scan, self._earliest_scan)
+                self._scan_soon()
             self._offer(executor, held)
 
-    async def _claim_lanes(self, ready: Sequence[Ready]) -> None:
+    async def _claim_lanes(self, ready: Sequence[Ready], *, limited: bool) -> None:
         self._freed.difference_update(executor.queue for executor, _ in ready)
-        claimed = await self._wire.fetch(
-            queries.claim_lanes(
-                [(executor.queue, wanted) for executor, wanted in ready],
-                tasks=self._tasks,
-                worker_id=self._worker_id,
-                lease=self._lease,
-                owner=self._owner,
-            )
-        )
-        for executor, wanted, held in self._by_queue(ready, claimed):
+        asked = [(executor.queue, wanted) for executor, wanted in ready]
+        if limited:
+            claimed = await self._within_limits(queries.claim_limited_lanes(asked, self._claimant), ready, self._freed)
+        else:
+            claimed = await self._wire.fetch(queries.claim_lanes(asked, self._claimant))
+        for executor, wanted, held in self._by_queue(ready, claimed, limited=limited):
             if len(held) == wanted:
                 self._freed.add(executor.queue)
             self._offer(executor, held)
 
+    async def _within_limits(
+        self, query: Query[Allowed], ready: Sequence[Ready], again: set[str]
+    ) -> list[tuple[Run, int]]:
+        """What was claimed; queues to be asked once more are added to `again`, and none is asked before that can help."""
+        allowed = await self._wire.fetch(query)
+        now = time.monotonic()
+        gave = {run.queue for run, _ in allowed.runs}
+        if gave:
+            # The others come first next time.
+            self._lanes_first = again is self._hopeful
+        for queue in {executor.queue for executor, _ in ready}:
+            if queue not in allowed.waits:
+                # Another session is claiming from it at this moment; or it has no limit any more, which a scan tells.
+                self._not_before[queue] = now + SOON
+                self._scan_soon()
+                again.add(queue)
+            elif (wait := allowed.waits[queue]) is not None:
+                self._not_before[queue] = now + wait
+                again.add(queue)
+            elif queue not in gave:
+                self._not_before[queue] = now + AT_LIMIT
+        return allowed.runs
+
+    def _scan_soon(self) -> None:
+        """As soon as the pace of scans allows."""
+        self._next_scan = min(self._next_scan, self._earliest_scan)
+
     def _by_queue(
-        self, ready: Sequence[Ready], claimed: list[tuple[Run, int]]
+        self, ready: Sequence[Ready], claimed: list[tuple[Run, int]], *, limited: bool
     ) -> Iterator[tuple[Executor, int, list[Held]]]:
         held: dict[str, list[Held]] = {executor.queue: [] for executor, _ in ready}
-        for each in self._leases.take(claimed):
+        for each in self._leases.take(claimed, limited=limited):
             held[each.run.queue].append(each)
         for executor, wanted in ready:
             yield executor, wanted, held[executor.queue]
@@ -229,20 +272,19 @@ class Claimer:
         """Run those that lost a worker, one at a time and alone; ordinary runs then get at least as long a turn."""
         begun = time.monotonic()
         self._next_suspect = begun + self._poll
-        if not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._tasks)):
+        if not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._claimant.tasks)):
             return
         await self._until_idle(PATIENCE)
         for _ in range(SUSPECTS):
             if self._stopping:
                 return
             free = [queue for queue, executor in self._executors.items() if executor.wanted() > 0]
-            claimed = await self._wire.fetch(
-                queries.claim_suspect(free, self._tasks, worker_id=self._worker_id, lease=self._lease)
-            )
+            claimed = await self._wire.fetch(queries.claim_suspect(free, self._claimant))
             if not claimed:
                 break
-            log.info("running alone, since it lost its worker before", run_id=claimed[0][0].id)
-            self._executors[claimed[0][0].queue].offer(self._leases.take(claimed))
+            run, _ = claimed[0]
+            log.info("running alone, since it lost its worker before", run_id=run.id)
+            self._executors[run.queue].offer(self._leases.take(claimed, limited=run.queue in self._limited))
             await self._until_idle(PROBATION)
         now = time.monotonic()
         self._next_suspect = now + max(self._poll, now - begun)
@@ -267,7 +309,7 @@ class Claimer:
         await self._look_everywhere()
         if self._hopeful or self._freed:
             return False
-        return not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._tasks))
+        return not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._claimant.tasks))
 
     async def _sleep(self, seconds: float) -> None:
         self._wake.clear()

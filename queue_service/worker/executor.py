@@ -100,8 +100,10 @@ class Executor:
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
 
-    def wanted(self) -> int:
-        """How many runs to claim now: the free slots, and ahead of them only what will be begun within moments."""
+    def wanted(self, *, ahead: bool = True) -> int:
+        """How many runs to claim now: the free slots, and `ahead` of them only what will be begun within moments."""
+        if not ahead:
+            return max(0, self.concurrency - len(self._running) - len(self._waiting))
         self._measure()
         if len(self._waiting) > self._ahead // 2:
             return 0

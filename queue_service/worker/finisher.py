@@ -48,15 +48,16 @@ class _Batch:
     endings: list[Ending] = field(default_factory=list)
     returns: list[Return] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
-    # Queues of which a lane is free when this is written.
+    # Queues of which a lane is free when this is written, and those with a limit that allows for more.
     laned: set[str] = field(default_factory=set)
+    limited: set[str] = field(default_factory=set)
     # A write that failed may have been done all the same; then its claims are found gone, and are not lost.
     uncertain: bool = False
 
 
 class Finisher:
     """`put` never waits. `run` writes until `close` was called and nothing is left. `announce` is told the ids of runs
-    that ended, and `free` the queues of which a lane was left, once that is committed.
+    that ended, and `free` the queues of which a lane was left, and those with a limit, once that is committed.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Finisher:
         worker_id: int,
         *,
         announce: Callable[[list[int]], None] = lambda _ids: None,
-        free: Callable[[set[str]], None] = lambda _queues: None,
+        free: Callable[[set[str], set[str]], None] = lambda _laned, _limited: None,
     ) -> None:
         self.tally = Tally()
         self._wire = wire
@@ -110,6 +111,8 @@ class Finisher:
                 batch.endings.append(outcome)
             if held.run.ordering_key is not None:
                 batch.laned.add(held.run.queue)
+            if held.lease.limited:
+                batch.limited.add(held.run.queue)
             held.lease.outstanding -= 1
             if held.lease.outstanding == 0:
                 batch.freed.append(held.lease.id)
@@ -130,8 +133,8 @@ class Finisher:
                 if pause > FIRST_PAUSE:
                     log.info("writing endings again")
                 self._leases.release(batch.freed)
-                if batch.laned:
-                    self._free(batch.laned)
+                if batch.laned or batch.limited:
+                    self._free(batch.laned, batch.limited)
                 return
 
     async def _write_once(self, batch: _Batch) -> None:

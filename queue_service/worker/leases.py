@@ -17,10 +17,12 @@ from queue_service.runs.model import Run
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """`outstanding` counts its runs that the database has not yet been told the outcome of."""
+    """`outstanding` counts its runs that the database has not yet been told the outcome of. While it is `limited`, its runs
+    count in the limits of their queues."""
 
     id: int
     outstanding: int
+    limited: bool = False
     extended_at: float = field(default_factory=time.monotonic)
     lost: bool = False
 
@@ -41,11 +43,11 @@ class Leases:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def take(self, claimed: list[tuple[Run, int]]) -> list[Held]:
+    def take(self, claimed: list[tuple[Run, int]], *, limited: bool = False) -> list[Held]:
         """The runs one claim returned, under their new lease."""
         if not claimed:
             return []
-        lease = Lease(claimed[0][1], len(claimed))
+        lease = Lease(claimed[0][1], len(claimed), limited)
         self._by_id[lease.id] = lease
         return [Held(run, lease) for run, _ in claimed]
 

@@ -125,7 +125,7 @@ class _Parts:
         self._claiming = Wire(app.conninfo, application="queue_service claimer")
         self._finishing = Wire(app.conninfo, application="queue_service finisher")
         leases = Leases()
-        self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free_lanes)
+        self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free)
         self._app = app
         self._leases = leases
         self.executors = {queue: self._executor(queue, concurrency) for queue, concurrency in worker.queues.items()}
@@ -267,8 +267,8 @@ class _Parts:
     def _run_of(self, task: asyncio.Task[Any]) -> Run | None:
         return next((run for each in self.executors.values() if (run := each.run_of(task)) is not None), None)
 
-    def _free_lanes(self, queues: set[str]) -> None:
-        self.claimer.free(queues)
+    def _free(self, laned: set[str], limited: set[str]) -> None:
+        self.claimer.free(laned, limited)
 
     def _announce(self, ended: list[int]) -> None:
         self._app.notify([channels.about_runs(channels.FINISHED, ended)])

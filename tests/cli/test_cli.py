@@ -127,7 +127,7 @@ EVERY_COMMAND = dict(commands(cli))
 def test_every_command_is_there() -> None:
     assert {" ".join(path) for path in EVERY_COMMAND} == {
         "config show", "db check", "db current", "db migrate", "db psql", "db sql", "db start", "db stop", "db url",
-        "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "queues list", "queues pause", "queues purge", "queues resume", "runs cancel", "runs delete", "runs list",
+        "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "queues limit", "queues list", "queues pause", "queues purge", "queues resume", "runs cancel", "runs delete", "runs list",
         "runs retry", "runs show", "runs why", "schedules add", "schedules delete", "schedules list", "schedules next",
         "schedules pause", "schedules resume", "schedules run", "schedules show", "version", "worker", "workers list",
     }  # fmt: skip
@@ -516,6 +516,37 @@ def test_queues_are_listed_paused_and_resumed(invoke: Invoke) -> None:
     assert invoke("queues", "pause", "busy", "--for", "2h", "--until", "2999-01-01T00:00:00Z").exit_code == 2
 
 
+def test_a_queue_is_limited_and_shows_its_limits(invoke: Invoke) -> None:
+    assert (
+        "queue mail: limits set"
+        in succeeded(
+            invoke("queues", "limit", "mail", "--max-running", "10", "--rate", "100/1m", "--burst", "5")
+        ).stdout
+    )
+    again = invoke("queues", "limit", "mail", "--max-running", "10", "--rate", "100/60s", "--burst", "5")
+    assert "had these limits already" in succeeded(again).stdout
+    (queue,) = json.loads(succeeded(invoke("queues", "list", "--json")).stdout)
+    assert (queue["max_running"], queue["rate"], queue["period"], queue["burst"]) == (10, 100, "PT60S", 5)
+    assert "10 running, 100 in 60 s, 5 at once" in succeeded(invoke("queues", "list")).stdout
+    succeeded(invoke("queues", "limit", "mail", "--max-running-per-key", "3"))
+    assert "3 of a key" in succeeded(invoke("queues", "list")).stdout
+    succeeded(invoke("queues", "limit", "mail", "--none"))
+    (queue,) = json.loads(succeeded(invoke("queues", "list", "--json")).stdout)
+    assert {queue[name] for name in ("max_running", "max_running_per_key", "rate", "period", "burst")} == {None}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--none", "--rate", "1/1s"], ["--rate", "100"], ["--rate", "x/1s"], ["--rate", "1/soon"], ["--burst", "5"],
+     ["--max-running", "0"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_limit_that_makes_no_sense_is_refused(invoke: Invoke, arguments: list[str]) -> None:
+    result = invoke("queues", "limit", "mail", *arguments)
+    assert result.exit_code == 2, result.output
+    assert json.loads(invoke("queues", "list", "--json").stdout) == []
+
+
 def test_a_queue_is_purged_once_that_is_confirmed(invoke: Invoke) -> None:
     for _ in range(3):
         succeeded(invoke("enqueue", "t", "--queue", "busy"))
@@ -661,7 +692,7 @@ def test_a_log_in_json_is_one_object_a_line_on_standard_error(database: str) -> 
 NEEDS_A_DATABASE: list[list[str]] = [
     ["db", "migrate"], ["db", "current"], ["db", "check"], ["enqueue", "t"], ["runs", "list"], ["runs", "show", "1"],
     ["runs", "retry", "1"], ["runs", "cancel", "1"], ["runs", "delete", "--yes", "1"], ["queues", "list"],
-    ["queues", "pause", "q"], ["queues", "resume", "q"], ["workers", "list"],
+    ["queues", "limit", "q", "--none"], ["queues", "pause", "q"], ["queues", "resume", "q"], ["workers", "list"],
 ]  # fmt: skip
 
 

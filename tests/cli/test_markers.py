@@ -182,7 +182,7 @@ class TestWhy:
         text = succeeded(invoke("runs", "why", str(run_id))).stdout
         assert "no live worker works on queue agents" in text
         assert "It works on turn m1 of deployment dep-1, whose deadline is " in text
-        q.pause("agents")
+        q.queues.pause("agents")
         assert "queue agents was paused " in succeeded(invoke("runs", "why", str(run_id))).stdout
         answer = json.loads(succeeded(invoke("runs", "why", str(run_id), "--json")).stdout)
         assert (answer["id"], answer["state"]) == (run_id, "queued")

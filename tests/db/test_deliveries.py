@@ -14,7 +14,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.runs.model import Return, Run
-from queue_service.runs.queries import Wanted
+from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 from tests.support import LEASE, blocked, claimed, enqueued, eventually, lapse, one, rows
 
@@ -33,7 +33,7 @@ async def reserved(conn: Connection, owner: str | None, *, ago: float = 0.0) -> 
 
 
 async def claimed_by(conn: Connection, owner: str | None) -> list[Run]:
-    query = queries.claim([Wanted("default", 10, {0: FRONT})], tasks=["noop"], worker_id=1, lease=LEASE, owner=owner)
+    query = queries.claim([Wanted("default", 10, {0: FRONT})], Claimant(["noop"], 1, LEASE, owner))
     return [run for run, _ in await fetch(conn, query)]
 
 
@@ -84,7 +84,7 @@ async def test_a_reserved_run_whose_worker_was_lost_is_anyones(conn: Connection)
     await claimed_by(conn, "a")
     await lapse(conn)
     await fetch(conn, queries.sweep(limit=10, max_losses=3))
-    ((run, _),) = await fetch(conn, queries.claim_suspect(["default"], ["noop"], worker_id=2, lease=LEASE))
+    ((run, _),) = await fetch(conn, queries.claim_suspect(["default"], Claimant(["noop"], 2, LEASE)))
     assert run.id == run_id
 
 

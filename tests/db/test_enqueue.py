@@ -304,6 +304,6 @@ async def test_the_blocking_methods_do_what_the_others_do(app: App) -> None:
         done = q.wait(run_id, timeout=10)
         assert done.state is RunState.CANCELLED
         assert (q.retry(run_id), q.retry(run_id), q.delete(other), q.get(other)) == (True, False, True, None)
-        assert (q.pause("default"), q.pause("default"), q.resume("default")) == (True, False, True)
+        assert (q.queues.pause("default"), q.queues.pause("default"), q.queues.resume("default")) == (True, False, True)
     with pytest.raises(ConfigError, match="not connected"):
         q.get(run_id)

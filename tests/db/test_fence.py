@@ -12,6 +12,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Return, RunState
+from queue_service.runs.queries import Claimant
 from tests.support import claimed, enqueued, lapse, one, rows
 
 FIELDS = "id, attempt, state, failures, losses, run_at, lease_id, error, cancel_requested"
@@ -24,7 +25,7 @@ async def swept(conn: Connection) -> None:
 
 async def swept_and_claimed_again(conn: Connection) -> None:
     await swept(conn)
-    assert await fetch(conn, queries.claim_suspect(["default"], ["noop"], worker_id=2, lease=timedelta(seconds=30)))
+    assert await fetch(conn, queries.claim_suspect(["default"], Claimant(["noop"], 2, timedelta(seconds=30))))
 
 
 async def handed_back_and_claimed_again(conn: Connection) -> None:

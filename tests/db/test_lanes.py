@@ -14,7 +14,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.runs.model import Ending, NewRun, Return
-from queue_service.runs.queries import Scan
+from queue_service.runs.queries import Claimant, Scan
 from tests.support import LEASE, blocked, claim, enqueued, eventually, lapse, one, rows
 
 Session = Callable[[], Awaitable[Connection]]
@@ -45,10 +45,10 @@ async def assert_sound(conn: Connection) -> None:
     """Each lane's row says of its runs what is true, and there is none without runs."""
     counted = await rows(
         conn,
-        "select queue, ordering_key, count(*), min(id) filter (where state = 'running') from queue_service.runs "
+        "select queue, ordering_key, count(*), count(*) filter (where state = 'running') from queue_service.runs "
         "where ordering_key is not null group by queue, ordering_key order by 1, 2",
     )
-    kept = await rows(conn, "select queue, ordering_key, pending, run_id from queue_service.lanes order by 1, 2")
+    kept = await rows(conn, "select queue, ordering_key, pending, running from queue_service.lanes order by 1, 2")
     assert kept == counted
     overlaps = await one(
         conn,
@@ -86,7 +86,7 @@ class TestALane:
         await laned(conn)
         plain = await enqueued(conn)
         assert [run.id for run, _ in await fetch(conn, claim())] == [plain]
-        assert await fetch(conn, queries.claim_suspect(["default"], ["noop"], worker_id=1, lease=LEASE)) == []
+        assert await fetch(conn, queries.claim_suspect(["default"], Claimant(["noop"], 1, LEASE))) == []
 
     async def test_does_not_care_about_priorities_within_it(self, conn: Connection) -> None:
         first = await laned(conn)

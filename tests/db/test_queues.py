@@ -142,7 +142,7 @@ class TestPurge:
             await enqueued(conn, **fields)
         await enqueued(conn, queue="other")
         ((running, _),) = await claimed(conn, limit=1)
-        assert await app.purge("default") == 4
+        assert await app.queues.purge("default") == 4
         left = await rows(conn, "select queue, state from queue_service.runs order by queue")
         assert left == [("default", "running"), ("other", "queued")]
         assert await one(conn, "select count(*) from queue_service.lanes") == 0
@@ -151,9 +151,9 @@ class TestPurge:
     async def test_it_goes_in_batches_and_tells_of_each(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("queue_service.app.app.PURGE_BATCH", 10)
+        monkeypatch.setattr("queue_service.app.queues.PURGE_BATCH", 10)
         await app.enqueue_many("noop", [{}] * 25)
         told: list[int] = []
-        assert await app.purge("default", told=told.append) == 25
+        assert await app.queues.purge("default", told=told.append) == 25
         assert told == [10, 20, 25]
         assert await one(conn, "select count(*) from queue_service.runs") == 0

@@ -17,7 +17,7 @@ from queue_service.errors import DuplicateRun
 from queue_service.queues import queries as queues
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, RunState
-from queue_service.runs.queries import Wanted
+from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 from tests.support import LEASE, claim, claimed, enqueued, lapse, one, rows
 
@@ -198,7 +198,7 @@ class TestScan:
             await enqueued(conn, priority=priority)
         scan = await fetch(conn, queries.scan(["default"], ["noop"]))
         floors = {lane.priority: lane.first for lane in scan.due}
-        query = queries.claim([Wanted("default", 10, floors)], tasks=["noop"], worker_id=1, lease=LEASE)
+        query = queries.claim([Wanted("default", 10, floors)], Claimant(["noop"], 1, LEASE))
         assert len(await fetch(conn, query)) == 5
 
 
@@ -218,7 +218,7 @@ class TestClaim:
         asked = [
             Wanted(name, count, {0: FRONT, 1: FRONT}) for name, count in [("b", 4), ("a", 10), ("c", 5), ("none", 5)]
         ]
-        taken = await fetch(conn, queries.claim(asked, tasks=["noop"], worker_id=1, lease=LEASE))
+        taken = await fetch(conn, queries.claim(asked, Claimant(["noop"], 1, LEASE)))
         found = {name: [run.id for run, _ in taken if run.queue == name] for name in "abcd"}
         first = {name: ids[1::2] + ids[0::2] for name, ids in made.items()}
         assert found == {"a": first["a"], "b": first["b"][:4], "c": [], "d": []}
@@ -274,7 +274,7 @@ class TestClaim:
     async def test_a_claim_of_nothing_makes_no_lease(self, conn: Connection) -> None:
         await enqueued(conn, delay=timedelta(hours=1))
         assert await claimed(conn) == []
-        assert await fetch(conn, queries.claim_suspect(["default"], ["noop"], worker_id=1, lease=LEASE)) == []
+        assert await fetch(conn, queries.claim_suspect(["default"], Claimant(["noop"], 1, LEASE))) == []
         assert await leases(conn) == []
 
     async def test_a_paused_queue_gives_none_until_it_is_resumed(self, conn: Connection) -> None:
@@ -292,18 +292,18 @@ class TestClaim:
         later = await enqueued(conn, run_at=moment + timedelta(seconds=1))
         high = await enqueued(conn, run_at=moment, priority=1)
         floors = {0: Floor(moment, ids[2]), 1: FRONT}
-        query = queries.claim([Wanted("default", 10, floors)], tasks=["noop"], worker_id=1, lease=LEASE)
+        query = queries.claim([Wanted("default", 10, floors)], Claimant(["noop"], 1, LEASE))
         assert claimed_ids(await fetch(conn, query)) == [high, ids[2], ids[3], later]
         assert await ids_of(conn, "state = 'queued'") == ids[:2]
 
     async def test_without_floors_it_takes_nothing(self, conn: Connection) -> None:
         await enqueued(conn)
-        query = queries.claim([Wanted("default", 10, {})], tasks=["noop"], worker_id=1, lease=LEASE)
+        query = queries.claim([Wanted("default", 10, {})], Claimant(["noop"], 1, LEASE))
         assert await fetch(conn, query) == []
 
 
 class TestClaimSuspect:
-    SUSPECT = queries.claim_suspect(["default", "other"], ["noop"], worker_id=3, lease=LEASE)
+    SUSPECT = queries.claim_suspect(["default", "other"], Claimant(["noop"], 3, LEASE))
 
     async def test_suspects_come_one_at_a_time_the_longest_due_first(self, conn: Connection) -> None:
         second = await suspect(conn, run_at=datetime(2021, 1, 1, tzinfo=UTC))

@@ -16,6 +16,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Return, RunState
+from queue_service.runs.queries import Claimant
 from tests.plans.database import Sync, believed_empty
 from tests.support import claim, one
 
@@ -39,7 +40,7 @@ def statements() -> dict[str, Query[Any]]:
     return {
         "claim": claim(limit=500, priorities=(0, 5)),
         "claim_lanes": claim(limit=500, laned=True),
-        "claim_suspect": queries.claim_suspect(["default"], ["noop"], worker_id=1, lease=LEASE),
+        "claim_suspect": queries.claim_suspect(["default"], Claimant(["noop"], 1, LEASE)),
         "scan": queries.scan(["default", "other"], ["noop"]),
         "finish": queries.finish([Ending(each, RunState.SUCCEEDED) for each in claims], worker_id=1, freed=[1]),
         "give_back": queries.give_back([Return(each) for each in claims], worker_id=1, freed=[1]),

@@ -1,4 +1,4 @@
-"""What a claim of lanes reads, with a plan that was made while there were none, and with one that is made now."""
+"""What claims of lanes and claims within limits read, with plans that were made while there was nothing, and with new ones."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from queue_service.db import pool
+from queue_service.queues import queries as queues
 from queue_service.runs import queries
+from queue_service.runs.queries import Claimant, Wanted
+from queue_service.worker.floors import FRONT
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
-from tests.support import claim
+from tests.support import LEASE, claim
 
 LANES, DEEP = 50_000, 50_000
 # A lane of each of so many keys, one with that many runs, and as many runs in no lane.
@@ -19,13 +22,33 @@ select 'default', 'noop', '{}', 'key ' || n, clock_timestamp() - interval '1 hou
   from generate_series(1, 50000) as n;
 insert into queue_service.runs (queue, task, payload, ordering_key, run_at)
 select 'default', 'noop', '{}', 'deep', clock_timestamp() - interval '2 hours' from generate_series(1, 50000) as n;
-insert into queue_service.runs (queue, task, payload) select 'default', 'noop', '{}' from generate_series(1, 50000) as n
+insert into queue_service.runs (queue, task, payload) select 'default', 'noop', '{}' from generate_series(1, 50000) as n;
+insert into queue_service.queues (name, max_running, rate, period, burst, tokens, tokens_at)
+values ('limited', 500, 500, '1 s', 500, 500, clock_timestamp());
+insert into queue_service.runs (queue, task, payload, ordering_key)
+select 'limited', 'noop', '{}', case when n % 2 = 0 then 'key ' || n end from generate_series(1, 50000) as n;
+-- Leases of a busy worker, and those of which the runs count: as many of them run.
+insert into queue_service.leases (worker_id, expires_at, run_ids)
+select 1, clock_timestamp() + interval '1 hour', array[n] from generate_series(1, 2000) as n;
+with first as (select array_agg(id) as ids from (
+    select id from queue_service.runs where queue = 'limited' and ordering_key is null order by id limit 300) as runs
+), lease as (
+    insert into queue_service.leases (worker_id, expires_at, run_ids, limited)
+    select 1, clock_timestamp() + interval '1 hour', ids, true from first returning id
+)
+update queue_service.runs set state = 'running', lease_id = lease.id from lease, first where runs.id = any(first.ids)
 """
-TAKEN = 200
+TAKEN, RUNNING = 200, 300
+BY = Claimant(["noop"], 1, LEASE)
 STATEMENTS = {
     "claim lanes": (claim(laned=True, limit=TAKEN), 6 * TAKEN),
     "scan": (queries.scan(["default", "other"], ["noop"]), 10),
     "claim": (claim(limit=TAKEN), 2 * TAKEN + 5),
+    # Those that run are counted, and passed over in the index, where a floor would spare that.
+    "claim limited": (queries.claim_limited([Wanted("limited", TAKEN, {0: FRONT})], BY), 2 * RUNNING + 2 * TAKEN + 5),
+    "claim limited lanes": (queries.claim_limited_lanes([("limited", TAKEN)], BY), RUNNING + 6 * TAKEN),
+    "claim suspect": (queries.claim_suspect(["limited", "default"], BY), 5),
+    "widen": (queues.widen("limited", 3, limit=TAKEN), 4 * TAKEN),
 }
 
 

@@ -18,7 +18,7 @@ from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, Floor, Return, RunState
-from queue_service.runs.queries import Wanted
+from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 from tests.plans.database import Sync, believed_empty, flattened
 from tests.support import claim
@@ -135,7 +135,7 @@ def test_a_claim_from_a_floor_starts_there(stage: Stage, conn: Sync) -> None:
         [stage.holds // 2],
     ).fetchone()
     floor = Floor(row[0].astimezone(UTC), row[1]) if row else FRONT
-    query = queries.claim([Wanted("default", 200, {0: floor})], tasks=["noop"], worker_id=1, lease=LEASE)
+    query = queries.claim([Wanted("default", 200, {0: floor})], Claimant(["noop"], 1, LEASE))
     plan = done(conn, query)
     assert_by_index(plan, "runs_claim_idx", "runs_pkey")
     assert plan.visited <= 2.05 * min(stage.holds, 200) + 5
@@ -145,7 +145,7 @@ def test_a_claim_from_a_floor_starts_there(stage: Stage, conn: Sync) -> None:
 
 def test_a_claim_of_many_queues_looks_once_at_each(stage: Stage, conn: Sync) -> None:
     many = [Wanted(f"q{n}", 10, {0: FRONT, 1: FRONT}) for n in range(99)] + [Wanted("default", 100, {0: FRONT})]
-    plan = done(conn, queries.claim(many, tasks=["noop"], worker_id=1, lease=LEASE))
+    plan = done(conn, queries.claim(many, Claimant(["noop"], 1, LEASE)))
     assert_by_index(plan, "runs_claim_idx", "runs_pkey")
     # Before version 17 a limit within a limit may read one more page of rows than it takes.
     slack = 0 if conn.info.server_version >= 170_000 else 100
@@ -153,7 +153,7 @@ def test_a_claim_of_many_queues_looks_once_at_each(stage: Stage, conn: Sync) -> 
 
 
 def test_a_suspect_is_found_by_the_index_of_suspects(stage: Stage, conn: Sync) -> None:
-    plan = done(conn, queries.claim_suspect(["default"], ["noop"], worker_id=1, lease=LEASE))
+    plan = done(conn, queries.claim_suspect(["default"], Claimant(["noop"], 1, LEASE)))
     assert_by_index(plan, "runs_suspect_idx", "runs_pkey")
     assert plan.visited <= 2
     if stage.holds:

@@ -25,6 +25,7 @@ from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, NewRun, Return, RunState
+from queue_service.runs.queries import Claimant
 from tests.support import claim
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule(target=claims)
     def claim_suspect(self) -> Any:
-        found = self.run_query(queries.claim_suspect(["default"], ["noop"], worker_id=2, lease=LEASE))
+        found = self.run_query(queries.claim_suspect(["default"], Claimant(["noop"], 2, LEASE)))
         due = [each for each, state in self.state.items() if state is RunState.QUEUED and self.losses[each]]
         assert len(found) == min(1, len(due))
         return self.taken(found)

@@ -22,6 +22,7 @@ from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, NewRun, Return, RunState
+from queue_service.runs.queries import Claimant
 from tests.support import LEASE, claim
 
 T = TypeVar("T")
@@ -156,7 +157,7 @@ class Runs(RuleBasedStateMachine):
     @rule()
     def claim_suspect(self) -> None:
         due = [i for i in self.model.those(RunState.QUEUED) if self.model.runs[i].losses]
-        self.took(self.ask(queries.claim_suspect(QUEUES, ["noop"], worker_id=2, lease=LEASE)), due, 1)
+        self.took(self.ask(queries.claim_suspect(QUEUES, Claimant(["noop"], 2, LEASE))), due, 1)
 
     def batch(self, chosen: list[tuple[int, RunState, bool]]) -> dict[Claim, tuple[RunState, bool]]:
         claims = self.model.claims

@@ -14,6 +14,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Claim, Ending, NewRun, Return, RunState
+from queue_service.runs.queries import Claimant
 from tests.support import blocked, claim, claimed, enqueued, eventually, lapse, one, rows
 
 LEASE = timedelta(seconds=30)
@@ -217,6 +218,6 @@ async def test_a_claim_made_again_after_a_sweep_has_another_attempt(conn: Connec
     await lapse(conn)
     await fetch(conn, queries.sweep(limit=10, max_losses=3))
     assert await claimed(conn) == []
-    ((second, _),) = await fetch(conn, queries.claim_suspect(["default"], ["noop"], worker_id=2, lease=LEASE))
+    ((second, _),) = await fetch(conn, queries.claim_suspect(["default"], Claimant(["noop"], 2, LEASE)))
     assert (first.claim, second.claim) == (Claim(run_id, 1), Claim(run_id, 2))
     assert second.losses == 1

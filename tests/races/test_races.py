@@ -19,12 +19,13 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import Ending, NewRun, Return, Run, RunState
+from queue_service.runs.queries import Claimant
 from tests.support import LEASE, blocked, claim, claimed, enqueued, eventually, lapse, one, rows
 
 Open = Callable[[], Awaitable[Connection]]
 
 SWEEP = queries.sweep(limit=10, max_losses=3)
-SUSPECT = queries.claim_suspect(["default"], ["noop"], worker_id=2, lease=LEASE)
+SUSPECT = queries.claim_suspect(["default"], Claimant(["noop"], 2, LEASE))
 KEYED = NewRun("noop", "default", '{"by": "replace"}', singleton_key="only")
 
 

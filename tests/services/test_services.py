@@ -16,6 +16,7 @@ from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, RunUnknown
 from queue_service.runs import queries
 from queue_service.runs.model import Ending
+from queue_service.runs.queries import Claimant
 from queue_service.services.pruner import AHEAD, Pruned, Pruner
 from queue_service.services.sweeper import Sweeper, Swept
 from tests.support import claimed, enqueued, eventually, lapse, one, rows, working
@@ -40,7 +41,7 @@ class TestSweeper:
         sweeper = Sweeper(app.fetch, lambda _: None, max_losses=3)
         for loss in range(3):
             lease = timedelta(seconds=30)
-            suspect = queries.claim_suspect(["default"], ["noop"], worker_id=1, lease=lease)
+            suspect = queries.claim_suspect(["default"], Claimant(["noop"], 1, lease))
             assert len(await (fetch(conn, suspect) if loss else claimed(conn))) == 1
             await lapse(conn)
             await sweeper.once()

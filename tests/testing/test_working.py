@@ -197,7 +197,7 @@ class TestProcess:
         async def add(run: Run, a: int, b: int) -> dict[str, object]:
             return {"sum": a + b, "metadata": run.metadata}
 
-        await app.pause("paused")
+        await app.queues.pause("paused")
         run = await process(app, add, {"a": 1, "b": 2}, metadata={"m": 1}, organization_id="acme")
         assert (run.state, run.result) == (RunState.SUCCEEDED, {"sum": 3, "metadata": {"m": 1}})
         assert (run.payload, run.attempt, run.organization_id) == ({"a": 1, "b": 2}, 1, "acme")

@@ -68,7 +68,7 @@ def test_a_claim_of_nothing_changes_nothing() -> None:
 def test_a_scan_takes_over_what_it_found_even_behind_the_floor() -> None:
     floors = Floors()
     floors.claimed("q", [run(50, 1)])
-    assert floors.scanned(Scan(at(60), [Due("q", 0, Floor(at(10), 2))], set())) == {"q"}
+    assert floors.scanned(Scan(at(60), [Due("q", 0, Floor(at(10), 2))], set(), set())) == {"q"}
     assert floors.of("q") == {0: Floor(at(10), 2)}
 
 
@@ -76,15 +76,15 @@ def test_a_scan_names_the_queues_where_something_is_due() -> None:
     floors = Floors()
     floors.hint("empty", 0)
     lanes = [Due("a", 0, Floor(at(1), 1)), Due("a", 5, Floor(at(2), 2)), Due("b", 0, Floor(at(3), 3))]
-    assert floors.scanned(Scan(at(10), lanes, set())) == {"a", "b"}
+    assert floors.scanned(Scan(at(10), lanes, set(), set())) == {"a", "b"}
     assert floors.of("a") == {0: Floor(at(1), 1), 5: Floor(at(2), 2)}
-    assert floors.scanned(Scan(at(11), [], set())) == set()
+    assert floors.scanned(Scan(at(11), [], set(), set())) == set()
 
 
 def test_a_scan_raises_an_empty_stretch_to_a_second_before_it() -> None:
     floors = Floors()
     floors.hint("q", 0)
-    floors.scanned(Scan(at(60), [], set()))
+    floors.scanned(Scan(at(60), [], set(), set()))
     assert floors.of("q") == {0: Floor(at(60) - COMMIT_LAG, 0)}
     assert timedelta(seconds=1) == COMMIT_LAG
 
@@ -92,7 +92,7 @@ def test_a_scan_raises_an_empty_stretch_to_a_second_before_it() -> None:
 def test_a_scan_of_an_empty_stretch_does_not_lower_a_floor() -> None:
     floors = Floors()
     floors.claimed("q", [run(59.5, 8)])
-    floors.scanned(Scan(at(60), [], set()))
+    floors.scanned(Scan(at(60), [], set(), set()))
     assert floors.of("q") == {0: Floor(at(59.5), 8)}
 
 
@@ -100,10 +100,10 @@ def test_a_queue_of_many_priorities_starts_over_at_a_scan() -> None:
     floors = Floors()
     for priority in range(MAX_PRIORITIES):
         floors.hint("q", priority)
-    floors.scanned(Scan(at(60), [Due("q", 3, Floor(at(1), 1))], set()))
+    floors.scanned(Scan(at(60), [Due("q", 3, Floor(at(1), 1))], set(), set()))
     assert len(floors.of("q")) == MAX_PRIORITIES
     floors.hint("q", MAX_PRIORITIES)
-    floors.scanned(Scan(at(61), [Due("q", 3, Floor(at(1), 1)), Due("q", 9, Floor(at(2), 2))], set()))
+    floors.scanned(Scan(at(61), [Due("q", 3, Floor(at(1), 1)), Due("q", 9, Floor(at(2), 2))], set(), set()))
     assert floors.of("q") == {3: Floor(at(1), 1), 9: Floor(at(2), 2)}
 
 
@@ -112,7 +112,7 @@ def test_the_many_priorities_of_one_queue_cost_another_nothing() -> None:
     for priority in range(MAX_PRIORITIES + 1):
         floors.hint("many", priority)
     floors.claimed("few", [run(70, 1, queue="few")])
-    floors.scanned(Scan(at(60), [], set()))
+    floors.scanned(Scan(at(60), [], set(), set()))
     assert floors.of("many") == {}
     assert floors.of("few") == {0: Floor(at(70), 1)}
 
@@ -161,7 +161,9 @@ class Queue:
         for place, priority in sorted(self.waiting.items()):
             if place.run_at <= at(self.now):
                 due.setdefault(priority, place)
-        self.floors.scanned(Scan(at(self.now), [Due("q", priority, first) for priority, first in due.items()], set()))
+        self.floors.scanned(
+            Scan(at(self.now), [Due("q", priority, first) for priority, first in due.items()], set(), set())
+        )
 
 
 def run_of(place: Floor, priority: int) -> Run:

@@ -339,7 +339,7 @@ async def test_a_paused_queue_is_not_worked_and_resuming_wakes_it(patient: App, 
     async def note(name: str) -> None:
         begun.append(name)
 
-    await patient.pause("default")
+    await patient.queues.pause("default")
     async with working(patient, {"default": 5, "other": 5}):
         await listening(conn)
         paused = await patient.enqueue("note", {"name": "paused"})
@@ -349,7 +349,7 @@ async def test_a_paused_queue_is_not_worked_and_resuming_wakes_it(patient: App, 
         run = await patient.get(paused)
         assert run is not None
         assert (run.state, run.attempt) == (RunState.QUEUED, 0)
-        assert await patient.resume("default")
+        assert await patient.queues.resume("default")
         await eventually(lambda: begun[-1:] == ["paused"], within=10)
 
 
@@ -365,7 +365,7 @@ async def test_pausing_lets_what_is_running_end_and_once_does_not_wait_for_the_r
     ids = await app.enqueue_many("wait", [{"n": n} for n in range(3)])
     running = asyncio.create_task(Worker(app, {"default": 1}).run(once=True))
     await asyncio.wait_for(started.wait(), 10)
-    await app.pause("default")
+    await app.queues.pause("default")
     release.set()
     await asyncio.wait_for(running, 20)
     states = [run.state for run in [await app.get(run_id) for run_id in ids] if run is not None]

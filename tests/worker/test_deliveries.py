@@ -213,7 +213,7 @@ async def test_the_owner_hears_at_once_of_a_deferred_delivery(replica: Make, con
         await listening(conn)
         # As if it had been claimed by the other one before the connection was made.
         await here.app.turns.arm(CHAT)
-        await here.app.pause("thread_response")
+        await here.app.queues.pause("thread_response")
         await here.app.turns.commit_reply("dep-1", ["m1"], {})
         await conn.execute("update queue_service.runs set reserved_for = %s", [here.app.identity])
         await conn.execute("delete from queue_service.queues")

@@ -6,9 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,29 +15,7 @@ from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
 from tests.support import enqueued, eventually, one, rows, working
-
-Start = Callable[..., subprocess.Popen[bytes]]
-
-
-@pytest.fixture
-def start(database: str) -> Iterator[Start]:
-    """Starts `queue-service worker` as a process, with quick clocks."""
-    started: list[subprocess.Popen[bytes]] = []
-    paces = {"LEASE": "2s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "DRAIN_TIMEOUT": "60s"}
-    quick = {f"QUEUE_SERVICE_{name}": value for name, value in paces.items()}
-
-    def begin(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "queue_service", "worker", "-a", "tests.worker.tasks_for_tests:app"]
-        env = {**os.environ, **quick, "QUEUE_SERVICE_DATABASE_URL": database, **environment}
-        started.append(
-            subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
-        )
-        return started[-1]
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+from tests.worker.conftest import Start
 
 
 async def exit_code(process: subprocess.Popen[bytes]) -> int:

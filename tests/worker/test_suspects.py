@@ -136,9 +136,9 @@ async def test_suspects_of_a_paused_queue_and_of_unknown_tasks_are_left_alone(ap
 
     await suspects(conn, "suspect", 2)
     await suspects(conn, "somewhere_else", 2)
-    await app.pause("default")
+    await app.queues.pause("default")
     assert (await Worker(app).run(once=True)).succeeded == 0
-    await app.resume("default")
+    await app.queues.resume("default")
     assert (await Worker(app).run(once=True)).succeeded == 2
 
 

@@ -1,0 +1,33 @@
+"""Workers as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(database: str) -> Iterator[Start]:
+    """Starts `queue-service worker` as a process, with quick clocks."""
+    started: list[subprocess.Popen[bytes]] = []
+    paces = {"LEASE": "2s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "DRAIN_TIMEOUT": "60s"}
+    quick = {f"QUEUE_SERVICE_{name}": value for name, value in paces.items()}
+
+    def begin(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "queue_service", "worker", "-a", "tests.worker.tasks_for_tests:app"]
+        env = {**os.environ, **quick, "QUEUE_SERVICE_DATABASE_URL": database, **environment}
+        started.append(
+            subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
