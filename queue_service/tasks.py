@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +15,7 @@ from queue_service.runs.model import Run
 
 P = ParamSpec("P")
 R = TypeVar("R")
+A = TypeVar("A", bound="Answer")
 
 # Beyond this a moment may not fit a Python datetime, and nobody waits that long.
 LONGEST = timedelta(days=36_500)
@@ -129,6 +131,14 @@ class ProcessDied(Exception):
         super().__init__(f"The process of this handler {how}.")
 
 
+# What the handler of a batch may return: for all of its runs, or for each.
+Answer = Snooze | Cancel | list[Any] | tuple[Any, ...] | Mapping[int, Any] | None
+
+MAX_BATCH = 1_000
+# A payload of a batch is read by its handler, and not taken apart into keywords.
+ANY_PAYLOAD = inspect.Signature([inspect.Parameter("payload", inspect.Parameter.VAR_KEYWORD)])
+
+
 class Enqueue(Protocol):
     async def __call__(self, task: str, payload: Mapping[str, Any], /) -> int: ...
 
@@ -146,6 +156,7 @@ class Task(Generic[P, R]):
         retry: Retry,
         enqueue: Enqueue,
         process: bool = False,
+        batch: int | None = None,
     ) -> None:
         self.function = function
         self.name = name
@@ -158,6 +169,10 @@ class Task(Generic[P, R]):
             _check_importable(name, function, self.is_async)
         self._enqueue = enqueue
         signature = _signature(function)
+        self.batch = batch
+        if batch is not None:
+            _check_batch(name, batch, signature, retry, process=process)
+            signature = ANY_PAYLOAD
         self.run_parameter = _run_parameter(signature)
         self._signature = signature.replace(
             parameters=[p for p in signature.parameters.values() if p.name != self.run_parameter]
@@ -198,6 +213,16 @@ class Task(Generic[P, R]):
             return dict(run.payload)
         return {**run.payload, self.run_parameter: run}
 
+    def together(self, run: Run) -> int:
+        """How many runs may be handled in one call with this one, itself among them. One that may be the fault of a failed
+        batch is handled with fewer, and alone where its next failure, or the loss of its worker, would be held against it.
+        """
+        if self.batch is None or run.losses or run.failures > 1:
+            return 1
+        if run.failures + 1 >= (run.max_attempts or self.retry.max_attempts):
+            return 1
+        return math.isqrt(self.batch) if run.failures else self.batch
+
 
 class Tasks(Mapping[str, Task[..., Any]]):
     """The registry of one App."""
@@ -237,6 +262,15 @@ class Decorator(Protocol):
     def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
 
 
+class BatchDecorator(Protocol):
+    """What `@app.task(batch=…)` returns. The payload of a run may have any keys."""
+
+    @overload
+    def __call__(self, function: Callable[[list[Run]], Awaitable[A]], /) -> Task[..., A]: ...
+    @overload
+    def __call__(self, function: Callable[[list[Run]], A], /) -> Task[..., A]: ...
+
+
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(function, eval_str=True)
@@ -271,6 +305,30 @@ def _check_importable(name: str, function: Callable[..., Any], is_async: bool) -
         raise ConfigError(
             f"Task {name!r} is not defined at the top of a module, so that another process cannot import it. "
             "Move it there, or leave process=True out."
+        )
+
+
+def _check_batch(name: str, batch: int, signature: inspect.Signature, retry: Retry, *, process: bool) -> None:
+    if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
+        raise ConfigError(f"batch must be a whole number from 1 to {MAX_BATCH:,}, not {batch!r}.")
+    parameters = list(signature.parameters.values())
+    takes_one = len(parameters) == 1 and parameters[0].kind in {
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    }
+    if not takes_one or _run_parameter(signature) is not None:
+        raise ConfigError(
+            f"Task {name!r}{signature} must take the runs of a batch, and nothing else, as in "
+            f"`async def {name}(runs: list[Run])`; each has its own payload."
+        )
+    if process:
+        raise ConfigError(
+            f"Task {name!r} cannot have both batch and process=True: a process is given one run at a time."
+        )
+    if batch > 1 and retry.max_attempts == 1:
+        raise ConfigError(
+            f"Task {name!r} has max_attempts=1, and the last attempt of a run is made alone, so that it fails for nobody "
+            "else's fault: there would be no batches. Give it two attempts or more, or leave batch out."
         )
 
 

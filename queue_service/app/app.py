@@ -30,7 +30,7 @@ from queue_service.runs.model import NewRun, Run
 from queue_service.schedules.model import NewSchedule
 from queue_service.services.combiner import Combiner
 from queue_service.settings import Settings
-from queue_service.tasks import Decorator, Retry, Task, Tasks, duration
+from queue_service.tasks import BatchDecorator, Decorator, Retry, Task, Tasks, duration
 
 if TYPE_CHECKING:
     from queue_service.app.sync import SyncApp
@@ -91,6 +91,18 @@ class App:
         retry: Retry | None = ...,
         process: bool = ...,
     ) -> Decorator: ...
+    @overload
+    def task(
+        self,
+        function: None = ...,
+        /,
+        *,
+        batch: int,
+        queue: str = ...,
+        name: str | None = ...,
+        timeout: timedelta | float | None = ...,
+        retry: Retry | None = ...,
+    ) -> BatchDecorator: ...
     def task(
         self,
         function: Callable[..., Any] | None = None,
@@ -101,11 +113,13 @@ class App:
         timeout: timedelta | float | None = None,
         retry: Retry | None = None,
         process: bool = False,
+        batch: int | None = None,
     ) -> Any:
         """Register a function as a task, under its own name unless `name` says another. The name is what is stored: keep
         it when the function moves. `timeout` bounds one attempt; `retry` says how often a raising handler is tried, and
         when. With `process`, for a plain function at the top of its module, each run has a process of the worker's to
-        itself; JSON goes in and out, and a process that dies is only that attempt's failure.
+        itself; JSON goes in and out, and a process that dies is only that attempt's failure. With `batch`, the handler
+        takes a list of up to so many runs, and returns None, or what becomes of each.
         """
         if retry is not None and not isinstance(retry, Retry):
             raise ConfigError(f"retry must be a Retry, such as Retry(max_attempts=5), not {retry!r}.")
@@ -119,6 +133,7 @@ class App:
                 retry=retry or Retry(),
                 enqueue=self.enqueue,
                 process=process,
+                batch=batch,
             )
             self.tasks.add(task)
             return task

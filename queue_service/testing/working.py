@@ -117,7 +117,7 @@ class _Watch:
         watched.tasks = Tasks()
         for task in app.tasks.values():
             mine = copy.copy(task)
-            mine.function = self._asynchronous(task.function) if task.is_async else self._plain(task.function)
+            mine.function = self._asynchronous(task) if task.is_async else self._plain(task)
             watched.tasks.add(mine)
         return watched
 
@@ -130,22 +130,22 @@ class _Watch:
             if run.failures > self._before.get(run.id, 0):
                 raise HandlerFailed(run)
 
-    def _plain(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(**arguments: Any) -> Any:
+    def _plain(self, task: Task[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(task.function)
+        def call(*runs: list[Run], **arguments: Any) -> Any:
             try:
-                return function(**arguments)
+                return self._looked_through(task, task.function(*runs, **arguments))
             except BaseException as error:
                 self._raised.append(error)
                 raise
 
         return call
 
-    def _asynchronous(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        async def call(**arguments: Any) -> Any:
+    def _asynchronous(self, task: Task[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(task.function)
+        async def call(*runs: list[Run], **arguments: Any) -> Any:
             try:
-                return await function(**arguments)
+                return self._looked_through(task, await task.function(*runs, **arguments))
             except asyncio.CancelledError:
                 # Not the handler's: its time was over, or someone cancelled the run.
                 raise
@@ -154,3 +154,10 @@ class _Watch:
                 raise
 
         return call
+
+    def _looked_through(self, task: Task[..., Any], answer: Any) -> Any:
+        """The same answer. A batch may say of a run with an exception that it failed."""
+        if task.batch is not None:
+            each = answer.values() if isinstance(answer, Mapping) else answer if isinstance(answer, list) else (answer,)
+            self._raised += [value for value in each if isinstance(value, BaseException)]
+        return answer

@@ -1,5 +1,7 @@
 """Executes the claimed runs of one queue: slots pull from a local deque, and each run becomes one outcome.
 
+A slot makes one call at a time: of a handler that takes a run, or of one that takes a batch of them.
+
 A slot is a coroutine that lives on from run to run, since a task for each run would cost more than a short handler. The
 handler runs inside the slot's own task; cancelling a run cancels that task, with a cause noted first, by which the slot
 knows that it is not meant itself.
@@ -12,7 +14,7 @@ import functools
 import time
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from enum import Enum, auto
 from typing import Any
@@ -24,7 +26,8 @@ from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
 from queue_service.worker.finisher import Finisher, Outcome
-from queue_service.worker.handlers import results
+from queue_service.worker.handlers import batches, results
+from queue_service.worker.handlers.coroutines import awaited, watched
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
@@ -54,6 +57,8 @@ class _Execution(msgspec.Struct, eq=False):
     task: asyncio.Task[Any]
     cause: Cause | None = None
     timer: asyncio.TimerHandle | None = None
+    # Of a batch, and shared by its runs: those for whose sake the handler goes on.
+    counting: set[Held] | None = None
 
 
 class Executor:
@@ -92,6 +97,13 @@ class Executor:
         self.completed = 0
         self._ahead = 0
         self._measured = (time.monotonic(), 0)
+        # How many runs one call takes, of each task that has this queue or was seen in it, judged by its runs that came
+        # last. The least of them counts: runs that go one at a time must not be held by the hundred because others do not.
+        self._sizes = {task.name: task.batch or 1 for task in tasks.values() if task.queue == queue}
+        self._a_call = min(self._sizes.values(), default=1)
+        self._has_batches = any(task.batch for task in tasks.values())
+        # Runs at work beside the first of their batch: they take no slot.
+        self._beside = 0
         self._progress_at, self._seen_completed = time.monotonic(), 0
 
     # For the claimer
@@ -101,16 +113,20 @@ class Executor:
         return not self._waiting and not self._running
 
     def wanted(self, *, ahead: bool = True) -> int:
-        """How many runs to claim now: the free slots, and `ahead` of them only what will be begun within moments."""
-        if not ahead:
-            return max(0, self.concurrency - len(self._running) - len(self._waiting))
+        """How many runs to claim now: what free slots take, and `ahead` of them only what will be begun within moments."""
         self._measure()
-        if len(self._waiting) > self._ahead // 2:
+        # In whole batches: what is less would be begun as a smaller batch than could be claimed a moment later.
+        beyond = self._ahead // self._a_call * self._a_call if ahead else 0
+        if len(self._waiting) > beyond // 2:
             return 0
-        return max(0, self.concurrency - len(self._running) + self._ahead - len(self._waiting))
+        free = self.concurrency - len(self._running) + self._beside
+        return max(0, min(free * self._a_call, max(free, MAX_AHEAD)) + beyond - len(self._waiting))
 
     def offer(self, claimed: list[Held]) -> None:
         self._waiting.extend(claimed)
+        if self._has_batches and claimed:
+            self._sizes |= batches.most(claimed, self._tasks)
+            self._a_call = min(self._sizes.values())
         self._progress_at = time.monotonic()
         self._rouse()
 
@@ -144,7 +160,7 @@ class Executor:
             self._interrupt(execution, Cause.LOST)
 
     def interrupt_all(self) -> int:
-        """Cancel every handler, to hand its run back. Returns how many there were."""
+        """Cancel every handler, to hand its runs back. Returns how many runs there were."""
         for execution in list(self._running.values()):
             self._interrupt(execution, Cause.DRAINED)
         return len(self._running)
@@ -159,7 +175,11 @@ class Executor:
         if execution.cause is None or execution.cause is Cause.TIMED_OUT:
             execution.cause = cause
             execution.held.run.stop()
-            execution.task.cancel()
+            if execution.counting is not None:
+                execution.counting.discard(execution.held)
+            # The others of its batch go on.
+            if not execution.counting:
+                execution.task.cancel()
 
     # Slots
 
@@ -184,12 +204,16 @@ class Executor:
                 self._idle.append(free)
                 await free
             held = self._waiting.popleft()
-            # A lost lease: the run went back to its queue, and someone else may have it already.
-            outcome = None if held.lease.lost else await self._execute(held, slot)
-            if slot.cancelling():
-                await self._absorb(slot)
-            self._finisher.put(held, outcome or Return(held.run.claim))
-            self.completed += 1
+            task = self._tasks[held.run.task]
+            if task.batch is not None:
+                await self._handle_batch(held, task, slot)
+            else:
+                # A lost lease: the run went back to its queue, and someone else may have it already.
+                outcome = None if held.lease.lost else await self._execute(held, task, slot)
+                if slot.cancelling():
+                    await self._absorb(slot)
+                self._finisher.put(held, outcome or Return(held.run.claim))
+                self.completed += 1
             if len(self._waiting) <= self._ahead // 2:
                 self._room()
             self._since_yield += 1
@@ -197,14 +221,13 @@ class Executor:
                 self._since_yield = 0
                 await asyncio.sleep(0)
 
-    async def _execute(self, held: Held, slot: asyncio.Task[Any]) -> Outcome:
+    async def _execute(self, held: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> Outcome:
         run = held.run
-        task = self._tasks[run.task]
         execution = self._running[held] = _Execution(held, slot)
         if not task.process and (run.timeout or task.timeout) is not None:
             self._limit(execution, task)
         try:
-            answer = await _watched(self._invoke(execution, task, run), self._rouse)
+            answer = await watched(self._invoke(execution, task, run), self._rouse)
             outcome: Outcome = answer if task.process else results.returned(run, answer, limit=self._result_limit)
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot
             outcome = self._stopped(execution, task, error)
@@ -216,7 +239,63 @@ class Executor:
             _tell(run, outcome)
         return outcome
 
-    def _stopped(self, execution: _Execution, task: Task[..., Any], error: BaseException) -> Outcome:
+    async def _handle_batch(self, first: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> None:
+        taken = batches.taken(first, task, self._waiting)
+        if len(self._waiting) <= self._ahead // 2:
+            # One call may have taken all that was claimed for many slots.
+            self._room()
+        batch = [held for held in taken if not held.lease.lost]
+        outcomes = await self._execute_batch(batch, task, slot) if batch else {}
+        if slot.cancelling():
+            await self._absorb(slot)
+        for held in taken:
+            self._finisher.put(held, outcomes.get(held) or Return(held.run.claim))
+        self.completed += len(taken)
+        self._since_yield += len(taken)
+
+    async def _execute_batch(
+        self, batch: list[Held], task: Task[..., Any], slot: asyncio.Task[Any]
+    ) -> dict[Held, Outcome]:
+        """As `_execute`, of many runs with one call. What is the end of one of them leaves the others alone."""
+        runs, counting, alone = [held.run for held in batch], set(batch), len(batch) == 1
+        executions = {held: _Execution(held, slot, counting=counting) for held in batch}
+        self._running.update(executions)
+        self._beside += len(batch) - 1
+        for execution in executions.values():
+            self._limit(execution, task)
+        try:
+            answer = await watched(self._invoke_batch(task, list(runs)), self._rouse)
+            answers = zip(executions.items(), batches.answers(runs, answer), strict=True)
+            outcomes = {held: self._answered(execution, task, each) for (held, execution), each in answers}
+        except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot
+            if self.closing:
+                for run in runs:
+                    run.stop()
+            outcomes = {held: self._stopped(each, task, error, alone=alone) for held, each in executions.items()}
+        finally:
+            for held, execution in executions.items():
+                if execution.timer is not None:
+                    execution.timer.cancel()
+                del self._running[held]
+            self._beside -= len(batch) - 1
+        for held, outcome in outcomes.items():
+            if outcome.error != "null":
+                _tell(held.run, outcome)
+        return outcomes
+
+    def _answered(self, execution: _Execution, task: Task[..., Any], answer: Any) -> Outcome:
+        """What becomes of a run of a batch whose handler returned: what that says of it, unless it was stopped before. Of
+        a handler that is stopped with its worker, what it still returns counts."""
+        if execution.cause not in {None, Cause.DRAINED}:
+            return self._stopped(execution, task, asyncio.CancelledError())
+        run = execution.held.run
+        if isinstance(answer, BaseException):
+            return results.raised(run, task.retry, answer)
+        return results.returned(run, answer, limit=self._result_limit)
+
+    def _stopped(
+        self, execution: _Execution, task: Task[..., Any], error: BaseException, *, alone: bool = True
+    ) -> Outcome:
         """What becomes of a run whose handler raised, or was made to stop."""
         run = execution.held.run
         match execution.cause:
@@ -226,11 +305,11 @@ class Executor:
             case None if isinstance(error, Exhausted):
                 return Return(run.claim)
             case None:
-                return results.raised(run, task.retry, error)
+                return results.raised(run, task.retry, error, alone=alone)
             case Cause.TIMED_OUT:
                 late = results.TimedOut((run.timeout or task.timeout or timedelta()).total_seconds())
                 late.__cause__ = error
-                return results.raised(run, task.retry, late)
+                return results.raised(run, task.retry, late, alone=alone)
             case Cause.CANCELLED:
                 return results.cancelled(run)
             case _:
@@ -258,41 +337,25 @@ class Executor:
     def _invoke(self, execution: _Execution, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
         if task.is_async:
             called = task.function(**task.arguments(run))
-            return called if isinstance(called, types.CoroutineType) else _awaited(called)
+            return called if isinstance(called, types.CoroutineType) else awaited(called)
         if task.process:
             return self._processes.run(task, run, begun=functools.partial(self._limit, execution, task))
         return self._threads.run(run, functools.partial(task.function, **task.arguments(run)))
+
+    def _invoke_batch(self, task: Task[..., Any], runs: list[Run]) -> Coroutine[Any, Any, Any]:
+        if task.is_async:
+            return awaited(task.function(runs))
+        return self._threads.run(runs[0], functools.partial(task.function, runs))
 
     def _measure(self) -> None:
         """Follow the speed at which this queue is worked off, and with it how far to claim ahead."""
         then, completed = self._measured
         now, ended = time.monotonic(), self.completed - completed
         # Two slow handlers that end together are no speed: either each slot was worked twice over, or some time passed.
-        if now - then < (BRISK if ended > 2 * self.concurrency + 20 else SLOW):
+        if now - then < (BRISK if ended > 2 * self.concurrency * self._a_call + 20 else SLOW):
             return
         self._measured = (now, self.completed)
         self._ahead = (self._ahead + min(MAX_AHEAD, int(ended / (now - then) * AHEAD))) // 2
-
-
-@types.coroutine
-def _watched(call: Coroutine[Any, Any, Any], on_suspend: Callable[[], None]) -> Generator[Any, Any, Any]:
-    """`await call`, and a word when it first waits for something."""
-    try:
-        waits_for = call.send(None)
-        on_suspend()
-        while True:
-            try:
-                sent = yield waits_for
-            except BaseException as thrown:  # noqa: BLE001 - a cancellation goes to whom it was meant for
-                waits_for = call.throw(thrown)
-            else:
-                waits_for = call.send(sent)
-    except StopIteration as done:
-        return done.value
-
-
-async def _awaited(called: Awaitable[Any]) -> Any:
-    return await called
 
 
 def _tell(run: Run, outcome: Outcome) -> None:

@@ -30,6 +30,7 @@ PROGRAMS = {
         "worker_died\n"
     ),
     "gateway": "5 routes\n",
+    "batches": "500\n500\n201\n1201 (1201,)\n",
     "schedules": "['pulse', 'report']\n5\nquick for pulse\n",
     "streams": (
         "3 ['delta', 'delta']\n1 status {'text': 'thinking'}\n2 delta {'text': 'Hel'}\n3 delta {'text': 'lo'}\n"

@@ -114,6 +114,24 @@ class TestDrain:
         assert raised.value is mine
         await assert_enqueued(app, "noop", state="succeeded")
 
+    async def test_raises_the_very_exception_that_a_batch_returned_for_one_of_its_runs(self, app: App) -> None:
+        mine = ValueError("mine")
+
+        @app.task(batch=10, queue="a")
+        async def index(runs: list[Run]) -> dict[int, object]:
+            return {run.id: mine if run.payload["n"] == 2 else "fine" for run in runs}
+
+        @app.task(batch=10, queue="b")
+        def in_thread(runs: list[Run]) -> list[object]:
+            return [mine, *["fine"] * (len(runs) - 1)]
+
+        for task in ("index", "in_thread"):
+            await app.enqueue_many(task, [{"n": n} for n in range(5)])
+            with pytest.raises(ValueError, match="mine") as raised:
+                await drain(app, raising=True)
+            assert raised.value is mine
+            await assert_enqueued(app, task, state="succeeded", count=4)
+
     async def test_raises_for_a_failure_that_left_no_exception(self, app: App) -> None:
         @app.task(timeout=0.01)
         async def hang() -> None:
@@ -201,6 +219,14 @@ class TestProcess:
         run = await process(app, add, {"a": 1, "b": 2}, metadata={"m": 1}, organization_id="acme")
         assert (run.state, run.result) == (RunState.SUCCEEDED, {"sum": 3, "metadata": {"m": 1}})
         assert (run.payload, run.attempt, run.organization_id) == ({"a": 1, "b": 2}, 1, "acme")
+
+    async def test_gives_the_handler_of_a_batch_one_run(self, app: App) -> None:
+        @app.task(batch=10)
+        async def index(runs: list[Run]) -> list[object]:
+            return [run.payload["n"] for run in runs]
+
+        run = await process(app, index, {"n": 7})
+        assert (run.state, run.result) == (RunState.SUCCEEDED, 7)
 
     async def test_runs_nothing_else(self, app: App) -> None:
         @app.task

@@ -6,8 +6,9 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_type
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,12 +45,13 @@ def task_of(function: Callable[..., Any], sent: Sent | None = None) -> Task[...,
     )
 
 
-def a_run(payload: dict[str, Any]) -> Run:
+def a_run(payload: dict[str, Any], **fields: Any) -> Run:
     now = datetime.now(UTC)
-    return Run(
+    made = Run(
         id=1, queue="default", task="t", state=RunState.RUNNING, payload=payload, attempt=1, failures=0, losses=0,
         priority=0, created_at=now, run_at=now,
     )  # fmt: skip
+    return msgspec.structs.replace(made, **fields)
 
 
 def test_a_function_is_registered_under_its_own_name_with_the_defaults(app: App) -> None:
@@ -382,3 +384,96 @@ def test_what_a_handler_may_return_says_what_it_was_told() -> None:
     assert Snooze(90).delay == timedelta(seconds=90)
     assert Cancel("not needed").reason == "not needed"
     assert Cancel().reason
+
+
+# Batches
+
+
+def test_the_handler_of_a_batch_takes_its_runs_and_a_payload_may_have_any_keys(app: App) -> None:
+    @app.task(batch=100, queue="index")
+    async def index(runs: list[Run]) -> list[int]:
+        return [run.id for run in runs]
+
+    @app.task(batch=1)
+    def one(batch: list[Run], /) -> None: ...
+
+    @app.task
+    async def ordinary(n: int) -> int:
+        return n
+
+    assert_type(index, Task[..., list[int]])
+    assert_type(one, Task[..., None])
+    assert (index.batch, one.batch, ordinary.batch) == (100, 1, None)
+    index.check({"anything": 1, "runs": 2})
+    index.check({})
+
+
+async def test_a_run_of_a_batch_is_enqueued_by_keywords() -> None:
+    def index(runs: list[Run]) -> None: ...
+
+    sent = Sent()
+    task: Task[..., Any] = Task(index, name="t", queue="default", timeout=None, retry=Retry(), enqueue=sent, batch=10)
+    await task.enqueue(path="a", runs=1)
+    assert sent.runs == [("t", {"path": "a", "runs": 1})]
+    with pytest.raises(PayloadRefused, match="positional"):
+        await task.enqueue({"path": "a"})
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1_001, True, 2.0, "10"])
+def test_batches_of_a_size_that_makes_no_sense_are_refused(app: App, batch: Any) -> None:
+    def index(runs: list[Run]) -> None: ...
+
+    with pytest.raises(ConfigError, match="batch must be a whole number from 1 to 1,000"):
+        app.task(batch=batch)(index)
+
+
+def takes_nothing() -> None: ...
+def takes_one_run(run: Run) -> None: ...
+def takes_a_run_of_another_name(it: Run) -> None: ...
+def takes_more(runs: list[Run], path: str) -> None: ...
+def takes_a_keyword(*, runs: list[Run]) -> None: ...
+def takes_several(*runs: Run) -> None: ...
+def takes_any(**runs: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        takes_nothing, takes_one_run, takes_a_run_of_another_name, takes_more, takes_a_keyword, takes_several, takes_any,
+    ],
+)  # fmt: skip
+def test_a_handler_that_takes_something_else_than_the_runs_of_a_batch_is_refused(
+    app: App, function: Callable[..., Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"must take the runs of a batch, and nothing else"):
+        app.task(batch=10)(function)
+
+
+def test_what_cannot_be_had_with_batches_is_refused(app: App) -> None:
+    with pytest.raises(ConfigError, match="max_attempts=1, and the last attempt of a run is made alone"):
+        app.task(batch=10, retry=Retry(max_attempts=1))(takes_runs)
+    with pytest.raises(ConfigError, match="cannot have both batch and process=True"):
+        app.task(batch=10, process=True)(takes_runs)  # type: ignore[call-overload]
+    app.task(batch=1, retry=Retry(max_attempts=1))(takes_runs)
+
+
+def takes_runs(runs: list[Run]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, 100),
+        ({"failures": 1}, 10),
+        ({"failures": 2}, 1),
+        ({"failures": 3}, 1),
+        ({"losses": 1}, 1),
+        ({"max_attempts": 1}, 1),
+        ({"max_attempts": 2}, 100),
+        ({"max_attempts": 2, "failures": 1}, 1),
+        ({"max_attempts": 9, "failures": 5}, 1),
+    ],
+)
+def test_a_run_is_handled_with_fewer_the_more_often_it_failed(app: App, fields: dict[str, int], size: int) -> None:
+    task = app.task(batch=100)(takes_runs)
+    assert task.together(a_run({}, **fields)) == size

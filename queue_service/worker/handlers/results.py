@@ -36,8 +36,9 @@ def returned(run: Run, value: Any, *, limit: int) -> Outcome:
         return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("result_refused", reason))
 
 
-def raised(run: Run, retry: Retry, error: BaseException) -> Outcome:
-    delay = _delay(run, retry, error)
+def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) -> Outcome:
+    """Where a run was not `alone` in its call, it may not be the cause: it is tried again whatever the error is."""
+    delay = _delay(run, retry, error, alone=alone)
     described = _described(error)
     if delay is None:
         return Ending(run.claim, RunState.FAILED, error=described)
@@ -55,7 +56,7 @@ def _as_told(run: Run, value: Snooze | Cancel) -> Outcome:
     return Return(run.claim, delay=value.delay.total_seconds(), reserved_for=owner)
 
 
-def _delay(run: Run, retry: Retry, error: BaseException) -> float | None:
+def _delay(run: Run, retry: Retry, error: BaseException, *, alone: bool) -> float | None:
     """Seconds until the next try; None if there is none."""
     failures = run.failures + 1
     if failures >= (run.max_attempts or retry.max_attempts):
@@ -63,9 +64,10 @@ def _delay(run: Run, retry: Retry, error: BaseException) -> float | None:
     if isinstance(error, RetryLater):
         return error.delay.total_seconds()
     try:
-        if not retry.covers(error):
+        if alone and not retry.covers(error):
             return None
-        return retry.wait(failures, error) if run.retry_delay is None else run.retry_delay.total_seconds()
+        wait = retry.wait(failures, error) if run.retry_delay is None else run.retry_delay.total_seconds()
+        return backoff.exponential(failures) if wait is None and not alone else wait
     except BaseException as broken:  # noqa: BLE001 - a policy that is broken must not cost its run the next try
         log.error(
             "a retry policy failed; the exponential wait is taken",
