@@ -3,7 +3,7 @@
 from queue_service.app import App
 from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, Renderer
 from queue_service.events.model import Event, StreamState
-from queue_service.runs.model import Run, RunState
+from queue_service.runs.model import Attempt, Run, RunState
 from queue_service.tasks import Cancel, ProcessDied, Retry, RetryLater, Snooze
 from queue_service.turns.model import Outcome, Turn, TurnFailure
 from queue_service.worker.process import Worker
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NOT_MINE",
     "App",
+    "Attempt",
     "Cancel",
     "Deliveries",
     "Delivery",

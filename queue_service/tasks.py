@@ -7,7 +7,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, get_args, overload
 
 from queue_service import backoff as growth
 from queue_service.errors import ConfigError, PayloadRefused
@@ -40,6 +40,7 @@ GROWTHS: Final = {"exponential": growth.exponential, "linear": growth.linear, "f
 
 Backoff = Literal["exponential", "linear", "fixed"] | Callable[[int, BaseException], "timedelta | float | None"]
 Errors = type[BaseException] | tuple[type[BaseException], ...]
+OnLost = Literal["retry", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +158,16 @@ class Task(Generic[P, R]):
         enqueue: Enqueue,
         process: bool = False,
         batch: int | None = None,
+        on_lost: OnLost = "retry",
     ) -> None:
+        if on_lost not in get_args(OnLost):
+            raise ConfigError(f"on_lost must be 'retry' or 'fail', not {on_lost!r}.")
         self.function = function
         self.name = name
         self.queue = queue
         self.timeout = timeout
         self.retry = retry
+        self.on_lost = on_lost
         self.is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
         self.process = process
         if process:

@@ -46,10 +46,10 @@ async def enqueued(conn: Connection, task: str = "noop", **fields: Any) -> int:
 
 def claim(
     queue: str = "default", *, tasks: tuple[str, ...] = ("noop",), limit: int = 10, worker_id: int = 1,
-    lease: timedelta = LEASE, priorities: tuple[int, ...] = (0,), laned: bool = False,
+    lease: timedelta = LEASE, priorities: tuple[int, ...] = (0,), laned: bool = False, final_tasks: tuple[str, ...] = (),
 ) -> Query[list[tuple[Run, int]]]:  # fmt: skip
     """A claim from the front, or of the heads of lanes."""
-    by = Claimant(tasks, worker_id, lease)
+    by = Claimant(tasks, worker_id, lease, None, final_tasks)
     if laned:
         return queries.claim_lanes([(queue, limit)], by)
     return queries.claim([Wanted(queue, limit, dict.fromkeys(priorities, FRONT))], by)
@@ -80,6 +80,17 @@ async def working(app: App, queues: dict[str, int] | None = None, **options: Any
     finally:
         worker.stop()
         await running
+
+
+async def listening(conn: Connection) -> None:
+    """The worker hears of notices from here on."""
+    await eventually(
+        lambda: one(
+            conn,
+            "select count(*) > 0 from pg_stat_activity where datname = current_database() and state = 'idle' "
+            "and application_name = 'queue_service listener' and query ilike 'listen%%cancel%%'",
+        )
+    )
 
 
 @asynccontextmanager

@@ -30,7 +30,7 @@ from queue_service.runs.model import NewRun, Run
 from queue_service.schedules.model import NewSchedule
 from queue_service.services.combiner import Combiner
 from queue_service.settings import Settings
-from queue_service.tasks import BatchDecorator, Decorator, Retry, Task, Tasks, duration
+from queue_service.tasks import BatchDecorator, Decorator, OnLost, Retry, Task, Tasks, duration
 
 if TYPE_CHECKING:
     from queue_service.app.sync import SyncApp
@@ -90,6 +90,7 @@ class App:
         timeout: timedelta | float | None = ...,
         retry: Retry | None = ...,
         process: bool = ...,
+        on_lost: OnLost = ...,
     ) -> Decorator: ...
     @overload
     def task(
@@ -102,6 +103,7 @@ class App:
         name: str | None = ...,
         timeout: timedelta | float | None = ...,
         retry: Retry | None = ...,
+        on_lost: OnLost = ...,
     ) -> BatchDecorator: ...
     def task(
         self,
@@ -114,12 +116,15 @@ class App:
         retry: Retry | None = None,
         process: bool = False,
         batch: int | None = None,
+        on_lost: OnLost = "retry",
     ) -> Any:
         """Register a function as a task, under its own name unless `name` says another. The name is what is stored: keep
         it when the function moves. `timeout` bounds one attempt; `retry` says how often a raising handler is tried, and
         when. With `process`, for a plain function at the top of its module, each run has a process of the worker's to
         itself; JSON goes in and out, and a process that dies is only that attempt's failure. With `batch`, the handler
-        takes a list of up to so many runs, and returns None, or what becomes of each.
+        takes a list of up to so many runs, and returns None, or what becomes of each. With `on_lost="fail"`, a run that was
+        claimed and whose worker was lost, or stopped it, ends `failed` instead of being tried again: with
+        `Retry(max_attempts=1)` its handler is begun at most once.
         """
         if retry is not None and not isinstance(retry, Retry):
             raise ConfigError(f"retry must be a Retry, such as Retry(max_attempts=5), not {retry!r}.")
@@ -134,6 +139,7 @@ class App:
                 enqueue=self.enqueue,
                 process=process,
                 batch=batch,
+                on_lost=on_lost,
             )
             self.tasks.add(task)
             return task

@@ -34,8 +34,16 @@ def ago(moment: datetime | None) -> str:
     if moment is None:
         return "-"
     seconds = (datetime.now(UTC) - moment).total_seconds()
-    text = _span(abs(seconds))
+    text = span(abs(seconds))
     return f"{text} ago" if seconds >= 0 else f"in {text}"
+
+
+def span(seconds: float) -> str:
+    """In one unit."""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.0f}s" if seconds >= 1 else f"{seconds * 1000:.0f}ms"
 
 
 @contextmanager
@@ -66,10 +74,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, datetime):
         return ago(value)
     return str(value)
-
-
-def _span(seconds: float) -> str:
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{seconds / size:.0f}{unit}"
-    return f"{seconds:.0f}s" if seconds >= 1 else f"{seconds * 1000:.0f}ms"

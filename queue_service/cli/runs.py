@@ -13,7 +13,7 @@ from queue_service.errors import RunUnknown
 from queue_service.queues import queries as queues
 from queue_service.roster import queries as roster
 from queue_service.runs import queries
-from queue_service.runs.model import Run, RunState
+from queue_service.runs.model import Attempt, Run, RunState
 from queue_service.turns import queries as turns
 
 ids = click.argument("run_ids", type=int, nargs=-1, required=True, metavar="ID...")
@@ -66,7 +66,7 @@ def list_(as_json: bool, database_url: str | None, state: str | None, **filters:
 @json_option
 @command
 def show(run_id: int, as_json: bool, database_url: str | None) -> None:
-    """All there is to know about one run."""
+    """All there is to know about one run, and a table of its attempts."""
     run = with_app(load_app(None, database_url), lambda app: app.get(run_id))
     if run is None:
         raise RunUnknown(run_id)
@@ -75,8 +75,18 @@ def show(run_id: int, as_json: bool, database_url: str | None) -> None:
         return
     for name in Run.__struct_fields__:
         value = getattr(run, name)
-        if value is not None and value is not False:
+        if name != "attempts" and value is not None and value is not False:
             click.echo(f"{name:16} {_shown(value)}")
+    if run.attempts:
+        click.echo()
+        render.table(
+            ("attempt", "worker", "began", "took", "what"),
+            [
+                (each.attempt, each.worker_id, each.claimed_at, _took(each), _came_to(run, each))
+                for each in run.attempts
+            ],
+            empty="",
+        )
 
 
 class Surroundings(NamedTuple):
@@ -190,7 +200,17 @@ def _running(run: Run, around: Surroundings) -> str:
     return f"{what} a worker that is gone: when its lease lapses, another takes over.{asked}"
 
 
-def _failure(run: Run) -> str:
+def _took(attempt: Attempt) -> str | None:
+    if attempt.ended_at is None:
+        return None
+    return render.span((attempt.ended_at - attempt.claimed_at).total_seconds())
+
+
+def _came_to(run: Run, attempt: Attempt) -> str:
+    return _failure(attempt)[:80] if attempt.error else run.state.value
+
+
+def _failure(run: Run | Attempt) -> str:
     error = run.error or {}
     return f"{error.get('reason')}: {error.get('message')}".splitlines()[0]
 
@@ -224,7 +244,7 @@ def _each(
 
 def _remark(run: Run) -> str:
     if run.error:
-        return f"{run.error.get('reason')}: {run.error.get('message')}".splitlines()[0][:60]
+        return _failure(run)[:60]
     if run.state is RunState.QUEUED:
         return f"due {render.ago(run.run_at)}"
     return ""

@@ -12,7 +12,7 @@ from psycopg import errors as pg
 from queue_service.db.pool import Connection, options
 from queue_service.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
 
-HEAD = "0009"
+HEAD = "0010"
 
 # Alembic keeps its context in globals of the process; across processes the lock in the database decides.
 _ALEMBIC = threading.Lock()

@@ -53,6 +53,7 @@ runs = Table(
     Column("metadata", JSONB),
     Column("error", JSONB),
     Column("reserved_for", Text),
+    Column("attempts", JSONB),
     PrimaryKeyConstraint("id", name="runs_pkey"),
     CheckConstraint("state in ('queued', 'running')", name="runs_state_check"),
     CheckConstraint("(state = 'running') = (lease_id is not null)", name="runs_lease_check"),
@@ -107,6 +108,7 @@ leases = Table(
     Column("expires_at", _TIMESTAMPTZ, nullable=False),
     Column("run_ids", ARRAY(BigInteger), nullable=False),
     Column("limited", Boolean, nullable=False, server_default=text("false")),
+    Column("final_tasks", ARRAY(Text)),
     PrimaryKeyConstraint("id", name="leases_pkey"),
 )
 Index("leases_expiry_idx", leases.c.expires_at)
@@ -138,6 +140,7 @@ finished_runs = Table(
     Column("metadata", JSONB),
     Column("result", JSONB),
     Column("error", JSONB),
+    Column("attempts", JSONB),
     CheckConstraint("state in ('succeeded', 'failed', 'cancelled', 'expired')", name="finished_runs_state_check"),
     postgresql_partition_by="range (finished_at)",
 )

@@ -38,13 +38,29 @@ class Claim(NamedTuple):
     attempt: int
 
 
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One claim of a run that failed, lost its worker, or was the last: by whom, from when to when, and what went wrong.
+
+    `ended_at` is None while it goes on. `error` is as in Run, of an earlier attempt with message and traceback shortened;
+    None where nothing went wrong.
+    """
+
+    attempt: int
+    worker_id: int | None
+    claimed_at: datetime
+    ended_at: datetime | None = None
+    error: Mapping[str, Any] | None = None
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One unit of work, as it was when it was read. `payload`, `metadata`, `result` and `error` are JSON values.
 
-    `error` is an object with `reason` (`raised`, `timeout`, `process_died`, `worker_lost`, `cancelled`, `expired`,
-    `result_refused`), `message`, and where an exception was raised `type` and `traceback`; with `process_died` also
-    `signal`, where it was one. Of a live run it is the last failure's.
+    `error` is an object with `reason` (`raised`, `timeout`, `process_died`, `worker_lost`, `interrupted`, `cancelled`,
+    `expired`, `result_refused`), `message`, and where an exception was raised `type` and `traceback`; with `process_died`
+    also `signal`, where it was one. Of a live run it is the last failure's.
     `attempt` counts claims, `failures` counts errors of the handler, `losses` counts workers that vanished.
+    `attempts` are the one that goes on or was the last, and before it up to 20 that failed or lost their worker: what was
+    snoozed or handed back is not among them, and numbers are missing. A handler's own run comes without them.
     """
 
     id: int
@@ -72,6 +88,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     result: Any = None
     error: Mapping[str, Any] | None = None
     cancel_requested: bool = False
+    attempts: tuple[Attempt, ...] = ()
 
     @property
     def claim(self) -> Claim:

@@ -12,9 +12,9 @@ import msgspec
 from queue_service.codec import loads
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.db.query import Query, Rows, array_literal, column, found, scalar
+from queue_service.db.query import Query, Row, Rows, array_literal, column, found, scalar
 from queue_service.db.statements import Statements
-from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, Run, RunState, json_or_none
+from queue_service.runs.model import Attempt, Claim, Ending, Floor, NewRun, Return, Run, RunState, json_or_none
 
 SQL = Statements("queue_service.runs")
 
@@ -22,6 +22,7 @@ SQL = Statements("queue_service.runs")
 COUNT_LIMIT = 50_001
 
 _claim_of = attrgetter("claim")
+_decode_attempts = msgspec.json.Decoder(tuple[Attempt, ...]).decode
 
 # A claim as its row: it equals the Claim, both being tuples, and need not be made into one.
 Done = tuple[Any, ...]
@@ -106,16 +107,18 @@ class Wanted(NamedTuple):
 
 
 class Claimant(NamedTuple):
-    """Who claims: what it knows how to do, its lease, and whose runs come to it a second before they are anyone's."""
+    """Who claims: what it knows how to do, its lease, and whose runs come to it a second before they are anyone's. Runs of
+    `final_tasks` end when they are lost."""
 
     tasks: Sequence[str]
     worker_id: int
     lease: timedelta
     owner: str | None = None
+    final_tasks: Sequence[str] = ()
 
     @property
     def params(self) -> dict[str, object]:
-        return {**self._asdict(), "tasks": list(self.tasks)}
+        return {**self._asdict(), "tasks": list(self.tasks), "final_tasks": list(self.final_tasks) or None}
 
 
 class Allowed(NamedTuple):
@@ -367,7 +370,17 @@ def _runs(rows: Rows) -> list[Run]:
             claimed_at=row[12], finished_at=row[13], worker_id=row[14], max_attempts=row[15], retry_delay=row[16],
             timeout=row[17], singleton_key=row[18], ordering_key=row[19], organization_id=row[20],
             metadata=json_or_none(row[21]), result=json_or_none(row[22]), error=json_or_none(row[23]),
-            cancel_requested=row[24],
+            cancel_requested=row[24], attempts=_attempts(row),
         )
         for row in rows
     ]  # fmt: skip
+
+
+def _attempts(row: Row) -> tuple[Attempt, ...]:
+    """Those kept with the run, and the one that its own columns tell of. There is none where a queued run waits, or ended:
+    then the error is that of an attempt before."""
+    kept = () if row[25] is None else _decode_attempts(row[25])
+    if row[12] is None:
+        return kept
+    error = None if row[3] in {RunState.RUNNING, RunState.SUCCEEDED} else json_or_none(row[23])
+    return (*kept, Attempt(attempt=row[5], worker_id=row[14], claimed_at=row[12], ended_at=row[13], error=error))

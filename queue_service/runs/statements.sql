@@ -20,28 +20,32 @@
 --
 -- A run that is `reserved_for` an owner is for a second, from its run_at on, that owner's to claim. After that it is
 -- anyone's, so that an owner who died delays it and no more.
+--
+-- The columns of a run that is running or has ended tell of its last attempt. Those before it that failed or lost their
+-- worker are in `attempts`, the last twenty, their errors shortened; null where there were none, which costs nothing.
 
 -- define: history_columns
 id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, losses, max_attempts, priority, state,
-    queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, result, error
+    queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, result, error,
+    attempts
 
 -- define: read_columns
 id, queue, task, state, payload::text, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
     finished_at, worker_id, max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
-    metadata::text, result::text, error::text, cancel_requested
+    metadata::text, result::text, error::text, cancel_requested, attempts::text
 
 -- define: live_as_read
 select id, queue, task, state, payload, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
            null::timestamptz as finished_at,
            (select leases.worker_id from queue_service.leases where leases.id = runs.lease_id) as worker_id,
            max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
-           metadata, null::jsonb as result, error, cancel_requested
+           metadata, null::jsonb as result, error, cancel_requested, attempts
       from queue_service.runs
 
 -- define: finished_as_read
 select id, queue, task, state, payload, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
            finished_at, worker_id, max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
-           metadata, result, error, false
+           metadata, result, error, false, attempts
       from queue_service.finished_runs
 
 -- define: enqueue_values
@@ -61,6 +65,19 @@ runs.id = any(%(ids)s::bigint[])
 
 -- define: outcome
 (select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1)
+
+-- define: attempts_and_this
+coalesce(case when jsonb_array_length(attempts) >= 20 then attempts - 0 else attempts end, '[]')
+    || jsonb_build_object('attempt', attempt, 'worker_id', this.worker_id, 'claimed_at', claimed_at,
+           'ended_at', this.ended_at, 'error', this.error || jsonb_strip_nulls(jsonb_build_object(
+               'message', left(this.error ->> 'message', 1000),
+               'traceback', right(this.error ->> 'traceback', 2000))))
+
+-- define: lost
+jsonb_build_object('reason', 'worker_lost', 'message', 'The worker was lost while this run was with it.')
+
+-- define: is_final
+coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
 
 -- define: of_queue
 select from queue_service.runs where queue = %(queue)s and state = 'queued'
@@ -164,8 +181,9 @@ took as materialized (
 
 -- define: new_lease
 lease as (
-    insert into queue_service.leases (worker_id, expires_at, run_ids, limited)
-    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id), %(limited)s::boolean
+    insert into queue_service.leases (worker_id, expires_at, run_ids, limited, final_tasks)
+    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id), %(limited)s::boolean,
+           %(final_tasks)s::text[]
       from picked having count(*) > 0
     returning id
 )
@@ -258,7 +276,8 @@ with stored as (
        set task = excluded.task, payload = excluded.payload, priority = excluded.priority, run_at = excluded.run_at,
            expires_at = excluded.expires_at, ordering_key = excluded.ordering_key,
            max_attempts = excluded.max_attempts, retry_delay = excluded.retry_delay, timeout = excluded.timeout,
-           metadata = excluded.metadata, organization_id = excluded.organization_id, failures = 0, error = null
+           metadata = excluded.metadata, organization_id = excluded.organization_id, failures = 0, error = null,
+           attempts = null
      where runs.state = 'queued'
     returning id
 )
@@ -434,7 +453,7 @@ insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
        failures + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts, priority,
        coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key, organization_id,
-       retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error)
+       retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error), attempts
   from gone
 returning id, attempt
 
@@ -461,7 +480,8 @@ with freed as (
     select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
            failures + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
-           metadata, null, coalesce(outcome -> 'error', error)
+           metadata, null, coalesce(outcome -> 'error', jsonb_build_object('reason', 'cancelled', 'message',
+               'It was cancelled while it ran.')), attempts
       from gone
     returning id, attempt
 ), queued as (
@@ -469,7 +489,11 @@ with freed as (
        set state = 'queued', lease_id = null, claimed_at = null,
            failures = failures + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
            run_at = coalesce(clock_timestamp() + make_interval(secs => ({outcome} ->> 'delay')::float8), run_at),
-           error = coalesce({outcome} -> 'error', error), reserved_for = {outcome} ->> 'reserved_for'
+           error = coalesce({outcome} -> 'error', error), reserved_for = {outcome} ->> 'reserved_for',
+           attempts = case when ({outcome} -> 'failed')::boolean then (
+               select {attempts_and_this}
+                 from (select %(worker_id)s::bigint as worker_id, clock_timestamp() as ended_at,
+                              {outcome} -> 'error' as error) as this) else attempts end
      where runs.id = any(array(select held.id from held where not held.cancel_requested))
     returning id, attempt, queue, priority, reserved_for
 ), told as (
@@ -481,7 +505,8 @@ select id, attempt from cancelled
 
 -- name: sweep
 -- Take the leases that have lapsed, at most `limit` of them, and with them the runs they held. Each goes back to its
--- place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at `max_losses`.
+-- place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at `max_losses`, and at the first
+-- loss if its task is among those that the lease says are not to be begun twice.
 -- Rows: run id, its state now, its queue and priority. The guard stands in the DELETE: an extend that commits first wins.
 -- writes: leases, runs, finished_runs
 with lapsed as materialized (
@@ -490,9 +515,9 @@ with lapsed as materialized (
                            where expires_at < (select clock_timestamp())
                            order by expires_at limit %(limit)s for update skip locked))
        and expires_at < clock_timestamp()
-    returning id, worker_id, run_ids
+    returning id, worker_id, run_ids, final_tasks
 ), lost as materialized (
-    select id, cancel_requested or losses + 1 >= %(max_losses)s as is_over from queue_service.runs
+    select id, cancel_requested or losses + 1 >= %(max_losses)s or {is_final} as is_over from queue_service.runs
      where id = any(array(select unnest(lapsed.run_ids) from lapsed))
        and lease_id = any(array(select lapsed.id from lapsed)) and state = 'running'
      order by id
@@ -508,13 +533,17 @@ with lapsed as materialized (
            max_attempts, priority, case when cancel_requested then 'cancelled' else 'failed' end, queue, task, payload,
            singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, null,
            jsonb_build_object('reason', 'worker_lost', 'message',
-               format('The worker was lost while this run was with it, for the %%s. time.', losses + 1))
+               format('The worker was lost while this run was with it, for the %%s. time.', losses + 1)
+               || case when {is_final} then ' Its task says on_lost="fail": it is begun again only if you retry it.'
+                       else '' end), attempts
       from gone
     returning id, state, queue, priority
 ), queued as (
     update queue_service.runs
-       set state = 'queued', lease_id = null, claimed_at = null, losses = losses + 1,
-           error = jsonb_build_object('reason', 'worker_lost', 'message', 'The worker was lost while this run was with it.')
+       set state = 'queued', lease_id = null, claimed_at = null, losses = losses + 1, error = {lost},
+           attempts = (select {attempts_and_this}
+                         from (select lapsed.worker_id, clock_timestamp() as ended_at, {lost} as error
+                                 from lapsed where lapsed.id = runs.lease_id) as this)
      where id = any(array(select lost.id from lost where not lost.is_over))
     returning id, state, queue, priority
 )
@@ -533,7 +562,7 @@ with gone as (
     returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
               priority, 'expired', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
               timeout, metadata, null::jsonb,
-              coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.'))
+              coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.')), attempts
 )
 insert into queue_service.finished_runs ({history_columns})
 select * from gone
@@ -554,7 +583,8 @@ with target as materialized (
     select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
            metadata, null,
-           coalesce(error, jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.'))
+           coalesce(error, jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.')),
+           attempts
       from gone
     returning id
 ), asked as (
@@ -566,18 +596,22 @@ select 'cancelled' from ended union all select 'requested' from asked
 
 -- name: retry
 -- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on
--- counting, so that no old claim fits it. Row: queue and priority; none if there is no such run in history.
+-- counting, so that no old claim fits it; the last one, which its own columns told of, joins those kept with the run.
+-- Row: queue and priority; none if there is no such run in history.
 -- A live run with the same singleton key makes this a unique violation, and then nothing moved.
 -- writes: runs, finished_runs
 with taken as (
     delete from queue_service.finished_runs
      where id = %(run_id)s and state in ('failed', 'cancelled', 'expired')
-    returning id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
-              organization_id, retry_delay, timeout, metadata, error
+    returning *
 )
 insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
-                                ordering_key, organization_id, retry_delay, timeout, metadata, error)
-select * from taken
+                                ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
+select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
+       organization_id, retry_delay, timeout, metadata, error,
+       case when claimed_at is null then attempts else (
+           select {attempts_and_this} from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
+  from taken
 returning queue, priority
 
 -- name: delete

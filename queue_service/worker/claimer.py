@@ -52,18 +52,15 @@ class Claimer:
         executors: Mapping[str, Executor],
         leases: Leases,
         finisher: Finisher,
+        claimant: Claimant,
         *,
-        tasks: list[str],
-        worker_id: int,
-        lease: timedelta,
         poll_interval: timedelta,
-        owner: str,
     ) -> None:
         self._wire = wire
         self._executors = executors
         self._leases = leases
         self._finisher = finisher
-        self._claimant = Claimant(tasks, worker_id, lease, owner)
+        self._claimant = claimant
         self._poll = poll_interval.total_seconds()
         self._floors = Floors()
         # Queues that may have more than was claimed, and those of which a lane may be free. Only queues that were seen to
@@ -284,7 +281,7 @@ class Claimer:
                 break
             run, _ = claimed[0]
             log.info("running alone, since it lost its worker before", run_id=run.id)
-            self._executors[run.queue].offer(self._leases.take(claimed, limited=run.queue in self._limited))
+            self._offer(self._executors[run.queue], self._leases.take(claimed, limited=run.queue in self._limited))
             await self._until_idle(PROBATION)
         now = time.monotonic()
         self._next_suspect = now + max(self._poll, now - begun)

@@ -59,6 +59,11 @@ class _Execution(msgspec.Struct, eq=False):
     timer: asyncio.TimerHandle | None = None
     # Of a batch, and shared by its runs: those for whose sake the handler goes on.
     counting: set[Held] | None = None
+    # It waits for a process, and its handler was certainly not called.
+    unbegun: bool = False
+
+    def begin(self) -> None:
+        self.unbegun = False
 
 
 class Executor:
@@ -160,7 +165,7 @@ class Executor:
             self._interrupt(execution, Cause.LOST)
 
     def interrupt_all(self) -> int:
-        """Cancel every handler, to hand its runs back. Returns how many runs there were."""
+        """Cancel every handler, because the worker stops. Returns how many runs they had."""
         for execution in list(self._running.values()):
             self._interrupt(execution, Cause.DRAINED)
         return len(self._running)
@@ -312,6 +317,8 @@ class Executor:
                 return results.raised(run, task.retry, late, alone=alone)
             case Cause.CANCELLED:
                 return results.cancelled(run)
+            case Cause.DRAINED if task.on_lost == "fail" and not execution.unbegun:
+                return results.interrupted(run)
             case _:
                 return Return(run.claim)
 
@@ -339,7 +346,9 @@ class Executor:
             called = task.function(**task.arguments(run))
             return called if isinstance(called, types.CoroutineType) else awaited(called)
         if task.process:
-            return self._processes.run(task, run, begun=functools.partial(self._limit, execution, task))
+            execution.unbegun = True
+            limit = functools.partial(self._limit, execution, task)
+            return self._processes.run(task, run, given=execution.begin, begun=limit)
         return self._threads.run(run, functools.partial(task.function, **task.arguments(run)))
 
     def _invoke_batch(self, task: Task[..., Any], runs: list[Run]) -> Coroutine[Any, Any, Any]:

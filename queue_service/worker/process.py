@@ -25,6 +25,7 @@ from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
 from queue_service.runs.model import Return, Run
+from queue_service.runs.queries import Claimant
 from queue_service.services.loop import every
 from queue_service.services.pruner import Pruner
 from queue_service.services.scheduler import Scheduler
@@ -129,16 +130,14 @@ class _Parts:
         self._app = app
         self._leases = leases
         self.executors = {queue: self._executor(queue, concurrency) for queue, concurrency in worker.queues.items()}
+        final = sorted(name for name, task in app.tasks.items() if task.on_lost == "fail")
         self.claimer = Claimer(
             self._claiming,
             self.executors,
             leases,
             self.finisher,
-            tasks=self._claimable,
-            worker_id=worker_id,
-            lease=settings.lease,
+            Claimant(self._claimable, worker_id, settings.lease, app.identity, final),
             poll_interval=settings.poll_interval,
-            owner=app.identity,
         )
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, on_lost=self._lose, on_cancel=self._cancel
@@ -238,7 +237,7 @@ class _Parts:
                 await _first(self._until_idle(), stop_now.wait())
         interrupted = sum(executor.interrupt_all() for executor in self.executors.values())
         if interrupted:
-            log.warning("handlers cancelled, their runs handed back", runs=interrupted)
+            log.warning("handlers cancelled, since their time to end is over", runs=interrupted)
             await self._until_idle()
 
     async def _until_idle(self) -> None:

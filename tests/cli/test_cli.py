@@ -407,8 +407,8 @@ def test_a_payload_that_does_not_fit_the_task_is_refused(database: str) -> None:
 # runs
 
 
-async def _finish(database: str, count: int, *, well: bool) -> list[int]:
-    """The ids of runs that have ended, through a worker of this process."""
+async def _work(database: str, *payloads: dict[str, Any]) -> list[int]:
+    """The ids of new runs, once a worker of this process had nothing more to do."""
     async with App(database) as app:
 
         @app.task
@@ -417,13 +417,13 @@ async def _finish(database: str, count: int, *, well: bool) -> list[int]:
                 raise RuntimeError("it was to be")
             return "done"
 
-        ids = await app.enqueue_many("vary", [{"well": well}] * count, max_attempts=1)
+        ids = await app.enqueue_many("vary", payloads, max_attempts=1)
         await Worker(app).run(once=True)
         return ids
 
 
 def finish(database: str, count: int, *, well: bool) -> list[int]:
-    return asyncio.run(_finish(database, count, well=well))
+    return asyncio.run(_work(database, *[{"well": well}] * count))
 
 
 def test_runs_are_listed_newest_first_page_by_page_and_filtered(database: str, invoke: Invoke) -> None:
@@ -457,6 +457,22 @@ def test_show_tells_everything_about_a_run(database: str, invoke: Invoke) -> Non
     run = json.loads(succeeded(invoke("runs", "show", str(run_id), "--json")).stdout)
     assert (run["id"], run["state"], run["error"]["reason"]) == (run_id, "failed", "raised")
     assert "no run 999999" in said(invoke("runs", "show", "999999"), 1)
+
+
+def test_show_tells_of_each_attempt(database: str, invoke: Invoke) -> None:
+    (run_id,) = finish(database, 1, well=False)
+    succeeded(invoke("runs", "retry", str(run_id)))
+    asyncio.run(_work(database))
+    text = succeeded(invoke("runs", "show", str(run_id))).stdout
+    table = text[text.index("ATTEMPT") :].splitlines()
+    assert table[0].split() == ["ATTEMPT", "WORKER", "BEGAN", "TOOK", "WHAT"]
+    assert [row.split(maxsplit=1)[0] for row in table[1:]] == ["1", "2"]
+    assert all(row.endswith("raised: it was to be") for row in table[1:])
+    run = json.loads(succeeded(invoke("runs", "show", str(run_id), "--json")).stdout)
+    assert [(each["attempt"], each["error"]["reason"]) for each in run["attempts"]] == [(1, "raised"), (2, "raised")]
+    queued = new_id(invoke("enqueue", "other", "--json"))
+    assert "ATTEMPT" not in succeeded(invoke("runs", "show", str(queued))).stdout
+    assert json.loads(succeeded(invoke("runs", "show", str(queued), "--json")).stdout)["attempts"] == []
 
 
 def test_retry_queues_again_what_failed_and_nothing_else(database: str, invoke: Invoke) -> None:

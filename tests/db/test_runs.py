@@ -249,7 +249,7 @@ class TestClaim:
         stored = await found(conn, run_id)
         assert stored.claimed_at is not None
         assert stored.worker_id == 1
-        unread = {"claimed_at", "worker_id"}
+        unread = {"claimed_at", "worker_id", "attempts"}
         assert {n: getattr(run, n) for n in Run.__struct_fields__ if n not in unread} == {
             n: getattr(stored, n) for n in Run.__struct_fields__ if n not in unread
         }
@@ -381,7 +381,7 @@ class TestFinish:
         ending = Ending(run.claim, state, '{"r": [1]}', '{"reason": "raised", "message": "m"}')
         assert await fetch(conn, queries.finish([ending], worker_id=42, freed=[lease])) == {run.claim}
         after = await found(conn, run_id)
-        changed = {"state", "finished_at", "worker_id", "result", "error", "failures"}
+        changed = {"state", "finished_at", "worker_id", "result", "error", "failures", "attempts"}
         assert {n: getattr(after, n) for n in Run.__struct_fields__ if n not in changed} == {
             n: getattr(before, n) for n in Run.__struct_fields__ if n not in changed
         }
@@ -576,6 +576,46 @@ class TestSweep:
         await lapse(conn)
         assert await fetch(conn, queries.sweep(limit=10, max_losses=3)) == []
         assert await leases(conn) == []
+
+
+class TestFinalTasks:
+    @pytest.mark.parametrize("how", ["claim", "claim_lanes", "claim_suspect"])
+    async def test_every_claim_names_them_in_its_lease(self, conn: Connection, how: str) -> None:
+        await (
+            suspect(conn)
+            if how == "claim_suspect"
+            else enqueued(conn, ordering_key="o" if how == "claim_lanes" else None)
+        )
+        final = ("noop", "other")
+        query = (
+            queries.claim_suspect(["default"], Claimant(["noop"], 1, LEASE, None, final))
+            if how == "claim_suspect"
+            else claim(laned=how == "claim_lanes", final_tasks=final)
+        )
+        assert len(await fetch(conn, query)) == 1
+        assert await rows(conn, "select final_tasks from queue_service.leases") == [(["noop", "other"],)]
+
+    async def test_runs_of_a_final_task_end_at_their_first_loss_and_others_of_that_lease_do_not(
+        self, conn: Connection
+    ) -> None:
+        final, ordinary, asked = await enqueued(conn, "final"), await enqueued(conn), await enqueued(conn, "final")
+        other = await enqueued(conn, "final", queue="other")
+        await claimed(conn, tasks=("final", "noop"), final_tasks=("final",), worker_id=4)
+        # Of another worker, in whose version the task may be begun again.
+        await claimed(conn, queue="other", tasks=("final",))
+        await fetch(conn, queries.cancel(asked))
+        await lapse(conn)
+        swept = {each.run_id: each.state for each in await fetch(conn, queries.sweep(limit=10, max_losses=3))}
+        assert swept == {
+            final: RunState.FAILED, ordinary: RunState.QUEUED, asked: RunState.CANCELLED, other: RunState.QUEUED,
+        }  # fmt: skip
+        run = await found(conn, final)
+        assert run.error == {
+            "reason": LOST,
+            "message": "The worker was lost while this run was with it, for the 1. time. Its task says "
+            'on_lost="fail": it is begun again only if you retry it.',
+        }
+        assert (run.losses, run.failures, run.worker_id) == (1, 0, 4)
 
 
 class TestExpire:

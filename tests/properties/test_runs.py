@@ -53,28 +53,39 @@ class Known:
     losses: int = 0
     lease: int | None = None
     is_asked: bool = False
+    # When it ended.
+    was_running: bool = False
     result: Any = None
     message: str | None = None
+    # The attempts before the last that failed or were lost.
+    attempts: list[str] = field(default_factory=list)
 
     def line(self) -> tuple[Any, ...]:
         return (
             self.queue, self.key, self.state.value, self.attempt, self.failures, self.losses, self.lease, self.is_asked,
-            self.result, self.message,
+            self.result, self.message, self.attempts or None,
         )  # fmt: skip
 
+    def keep_attempt(self) -> None:
+        self.attempts.append(f"{self.attempt}: {self.message}")
+
     def end(self, state: RunState) -> None:
+        self.was_running = self.state is RunState.RUNNING
         self.state, self.lease, self.is_asked = state, None, False
 
     def requeue(self) -> None:
         self.state, self.lease = RunState.QUEUED, None
 
 
-LINES = """
+ATTEMPTS = """(select array_agg((each ->> 'attempt') || ': ' || coalesce(each -> 'error' ->> 'message', '') order by place)
+   from jsonb_array_elements(attempts) with ordinality as kept (each, place))"""
+
+LINES = f"""
 select id, queue, singleton_key, state, attempt, failures, losses, lease_id, cancel_requested, null::jsonb,
-       error ->> 'message'
+       error ->> 'message', {ATTEMPTS}
   from queue_service.runs
 union all
-select id, queue, singleton_key, state, attempt, failures, losses, null, false, result, error ->> 'message'
+select id, queue, singleton_key, state, attempt, failures, losses, null, false, result, error ->> 'message', {ATTEMPTS}
   from queue_service.finished_runs"""
 
 
@@ -130,7 +141,7 @@ class Runs(RuleBasedStateMachine):
         elif replaces and self.model.runs[holder].state is RunState.QUEUED:
             assert run_id == holder
             held = self.model.runs[holder]
-            held.expires, held.failures, held.message = expires, 0, None
+            held.expires, held.failures, held.message, held.attempts = expires, 0, None, []
             # Whether a new run in the place of a suspect is one is not this test's business.
             held.losses = self.conn.execute("select losses from queue_service.runs where id = %s", [holder]).fetchall()[
                 0
@@ -197,8 +208,11 @@ class Runs(RuleBasedStateMachine):
             run.failures += failed
             run.message = f"back {each.run_id}" if failed else run.message
             if run.is_asked:
+                run.message = run.message if failed else "It was cancelled while it ran."
                 run.end(RunState.CANCELLED)
             else:
+                if failed:
+                    run.keep_attempt()
                 run.requeue()
 
     @precondition(lambda self: self.model.those(RunState.RUNNING))
@@ -221,6 +235,7 @@ class Runs(RuleBasedStateMachine):
                 run.end(RunState.CANCELLED if run.is_asked else RunState.FAILED)
             else:
                 run.message = "The worker was lost while this run was with it."
+                run.keep_attempt()
                 run.requeue()
             assert each.state is run.state
         if not saved:
@@ -267,6 +282,8 @@ class Runs(RuleBasedStateMachine):
                 self.ask(queries.retry(run_id))
         else:
             assert self.ask(queries.retry(run_id)) == (run.queue, 0)
+            if run.was_running:
+                run.keep_attempt()
             run.state, run.failures, run.losses, run.expires = RunState.QUEUED, 0, 0, False
 
     @rule(pick=picks)

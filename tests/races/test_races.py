@@ -64,6 +64,15 @@ class Table:
         assert all(is_held for _, is_held in found)
         return found[0][0] if found else None
 
+    async def kept(self, run_id: int) -> list[tuple[Any, ...]]:
+        """Number and reason of each attempt kept with the run."""
+        return await rows(
+            self.c,
+            "select (each ->> 'attempt')::int, each -> 'error' ->> 'reason' from queue_service.runs, "
+            "jsonb_array_elements(attempts) as each where id = %s",
+            run_id,
+        )
+
     @asynccontextmanager
     async def holding(self, run_id: int) -> AsyncIterator[None]:
         """Keep everyone from one run for the length of the block."""
@@ -97,6 +106,10 @@ def finish(run: Run, *freed: int, state: RunState = RunState.SUCCEEDED) -> Query
 
 def give_back(run: Run, *freed: int) -> Query[set[queries.Done]]:
     return queries.give_back([Return(run.claim)], worker_id=1, freed=freed)
+
+
+def failed(run: Run, *freed: int) -> Query[set[queries.Done]]:
+    return queries.give_back([Return(run.claim, failed=True, error='{"reason": "raised"}')], worker_id=1, freed=freed)
 
 
 class TestSweep:
@@ -149,6 +162,93 @@ class TestSweep:
         assert await late == set()
         assert await table.state(run.id) == "running"
         assert await one(table.c, "select attempt from queue_service.runs") == again.attempt == run.attempt + 1
+
+
+class TestFinalTasks:
+    @pytest.fixture
+    async def held(self, conn: Connection) -> tuple[Run, int]:
+        await enqueued(conn)
+        (taken,) = await fetch(conn, claim(final_tasks=("noop",)))
+        await lapse(conn)
+        return taken
+
+    async def test_a_cancellation_asked_for_while_a_sweep_waits_is_obeyed_by_it(
+        self, table: Table, held: tuple[Run, int], commit: bool
+    ) -> None:
+        run, _ = held
+        _, swept = await table.waits(queries.cancel(run.id), SWEEP, commit=commit)
+        assert [each.state for each in swept] == [RunState.CANCELLED if commit else RunState.FAILED]
+        assert await table.state(run.id) == ("cancelled" if commit else "failed")
+
+    async def test_a_finish_that_waits_for_a_sweep_changes_nothing(
+        self, table: Table, held: tuple[Run, int], commit: bool
+    ) -> None:
+        run, lease = held
+        swept, done = await table.waits(SWEEP, finish(run, lease), commit=commit)
+        assert [each.state for each in swept] == [RunState.FAILED]
+        assert done == (set() if commit else {run.claim})
+        assert await table.state(run.id) == ("failed" if commit else "succeeded")
+
+    async def test_an_extension_that_comes_first_saves_the_run(
+        self, table: Table, held: tuple[Run, int], commit: bool
+    ) -> None:
+        run, lease = held
+        _, swept = await table.passes(queries.extend([lease], LEASE), SWEEP, commit=commit)
+        assert swept == []
+        assert await table.state(run.id) == "running"
+        assert len(await fetch(table.b, SWEEP)) == (0 if commit else 1)
+
+    async def test_a_run_that_is_changed_while_a_sweep_waits_ends_all_the_same(
+        self, table: Table, held: tuple[Run, int], commit: bool
+    ) -> None:
+        run, _ = held
+        await table.a.execute("begin")
+        await table.a.execute("update queue_service.runs set failures = 5")
+        contender = asyncio.ensure_future(fetch(table.b, SWEEP))
+        await eventually(lambda: blocked(table.c, table.b))
+        await table.a.execute("commit" if commit else "rollback")
+        assert [each.state for each in await contender] == [RunState.FAILED]
+        assert await table.state(run.id) == "failed"
+
+
+class TestAttempts:
+    async def test_of_a_failure_and_a_loss_of_one_claim_one_is_kept(
+        self, table: Table, held: tuple[Run, int], commit: bool
+    ) -> None:
+        run, lease = held
+        await table.waits(SWEEP, failed(run, lease), commit=commit)
+        assert await table.kept(run.id) == [(run.attempt, "worker_lost" if commit else "raised")]
+
+    async def test_of_a_loss_that_comes_second_nothing_is_kept(
+        self, table: Table, held: tuple[Run, int], commit: bool
+    ) -> None:
+        run, lease = held
+        await table.passes(failed(run, lease), SWEEP, commit=commit)
+        assert await table.kept(run.id) == ([(run.attempt, "raised")] if commit else [])
+
+    @pytest.mark.parametrize("how", ["fails", "is lost"])
+    async def test_a_run_that_is_changed_while_its_attempt_ends_keeps_both(
+        self, table: Table, held: tuple[Run, int], how: str, commit: bool
+    ) -> None:
+        run, lease = held
+        change = "update queue_service.runs set attempts = jsonb_build_array(jsonb_build_object('attempt', 0, 'error', null))"
+        await table.a.execute("begin")
+        await table.a.execute(change.encode())
+        contender = asyncio.ensure_future(fetch(table.b, failed(run, lease) if how == "fails" else SWEEP))
+        await eventually(lambda: blocked(table.c, table.b))
+        await table.a.execute("commit" if commit else "rollback")
+        assert len(await contender) == 1
+        last = (run.attempt, "raised" if how == "fails" else "worker_lost")
+        assert await table.kept(run.id) == ([(0, None), last] if commit else [last])
+
+    async def test_a_failure_of_a_run_that_is_being_retried_from_history_is_not_added_twice(
+        self, table: Table, held: tuple[Run, int], commit: bool
+    ) -> None:
+        run, lease = held
+        await fetch(table.c, finish(run, lease, state=RunState.FAILED))
+        first, second = await table.waits(queries.retry(run.id), queries.retry(run.id), commit=commit)
+        assert (first, second) == (("default", 0), None if commit else ("default", 0))
+        assert await table.kept(run.id) == [(run.attempt, None)]
 
 
 class TestEnding:

@@ -341,6 +341,14 @@ def test_a_retry_that_is_none_is_refused(app: App, value: Any) -> None:
         app.task(retry=value)(print_nothing)
 
 
+@pytest.mark.parametrize("value", ["ignore", None, True, ["fail"]])
+def test_an_answer_to_a_loss_that_is_none_is_refused(app: App, value: Any) -> None:
+    with pytest.raises(ConfigError, match="'retry' or 'fail'"):
+        app.task(on_lost=value)(print_nothing)
+    assert app.tasks == {}
+    assert (app.task(print_nothing).on_lost, app.task(on_lost="fail")(print_nothing).on_lost) == ("retry", "fail")
+
+
 @pytest.mark.parametrize("timeout", [0, -1, timedelta(0), math.nan, math.inf, True, "5s", timedelta(days=99_999)])
 def test_a_timeout_that_is_none_is_refused(app: App, timeout: Any) -> None:
     with pytest.raises(ConfigError, match="timeout"):

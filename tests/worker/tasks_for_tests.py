@@ -35,6 +35,11 @@ async def hold(directory: str, run: Run) -> None:
         await asyncio.sleep(0.01)
 
 
+@app.task(on_lost="fail")
+async def hold_once(directory: str, run: Run) -> None:
+    await hold(directory, run)
+
+
 @app.task
 async def witness(path: str, seconds: float, run: Run) -> int:
     """Writes a line when it begins and another when it has ended."""
@@ -82,6 +87,11 @@ def burn(path: str, program: str | None = None) -> None:
         sum(range(10_000))
 
 
+@app.task(process=True, retry=Retry(max_attempts=1), on_lost="fail")
+def burn_once(path: str) -> None:
+    burn(path)
+
+
 @app.task(process=True, retry=Retry(max_attempts=1))
 def nap(seconds: float, path: str | None = None) -> int:
     """Leaves two lines in the file at PATH, and sleeps between them."""
@@ -99,6 +109,11 @@ def die(how: str | int) -> None:
         os._exit(how)
     os.kill(os.getpid(), getattr(signal, how))
     time.sleep(60)
+
+
+@app.task(process=True, retry=Retry(max_attempts=2, base=0), on_lost="fail")
+def die_once(how: str | int) -> None:
+    die(how)
 
 
 @app.task(process=True, retry=Retry(backoff=when_it_says, never=(KeyError,)))

@@ -11,7 +11,7 @@ import pytest
 from queue_service import App, RunState, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
-from tests.support import enqueued, eventually, one, rows, working
+from tests.support import enqueued, eventually, listening, one, rows, working
 
 RUNNING = "select count(*) from queue_service.runs where state = 'running'"
 
@@ -22,17 +22,6 @@ async def patient(database: str) -> AsyncIterator[App]:
     slow = {f"QUEUE_SERVICE_{name}": "30s" for name in ("POLL_INTERVAL", "SWEEP_INTERVAL", "LEASE")}
     async with App(database, settings=load(slow)) as opened:
         yield opened
-
-
-async def listening(conn: Connection) -> None:
-    """The worker hears of notices from here on."""
-    await eventually(
-        lambda: one(
-            conn,
-            "select count(*) > 0 from pg_stat_activity where datname = current_database() and state = 'idle' "
-            "and application_name = 'queue_service listener' and query ilike 'listen%%cancel%%'",
-        )
-    )
 
 
 # How many

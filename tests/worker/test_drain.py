@@ -7,14 +7,19 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service import App, Run, RunState, Worker
+from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
+from queue_service.runs import queries
 from queue_service.settings import load
-from tests.support import enqueued, eventually, one, rows, working
+from tests.support import enqueued, eventually, listening, one, rows, working
+from tests.worker import tasks_for_tests
 from tests.worker.conftest import Start
 
 
@@ -199,6 +204,107 @@ async def test_cancelling_the_worker_itself_ends_it_and_its_run_is_rescued(app: 
     async with working(app):
         run = await app.wait(run_id, timeout=15)
     assert run.result == "rescued"
+
+
+# Cancelled while it stops
+
+
+@pytest.fixture(params=["quick clocks, and no notices", "slow clocks, and notices"])
+async def hearing(request: pytest.FixtureRequest, database: str) -> AsyncIterator[tuple[App, bool]]:
+    """An App with one of the two ways to hear of a cancellation, and whether it is by notices."""
+    by_notice = request.param.startswith("slow")
+    names = ("LEASE", "POLL_INTERVAL", "SWEEP_INTERVAL", "DRAIN_TIMEOUT")
+    pace = dict.fromkeys(names, "10m") if by_notice else dict.fromkeys(names[:3], "200ms")
+    async with App(database, settings=load({f"QUEUE_SERVICE_{name}": value for name, value in pace.items()})) as app:
+        yield app, by_notice
+
+
+@pytest.mark.parametrize("where", ["on the loop", "in a thread", "in a process"])
+async def test_a_run_is_cancelled_while_its_worker_stops(
+    hearing: tuple[App, bool], conn: Connection, tmp_path: Path, where: str
+) -> None:
+    app, by_notice = hearing
+    begun, stopped, pids = threading.Event(), threading.Event(), tmp_path / "pids"
+
+    @app.task(name="on the loop")
+    async def on_the_loop() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    @app.task(name="in a thread")
+    def in_a_thread(run: Run) -> None:
+        begun.set()
+        while not run.cancelled:
+            threading.Event().wait(0.005)
+        stopped.set()
+
+    def has_begun() -> bool:
+        return pids.exists() and pids.read_text() != "" if where == "in a process" else begun.is_set()
+
+    def has_stopped() -> bool:
+        return not psutil.pid_exists(int(pids.read_text().split()[0])) if where == "in a process" else stopped.is_set()
+
+    app.tasks.add(tasks_for_tests.burn)
+    payload = {"path": str(pids)} if where == "in a process" else {}
+    run_id = await app.enqueue("burn" if where == "in a process" else where, payload)
+    async with working(app, processes=1) as worker:
+        await listening(conn)
+        await eventually(has_begun, within=30)
+        worker.stop()
+        await eventually(lambda: worker._parts is not None and worker._parts.claimer._stopping)
+        if by_notice:
+            assert await app.cancel(run_id)
+        else:
+            assert await fetch(conn, queries.cancel(run_id)) == "requested"
+        await eventually(has_stopped)
+        await eventually(lambda: one(conn, "select count(*) = 1 from queue_service.finished_runs"))
+    run = await app.get(run_id)
+    assert run is not None
+    assert (run.state, run.attempt, run.failures) == (RunState.CANCELLED, 1, 0)
+    assert run.error is not None
+    assert run.error["reason"] == "cancelled"
+    assert (worker.tally.cancelled, worker.tally.returned, worker.tally.lost) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("stopping", [False, True], ids=["while it works", "while it stops"])
+async def test_a_run_that_was_claimed_ahead_of_slots_is_cancelled(
+    hearing: tuple[App, bool], conn: Connection, stopping: bool
+) -> None:
+    app, by_notice = hearing
+    release = asyncio.Event()
+    blocked: list[int] = []
+
+    @app.task
+    async def short_then_slow(n: int) -> None:
+        if n >= 2_000:
+            blocked.append(n)
+            await release.wait()
+        elif n % 50 == 0:
+            await asyncio.sleep(0)
+
+    ids = await app.enqueue_many("short_then_slow", [{"n": n} for n in range(4_000)])
+    async with working(app, {"default": 2}) as worker:
+        await listening(conn)
+        await eventually(lambda: len(blocked) == 2)
+        ahead = ids[max(blocked) + 1]
+        (state,) = await rows(conn, "select state, attempt from queue_service.runs where id = %s", ahead)
+        assert state == ("running", 1)
+        if stopping:
+            worker.stop()
+        if by_notice:
+            assert await app.cancel(ahead)
+        else:
+            assert await fetch(conn, queries.cancel(ahead)) is not None
+        await eventually(
+            lambda: one(conn, "select state = 'cancelled' from queue_service.finished_runs where id = %s", ahead)
+        )
+        assert len(blocked) == 2
+        release.set()
+        worker.stop()
+    assert await one(conn, "select count(*) from queue_service.finished_runs where state = 'cancelled'") == 1
 
 
 # As a process

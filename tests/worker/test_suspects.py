@@ -6,9 +6,10 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from queue_service import App, RunState, Worker
+from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
 from tests.support import enqueued, eventually, one, rows, working
 
@@ -128,6 +129,35 @@ async def test_once_works_off_suspects_too(app: App, conn: Connection) -> None:
     await suspects(conn, "suspect", 30)
     tally = await Worker(app).run(once=True)
     assert tally.succeeded == 30
+
+
+async def test_a_suspect_that_is_claimed_while_its_worker_stops_is_handed_back(
+    app: App, conn: Connection, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    begun: list[int] = []
+
+    @app.task
+    async def suspect(run: Run) -> None:
+        begun.append(run.attempt)
+        await asyncio.Event().wait()
+
+    (run_id,) = await suspects(conn, "suspect", 1)
+    other = await session()
+    waits = (
+        "select count(*) > 0 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock' "
+        "and application_name = 'queue_service claimer'"
+    )
+    async with working(app) as worker:
+        async with other.transaction():
+            # Whoever claims waits here, with the run in hand.
+            await other.execute("lock table queue_service.leases in share mode")
+            await eventually(lambda: one(conn, waits))
+            worker.stop()
+            assert worker._parts is not None
+            await eventually(lambda: worker._parts is not None and worker._parts.claimer._stopping)
+    run = await app.get(run_id)
+    assert run is not None
+    assert (run.state, run.losses, begun) == (RunState.QUEUED, 1, [])
 
 
 async def test_suspects_of_a_paused_queue_and_of_unknown_tasks_are_left_alone(app: App, conn: Connection) -> None:

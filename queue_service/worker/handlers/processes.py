@@ -52,11 +52,14 @@ class Processes:
         self._idle: list[_Process] = []
         self._living: set[_Process] = set()
 
-    async def run(self, task: Task[..., Any], run: Run, *, begun: Callable[[], None]) -> Outcome:
-        """The outcome of this run. `begun` is called once its handler is: before that it may have to wait for its turn.
-        When cancelled, the process is killed. Raises ProcessDied."""
+    async def run(
+        self, task: Task[..., Any], run: Run, *, given: Callable[[], None], begun: Callable[[], None]
+    ) -> Outcome:
+        """The outcome of this run. `given` is called when it need wait no longer for its turn: from then on its handler may
+        be called at any moment; `begun` once it was. When cancelled, the process is killed. Raises ProcessDied."""
         job = self._job(task, run)
         async with self._places:
+            given()
             while True:
                 process = self._taken()
                 try:

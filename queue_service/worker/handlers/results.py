@@ -49,6 +49,13 @@ def cancelled(run: Run, reason: str = "It was cancelled while it ran.") -> Endin
     return Ending(run.claim, RunState.CANCELLED, error=codec.dumps_error("cancelled", reason))
 
 
+def interrupted(run: Run) -> Ending:
+    message = (
+        'Its worker stopped before it ended. Its task says on_lost="fail": it is begun again only if you retry it.'
+    )
+    return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("interrupted", message))
+
+
 def _as_told(run: Run, value: Snooze | Cancel) -> Outcome:
     if isinstance(value, Cancel):
         return cancelled(run, value.reason)
