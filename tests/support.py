@@ -49,7 +49,7 @@ def claim(
     lease: timedelta = LEASE, priorities: tuple[int, ...] = (0,), laned: bool = False, final_tasks: tuple[str, ...] = (),
 ) -> Query[list[tuple[Run, int]]]:  # fmt: skip
     """A claim from the front, or of the heads of lanes."""
-    by = Claimant(tasks, worker_id, lease, None, final_tasks)
+    by = Claimant(tasks, worker_id, lease, final_tasks=final_tasks)
     if laned:
         return queries.claim_lanes([(queue, limit)], by)
     return queries.claim([Wanted(queue, limit, dict.fromkeys(priorities, FRONT))], by)

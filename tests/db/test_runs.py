@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from queue_service import App, Run
 from queue_service.db import channels
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
+from queue_service.db.query import Query
 from queue_service.errors import DuplicateRun
 from queue_service.queues import queries as queues
 from queue_service.runs import queries
@@ -579,19 +581,21 @@ class TestSweep:
 
 
 class TestFinalTasks:
-    @pytest.mark.parametrize("how", ["claim", "claim_lanes", "claim_suspect"])
-    async def test_every_claim_names_them_in_its_lease(self, conn: Connection, how: str) -> None:
-        await (
-            suspect(conn)
-            if how == "claim_suspect"
-            else enqueued(conn, ordering_key="o" if how == "claim_lanes" else None)
-        )
-        final = ("noop", "other")
-        query = (
-            queries.claim_suspect(["default"], Claimant(["noop"], 1, LEASE, None, final))
-            if how == "claim_suspect"
-            else claim(laned=how == "claim_lanes", final_tasks=final)
-        )
+    BY = Claimant(["noop"], 1, LEASE, final_tasks=["noop", "other"])
+
+    @pytest.mark.parametrize(
+        ("store", "query"),
+        [
+            (enqueued, queries.claim([Wanted("default", 1, {0: FRONT})], BY)),
+            (functools.partial(enqueued, ordering_key="o"), queries.claim_lanes([("default", 1)], BY)),
+            (suspect, queries.claim_suspect(["default"], BY)),
+        ],
+        ids=["claim", "claim_lanes", "claim_suspect"],
+    )
+    async def test_every_claim_names_them_in_its_lease(
+        self, conn: Connection, store: Callable[[Connection], Awaitable[int]], query: Query[list[tuple[Run, int]]]
+    ) -> None:
+        await store(conn)
         assert len(await fetch(conn, query)) == 1
         assert await rows(conn, "select final_tasks from queue_service.leases") == [(["noop", "other"],)]
 

@@ -207,6 +207,22 @@ async def test_a_worker_that_is_cancelled_leaves_the_ending_to_the_sweep(app: Ap
     assert (run.state, reason(run), run.attempt) == (RunState.FAILED, "worker_lost", 1)
 
 
+async def test_of_a_batch_each_run_is_ended_by_a_drain(app: App) -> None:
+    begun = asyncio.Event()
+
+    @app.task(on_lost="fail", batch=10)
+    async def charge(runs: list[Run]) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    ids = await app.enqueue_many("charge", [{}] * 3)
+    async with working(app, {"default": 1}) as worker:
+        await asyncio.wait_for(begun.wait(), 10)
+        worker.stop(now=True)
+    runs = [await found(app, run_id) for run_id in ids]
+    assert [(run.state, reason(run), run.attempt) for run in runs] == [(RunState.FAILED, "interrupted", 1)] * 3
+
+
 # Nothing is lost
 
 
