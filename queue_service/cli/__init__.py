@@ -13,6 +13,7 @@ COMMANDS = {
     "enqueue": ("queue_service.cli.enqueue:enqueue", "Enqueue one run, or many from standard input."),
     "gateway": ("queue_service.cli.gateway:gateway", "Serve conversations over HTTP: events down, messages up."),
     "markers": ("queue_service.cli.markers:markers", "List and end the turns that are owed an ending."),
+    "probe": ("queue_service.cli.probe:probe", "Ask a worker whether it is live, or ready."),
     "queues": ("queue_service.cli.queues:queues", "List, pause and resume queues."),
     "runs": ("queue_service.cli.runs:runs", "List, show, explain, retry, cancel and delete runs."),
     "schedules": ("queue_service.cli.schedules:schedules", "List, show, run, pause, resume, add and delete schedules."),

@@ -8,6 +8,7 @@ import click
 
 from queue_service.cli.options import app_option, command, load_app, run, setting
 from queue_service.errors import ConfigError
+from queue_service.worker.dump import on_signal
 from queue_service.worker.finisher import Tally
 from queue_service.worker.process import Worker
 
@@ -31,6 +32,21 @@ RUNS_FAILED = 5
 @click.option(
     "--processes", type=click.IntRange(1), default=None, show_envvar=True, help="For process tasks; one for each core."
 )
+@click.option(
+    "--health-port",
+    type=click.IntRange(0, 65_535),
+    default=None,
+    envvar="QUEUE_SERVICE_HEALTH_PORT",
+    show_envvar=True,
+    help="Answer probes at /livez and /readyz; 0 takes a free port.",
+)
+@click.option(
+    "--health-host",
+    default="127.0.0.1",
+    envvar="QUEUE_SERVICE_HEALTH_HOST",
+    show_envvar=True,
+    help="Address for them; 0.0.0.0 for probes from outside.",
+)
 @click.option("--name", default=None, show_envvar=True, help="Name in the roster; HOST:PID otherwise.")
 @setting("drain_timeout")
 @setting("lease")
@@ -43,6 +59,8 @@ def worker(
     queues: tuple[str, ...],
     once: bool,
     processes: int | None,
+    health_port: int | None,
+    health_host: str,
     name: str | None,
     database_url: str | None,
     **settings: Any,
@@ -50,7 +68,7 @@ def worker(
     """Work on queues until stopped.
 
     SIGTERM or Ctrl-C stops claiming and lets handlers end within --drain-timeout; a second one cancels them. What was
-    not finished goes back to its queue, and no attempt is charged for it.
+    not finished goes back to its queue, and no attempt is charged for it. SIGUSR1 logs what runs, with its stacks.
     """
     if app_path is None:
         raise ConfigError("A worker needs the App that defines its tasks: `-a module:app`, or QUEUE_SERVICE_APP.")
@@ -61,7 +79,9 @@ def worker(
     wanted = dict(_queue(text) for text in queues) or dict.fromkeys(
         sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
     )
-    tally = run(_work(Worker(app, wanted, name=name, processes=processes), once=once))
+    made = Worker(app, wanted, name=name, processes=processes, health_port=health_port, health_host=health_host)
+    with on_signal(signal.SIGUSR1, made.dump):
+        tally = run(_work(made, once=once))
     if once and tally.failed:
         raise click.exceptions.Exit(RUNS_FAILED)
 

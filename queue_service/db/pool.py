@@ -62,7 +62,12 @@ async def connect(conninfo: str, *, application: str = "queue_service") -> Conne
     with translated():
         conn = await psycopg.AsyncConnection.connect(options(conninfo, application), autocommit=True)
         try:
-            await _configure(conn)
+            # `connect_timeout` ends with the handshake; a server that stops right after it would be waited for for ever.
+            async with asyncio.timeout(DEADLINE):
+                await _configure(conn)
+        except TimeoutError:
+            await conn.close()
+            raise DatabaseUnavailable(f"The database did not answer within {DEADLINE:g} s.") from None
         except BaseException:
             await conn.close()
             raise

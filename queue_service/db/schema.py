@@ -10,6 +10,7 @@ from typing import Any
 from psycopg import errors as pg
 
 from queue_service.db.pool import Connection, options
+from queue_service.db.query import Query, scalar
 from queue_service.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
 
 HEAD = "0010"
@@ -20,10 +21,14 @@ _PACKAGED = Path(__file__).parent / "_alembic"
 _REPOSITORY = Path(__file__).parent.parent.parent / "alembic"
 
 
+# For a pool: SchemaMismatch where there is no schema.
+REVISION: Query[str | None] = Query("select version_num from queue_service.alembic_version", scalar)
+
+
 async def current(conn: Connection) -> str | None:
     """The revision the database is at; None where there is no schema yet."""
     try:
-        cursor = await conn.execute("select version_num from queue_service.alembic_version")
+        cursor = await conn.execute(REVISION.text.encode())
     except (pg.UndefinedTable, pg.InvalidSchemaName):
         return None
     row = await cursor.fetchone()

@@ -79,6 +79,8 @@ class Claimer:
         self._earliest_scan = 0.0
         self._next_suspect = 0.0
         self.last_pass = time.monotonic()
+        # Since when claims do not go through.
+        self.lost_since: float | None = None
 
     # What others tell it
 
@@ -109,6 +111,10 @@ class Claimer:
         self._next_scan = 0.0
         self._wake.set()
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping
+
     def stop(self) -> None:
         self._stopping = True
         self._wake.set()
@@ -120,13 +126,15 @@ class Claimer:
         pause = 0.1
         while not self._stopping:
             try:
-                if await self._pass(ONCE_PAUSE if once else self._poll) and once and await self._is_drained():
+                only_waited = await self._pass(ONCE_PAUSE if once else self._poll)
+                if only_waited and once and await self._is_drained():
                     return
-                if pause > 0.1:
+                if self.lost_since is not None and not only_waited:
                     log.info("claiming again")
-                pause = 0.1
+                    pause, self.lost_since = 0.1, None
             except DatabaseUnavailable as lost:
-                if pause == 0.1:
+                if self.lost_since is None:
+                    self.lost_since = time.monotonic()
                     log.warning("cannot claim; trying until the database is back", why=str(lost))
                 self.rescan()
                 await self._sleep(pause)
@@ -275,6 +283,7 @@ class Claimer:
         for _ in range(SUSPECTS):
             if self._stopping:
                 return
+            self.last_pass = time.monotonic()
             free = [queue for queue, executor in self._executors.items() if executor.wanted() > 0]
             claimed = await self._wire.fetch(queries.claim_suspect(free, self._claimant))
             if not claimed:

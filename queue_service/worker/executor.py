@@ -10,6 +10,7 @@ knows that it is not meant itself.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import time
 import types
@@ -22,7 +23,7 @@ from typing import Any
 import msgspec
 
 from queue_service import codec
-from queue_service.logs import get_logger
+from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
 from queue_service.worker.finisher import Finisher, Outcome
@@ -170,6 +171,10 @@ class Executor:
             self._interrupt(execution, Cause.DRAINED)
         return len(self._running)
 
+    def executing(self) -> list[tuple[Held, asyncio.Task[Any]]]:
+        """The runs whose handlers go on, and the slot of each. May be called from any thread."""
+        return [(each.held, each.task) for each in list(self._running.values())]
+
     def run_of(self, task: asyncio.Task[Any]) -> Run | None:
         """The run whose handler this task executes. May be called from any thread."""
         return next((each.held.run for each in list(self._running.values()) if each.task is task), None)
@@ -231,8 +236,10 @@ class Executor:
         execution = self._running[held] = _Execution(held, slot)
         if not task.process and (run.timeout or task.timeout) is not None:
             self._limit(execution, task)
+        # A context for each run: what one handler binds there is not found by the next.
+        running.set(run)
         try:
-            answer = await watched(self._invoke(execution, task, run), self._rouse)
+            answer = await watched(self._invoke(execution, task, run), contextvars.copy_context(), self._rouse)
             outcome: Outcome = answer if task.process else results.returned(run, answer, limit=self._result_limit)
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot
             outcome = self._stopped(execution, task, error)
@@ -268,8 +275,9 @@ class Executor:
         self._beside += len(batch) - 1
         for execution in executions.values():
             self._limit(execution, task)
+        running.set(runs[0] if alone else None)
         try:
-            answer = await watched(self._invoke_batch(task, list(runs)), self._rouse)
+            answer = await watched(self._invoke_batch(task, list(runs)), contextvars.copy_context(), self._rouse)
             answers = zip(executions.items(), batches.answers(runs, answer), strict=True)
             outcomes = {held: self._answered(execution, task, each) for (held, execution), each in answers}
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot

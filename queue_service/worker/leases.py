@@ -23,6 +23,7 @@ class Lease:
     id: int
     outstanding: int
     limited: bool = False
+    taken_at: float = field(default_factory=time.monotonic)
     extended_at: float = field(default_factory=time.monotonic)
     lost: bool = False
 

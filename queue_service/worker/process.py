@@ -32,10 +32,13 @@ from queue_service.services.scheduler import Scheduler
 from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
 from queue_service.worker.claimer import Claimer
+from queue_service.worker.dump import Dump
+from queue_service.worker.endpoint import Endpoint
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher, Tally
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Threads
+from queue_service.worker.health import Health
 from queue_service.worker.keeper import Keeper
 from queue_service.worker.lag import LagWatch
 from queue_service.worker.leases import Leases
@@ -44,13 +47,15 @@ log = get_logger(__name__)
 
 VERSION = "0.1.0"
 MAX_CONCURRENCY = 100_000
+MAX_PORT = 65_535
 # A worker that ends does not wait for a server that is gone only to strike its own name out.
 LEAVE_DEADLINE = 2.0
 
 
 class Worker:
     """Works on queues: `{"name": concurrency}`. `settings` overrides those of the App. Runs of tasks with `process=True`
-    have at most so many `processes` at once; without a number, as many as there are processors."""
+    have at most so many `processes` at once; without a number, as many as there are processors. With a `health_port`
+    (0: a free one) it answers probes at `/livez` and `/readyz`; `health_url` says where."""
 
     def __init__(
         self,
@@ -60,12 +65,16 @@ class Worker:
         settings: Settings | None = None,
         name: str | None = None,
         processes: int | None = None,
+        health_port: int | None = None,
+        health_host: str = "127.0.0.1",
     ) -> None:
         self.app = app
         self.queues = _checked(queues or {"default": 10})
         self.processes = _processes(processes)
         self.settings = settings or app.settings
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
+        self._health = None if health_port is None else (health_host, _port(health_port))
+        self.health_url: str | None = None
         self.id: int | None = None
         self._parts: _Parts | None = None
         self._stop: asyncio.Event | None = None
@@ -75,19 +84,27 @@ class Worker:
     async def run(self, *, once: bool = False) -> Tally:
         """Work until `stop`; with `once`, until nothing is due and all that was begun has ended. Returns what was done.
 
-        Raises SchemaMismatch or DatabaseUnavailable if it cannot start; once started it survives every outage.
+        Raises SchemaMismatch, DatabaseUnavailable, or ConfigError where its health port is taken, if it cannot start; once
+        started it survives every outage.
         """
         if self._loop is not None:
             raise ConfigError("This Worker is running already. Make another one for a second run at the same time.")
         self._loop = asyncio.get_running_loop()
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
+        endpoint = None
         try:
+            if self._health is not None:
+                endpoint = Endpoint(*self._health)
+                self.health_url = endpoint.url
             async with self.app:
                 self.id = await self.app.fetch(
                     roster.join(self.name, VERSION, msgspec.json.encode(self.queues).decode())
                 )
-                log.info("worker started", worker_id=self.id, queues=self.queues, tasks=sorted(self.app.tasks))
-                parts = self._parts = _Parts(self, self.id)
+                log.info(
+                    "worker started",
+                    worker_id=self.id, queues=self.queues, tasks=sorted(self.app.tasks), health=self.health_url,
+                )  # fmt: skip
+                parts = self._parts = _Parts(self, self.id, endpoint)
                 try:
                     await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
@@ -98,6 +115,8 @@ class Worker:
                 return parts.finisher.tally
         finally:
             self._loop = None
+            if endpoint is not None:
+                endpoint.close()
 
     @property
     def tally(self) -> Tally:
@@ -113,9 +132,17 @@ class Worker:
             if now:
                 self._loop.call_soon_threadsafe(self._stop_now.set)
 
+    def dump(self) -> None:
+        """Log what runs here and where it is: each run with its stack, and the other threads and tasks. May be called from
+        any thread, also while the event loop is blocked."""
+        if self._loop is None or self._parts is None:
+            log.warning("this worker does not run", starting=self._loop is not None)
+        else:
+            self._parts.dump.tell()
+
 
 class _Parts:
-    def __init__(self, worker: Worker, worker_id: int) -> None:
+    def __init__(self, worker: Worker, worker_id: int, endpoint: Endpoint | None) -> None:
         app, settings = worker.app, worker.settings
         self._settings = settings
         self._group = asyncio.TaskGroup()
@@ -149,6 +176,16 @@ class _Parts:
         )
         self._pruner = Pruner(app.pool, retention=settings.retention)
         self._slots: set[asyncio.Task[None]] = set()
+        self._listener = Listener(app.conninfo, [channels.RUNS, channels.CANCEL])
+        self._endpoint = endpoint
+        self._health = Health(
+            self.claimer,
+            self._listener,
+            app.pool,
+            poll_interval=settings.poll_interval.total_seconds(),
+            worker=worker.name,
+        )
+        self.dump = Dump(app.tasks, self.executors.values(), self._slots, self._threads, self._processes)
 
     async def run(self, *, once: bool, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
         """Work until `stop`, or with `once` until nothing is due, and then drain; `stop_now` ends the draining. Raises what
@@ -169,6 +206,8 @@ class _Parts:
                     self._start(every(timedelta(0), self._scheduler.when_due, name="scheduler")),
                     self._start(every(settings.retention / 100, self._pruner.once, name="pruner")),
                 ]
+                if self._endpoint is not None:
+                    background.append(self._start(self._health.run(self._endpoint)))
                 finishing = self._start(self.finisher.run())
                 claiming = self._start(self.claimer.run(once=once))
                 await _first(claiming, stop.wait())
@@ -245,8 +284,7 @@ class _Parts:
             await asyncio.sleep(0.005)
 
     async def _listen(self) -> None:
-        listener = Listener(self._app.conninfo, [channels.RUNS, channels.CANCEL])
-        async for heard in listener.notices():
+        async for heard in self._listener.notices():
             if isinstance(heard, Gap):
                 self.claimer.rescan()
             elif heard.channel == channels.CANCEL:
@@ -313,6 +351,12 @@ def _processes(number: int | None) -> int:
         return os.cpu_count() or 1
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ConfigError(f"processes must be a whole number from 1, not {number!r}.")
+    return number
+
+
+def _port(number: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= MAX_PORT:
+        raise ConfigError(f"health_port must be a port from 0 (a free one) to {MAX_PORT:,}, not {number!r}.")
     return number
 
 

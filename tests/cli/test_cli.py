@@ -18,9 +18,10 @@ from typing import Any
 import click
 import psycopg
 import pytest
+import structlog
 from click.testing import CliRunner, Result
 
-from queue_service import App, __version__
+from queue_service import App, __version__, logs
 from queue_service.cli import COMMANDS, cli
 from queue_service.db import embedded, schema
 from queue_service.db.cluster import Cluster
@@ -41,6 +42,8 @@ def logging_as_it_was() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.getLogger("alembic").setLevel(of_alembic)
+    structlog.reset_defaults()
+    logs.configured = None
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ EVERY_COMMAND = dict(commands(cli))
 def test_every_command_is_there() -> None:
     assert {" ".join(path) for path in EVERY_COMMAND} == {
         "config show", "db check", "db current", "db migrate", "db psql", "db sql", "db start", "db stop", "db url",
-        "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "queues limit", "queues list", "queues pause", "queues purge", "queues resume", "runs cancel", "runs delete", "runs list",
+        "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "probe", "queues limit", "queues list", "queues pause", "queues purge", "queues resume", "runs cancel", "runs delete", "runs list",
         "runs retry", "runs show", "runs why", "schedules add", "schedules delete", "schedules list", "schedules next",
         "schedules pause", "schedules resume", "schedules run", "schedules show", "version", "worker", "workers list",
     }  # fmt: skip

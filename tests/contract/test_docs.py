@@ -30,6 +30,9 @@ PROGRAMS = {
         "worker_died\n"
     ),
     "gateway": "5 routes\n",
+    "logging": (
+        '{"run_id": 1, "task": "greet", "queue": "default", "attempt": 1, "letters": 3, "event": "greeting"}\n'
+    ),
     "batches": "500\n500\n201\n1201 (1201,)\n",
     "schedules": "['pulse', 'report']\n5\nquick for pulse\n",
     "streams": (

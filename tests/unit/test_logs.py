@@ -6,8 +6,10 @@ import ast
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ def tree() -> Iterator[None]:
     root.setLevel(level)
     alembic.setLevel(quiet)
     structlog.contextvars.clear_contextvars()
+    structlog.reset_defaults()
+    logs.configured = None
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -141,6 +145,82 @@ def test_an_exception_is_shown_on_the_console(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().err
     assert "it broke" in shown
     assert "GONE" in shown
+
+
+@dataclass(frozen=True)
+class Handled:
+    id: int = 7
+    task: str = "greet"
+    queue: str = "mail"
+    attempt: int = 2
+
+
+@pytest.fixture
+def handling(tree: None) -> Iterator[None]:
+    """As in a handler."""
+    before = logs.running.set(Handled())
+    yield
+    logs.running.reset(before)
+
+
+OF_THE_RUN = {"run_id": 7, "task": "greet", "queue": "mail", "attempt": 2}
+
+
+@pytest.mark.usefixtures("handling")
+def test_what_a_handler_logs_is_a_json_line_with_its_run(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(level="info", fmt="auto")
+    structlog.get_logger("theirs").info("hello %s", "Ada", name="a field", thread=1)
+    structlog.get_logger("theirs").debug("not this")
+    logging.getLogger("theirs").info("plain %s", "Ada")
+    lines = printed(capsys)
+    assert all(line.pop("timestamp").endswith("Z") for line in lines)
+    level = {"logger": "theirs", "level": "info"}
+    assert lines == [
+        {"event": "hello Ada", "name": "a field", "thread": 1, **level, **OF_THE_RUN},
+        {"event": "plain Ada", **level, **OF_THE_RUN},
+    ]
+
+
+@pytest.mark.usefixtures("handling")
+def test_what_a_handler_logs_is_shown_on_a_terminal_with_its_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logs.configure(level="info", fmt="auto")
+    structlog.get_logger("theirs").info("hello")
+    line = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
+    assert all(f"{name}={value}" in line for name, value in OF_THE_RUN.items())
+    assert not line.startswith("{")
+
+
+@pytest.mark.usefixtures("handling")
+def test_an_exception_that_a_handler_logs_is_part_of_its_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(level="info", fmt="json")
+    try:
+        os.environ["GONE"]
+    except KeyError:
+        structlog.get_logger("theirs").exception("it broke")
+    [line] = printed(capsys)
+    assert "KeyError: 'GONE'" in line["exception"]
+    assert line["run_id"] == 7
+
+
+@pytest.mark.usefixtures("handling")
+def test_our_own_lines_are_not_taken_for_the_handlers(capsys: pytest.CaptureFixture[str]) -> None:
+    """What works for the whole process may have been started by a handler, and stays in its context."""
+    logs.configure(level="info", fmt="json")
+    logs.get_logger("queue_service.services.notifier").info("hello")
+    assert "run_id" not in printed(capsys)[0]
+
+
+@pytest.mark.usefixtures("handling")
+def test_what_an_event_says_of_a_run_comes_before_the_handlers() -> None:
+    assert logs.run_context(None, "info", {"event": "hello", "run_id": 1}) == {"event": "hello", "run_id": 1}
+    said = logs.run_context(None, "info", {"event": "hello", "queue": "named"})
+    assert said == {"event": "hello", **OF_THE_RUN, "queue": "named"}
+    record = logging.makeLogRecord({"run_id": 1})
+    assert logs.RunFilter().filter(record)
+    assert (vars(record)["run_id"], vars(record)["task"]) == (1, None)
 
 
 @pytest.mark.usefixtures("tree")

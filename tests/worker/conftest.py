@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
+from tests.worker.worker_process import WorkerProcess
+
 Start = Callable[..., subprocess.Popen[bytes]]
+Observe = Callable[..., Awaitable[WorkerProcess]]
 
 
 @pytest.fixture
@@ -31,3 +34,18 @@ def start(database: str) -> Iterator[Start]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def observe() -> Iterator[Observe]:
+    """Starts a worker process on a database, with more arguments if there are any, and waits until it works."""
+    running: list[WorkerProcess] = []
+
+    async def start_one(database: str, *arguments: str) -> WorkerProcess:
+        running.append(WorkerProcess(database, *arguments))
+        await running[-1].started()
+        return running[-1]
+
+    yield start_one
+    for each in running:
+        each.end()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from queue_service import App, Cancel, Retry, RetryLater, Run, Snooze
 
@@ -55,6 +59,39 @@ async def poison(path: str, run: Run) -> None:
     _append(Path(path), f"poison {run.id} {run.attempt} {os.getpid()}\n")
     await asyncio.sleep(0.2)
     os._exit(9)
+
+
+@app.task
+def hold_thread(directory: str) -> None:
+    """As `hold`, in a thread."""
+    _append(Path(directory) / "started", "thread\n")
+    while not (Path(directory) / "release").exists():
+        time.sleep(0.01)
+
+
+@app.task
+async def grind(path: str, rounds: int) -> None:
+    """Blocks the event loop for some seconds, in one call that takes no notice of signals."""
+    _append(Path(path), "begun\n")
+    hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+    _append(Path(path), "ended\n")
+
+
+@app.task
+async def speak(word: str) -> None:
+    structlog.get_logger("theirs").info(word, name="a field of theirs")
+    logging.getLogger("theirs").info("plain %s", word)
+
+
+@app.task
+def speak_in_thread(word: str) -> None:
+    structlog.get_logger("theirs").info(word)
+
+
+@app.task(process=True)
+def speak_in_process(word: str) -> None:
+    structlog.get_logger("theirs").info(word)
+    logging.getLogger("theirs").info("plain %s", word)
 
 
 # In processes of their own

@@ -567,8 +567,8 @@ async def test_a_handler_whose_runs_are_all_cancelled_is_cancelled_itself(app: A
         runs = await app.wait_many(ids, timeout=10)
         assert interrupted.is_set()
         # The slot is still good for others.
-        after = await app.enqueue("index", {"n": 0})
         begun.clear()
+        after = await app.enqueue("index", {"n": 0})
         await asyncio.wait_for(begun.wait(), 10)
         await app.cancel(after)
     assert {run.state for run in runs} == {RunState.CANCELLED}

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from queue_service import logs
 from queue_service.app import App
 from queue_service.db.url import Server
 from queue_service.errors import ConfigError
@@ -36,7 +37,8 @@ LINGER = 1.0
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A run to execute, and where its task is found. `conninfo` is the database that the worker is connected to."""
+    """A run to execute, and where its task is found. `conninfo` is the database that the worker is connected to, `logging`
+    the level and the format if its log was configured by us."""
 
     module: str
     main: str | None
@@ -45,6 +47,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     conninfo: str
     limit: int
     max_attempts: int
+    logging: tuple[str, str] | None = None
 
 
 class Begun(msgspec.Struct, frozen=True, tag="begun"):
@@ -89,6 +92,9 @@ def _listen(incoming: BufferedReader, lines: SimpleQueue[bytes | None]) -> None:
 
 def _executed(job: Job, outgoing: BufferedWriter) -> Ended | Returned:
     run = job.run
+    if job.logging != logs.configured and job.logging is not None:
+        logs.configure(level=job.logging[0], fmt=job.logging[1])
+    logs.running.set(run)
     # Until the task is found, only its number of attempts is known.
     retry = Retry(max_attempts=job.max_attempts)
     try:

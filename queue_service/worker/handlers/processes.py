@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from queue_service import logs
 from queue_service.logs import get_logger
 from queue_service.runs.model import Run
 from queue_service.tasks import ProcessDied, Task
@@ -62,6 +63,7 @@ class Processes:
             given()
             while True:
                 process = self._taken()
+                process.run = run
                 try:
                     outcome = await process.do(job, begun)
                 except BaseException as error:
@@ -71,8 +73,13 @@ class Processes:
                         continue
                     raise
                 process.served += 1
+                process.run = None
                 self._idle.append(process)
                 return outcome
+
+    def pid_of(self, run: Run) -> int | None:
+        """The process that executes this run; None while it waits for one. May be called from any thread."""
+        return next((process.pid for process in list(self._living) if process.run is run), None)
 
     async def close(self) -> None:
         """End them all."""
@@ -103,6 +110,7 @@ class Processes:
             Job(
                 module=task.function.__module__, main=main, main_file=main_file, run=run, conninfo=self._conninfo,
                 limit=self._result_limit, max_attempts=run.max_attempts or task.retry.max_attempts,
+                logging=logs.configured,
             )
         )  # fmt: skip
 
@@ -119,6 +127,7 @@ class _Process:
         self._doomed = False
         self.has_begun = False
         self.served = 0
+        self.run: Run | None = None
         self.has_ended = False
         self.life = asyncio.create_task(self._live())
 
@@ -145,6 +154,10 @@ class _Process:
             raise ProcessDied(f"was not ready within {STARTUP:g} s, and was killed") from None
         finally:
             self._answer = None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
 
     def kill(self) -> None:
         self._doomed = True

@@ -23,6 +23,7 @@ from queue_service.runs.model import Run
 log = get_logger(__name__)
 
 MAX_ABANDONED = 100
+NAME = "queue_service handler"
 
 
 class Exhausted(Exception):
@@ -47,6 +48,8 @@ class Threads:
     def __init__(self, *, on_change: Callable[[], None] = lambda: None) -> None:
         self._idle: list[_Hand] = []
         self._abandoned: set[asyncio.Future[Any]] = set()
+        # Whose handler each thread executes, also one that was given up.
+        self.at_work: dict[threading.Thread, Run] = {}
         self._on_change = on_change
         self._closed = False
         self.is_exhausted = False
@@ -60,6 +63,7 @@ class Threads:
         context = contextvars.copy_context()
         job = _Job(lambda: context.run(call), loop.create_future())
         hand = self._idle.pop() if self._idle else self._started(loop)
+        self.at_work[hand.thread] = run
         hand.jobs.put(job)
         try:
             value, error = await job.answer
@@ -78,7 +82,7 @@ class Threads:
 
     def _started(self, loop: asyncio.AbstractEventLoop) -> _Hand:
         jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        thread = threading.Thread(target=self._work, args=(jobs, loop), name="queue_service handler", daemon=True)
+        thread = threading.Thread(target=self._work, args=(jobs, loop), name=NAME, daemon=True)
         thread.start()
         return _Hand(jobs, thread)
 
@@ -120,6 +124,7 @@ class Threads:
             job.answer.set_result(outcome)
         else:
             self._returned(job)
+        del self.at_work[hand.thread]
         if self._closed:
             hand.jobs.put(None)
         else:

@@ -1,0 +1,166 @@
+"""What a worker says of itself to those who ask: `/livez`, whether a restart would help, and `/readyz`, whether it works.
+
+The two differ in an outage of the database, which a worker survives, and which a restart only prolongs: it is live then,
+and not ready. Both are answered on the event loop. One that is blocked answers nothing, and that is an answer too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from enum import IntEnum
+from http import HTTPStatus
+from typing import NamedTuple
+
+import msgspec
+
+from queue_service.db import schema
+from queue_service.db.listener import Listener
+from queue_service.db.pool import Pool
+from queue_service.errors import DatabaseUnavailable, SchemaMismatch
+from queue_service.logs import get_logger
+from queue_service.worker.claimer import Claimer
+from queue_service.worker.endpoint import Answer, Endpoint
+
+log = get_logger(__name__)
+
+# Nothing that the claim loop waits for lasts as long, not even in an outage: 10 s to connect (to each of some hosts), 30 s
+# for an answer, 5 s between two tries. To these comes the poll interval, which may be set to anything.
+STUCK = 120.0
+# The claim loop of a worker that works passes this long after it was due, at the latest.
+SLOW = 5.0
+# How long a probe waits for the database, and how long what it was told is good for others.
+PATIENCE = 1.0
+KEPT = 1.0
+
+
+class Status(IntEnum):
+    OK = 0
+    DEGRADED = 1
+    FAILING = 2
+
+
+class Finding(NamedTuple):
+    status: Status = Status.OK
+    why: str = "ok"
+
+
+class Health:
+    def __init__(
+        self,
+        claimer: Claimer,
+        listener: Listener,
+        pool: Pool,
+        *,
+        poll_interval: float,
+        worker: str,
+    ) -> None:
+        self._claimer = claimer
+        self._listener = listener
+        self._pool = pool
+        self._poll = poll_interval
+        self._worker = worker
+        self._group = asyncio.TaskGroup()
+        self._look: asyncio.Task[Finding] | None = None
+        self._looked_at = 0.0
+        self._lost = False
+
+    async def run(self, endpoint: Endpoint) -> None:
+        """Answer probes until cancelled."""
+        async with self._group:
+            await endpoint.run({"/livez": self.live, "/readyz": self.ready})
+
+    async def live(self) -> Answer:
+        return self._answer({"claiming": self._progress()})
+
+    async def ready(self) -> Answer:
+        return self._answer(
+            {
+                "claiming": self._claiming(),
+                "database": await self._database(),
+                "notices": self._notices(),
+            }
+        )
+
+    def _answer(self, findings: dict[str, Finding]) -> Answer:
+        worst = max(finding.status for finding in findings.values())
+        body = {
+            "status": worst.name.lower(),
+            "worker": self._worker,
+            "checks": {name: finding.why for name, finding in findings.items()},
+        }
+        status = HTTPStatus.SERVICE_UNAVAILABLE if worst is Status.FAILING else HTTPStatus.OK
+        return Answer(status, msgspec.json.encode(body) + b"\n", "application/json")
+
+    # What is looked at
+
+    def _progress(self) -> Finding:
+        """Whether the claim loop turns, whatever the database does; one that was told to stop need not."""
+        silence = time.monotonic() - self._claimer.last_pass
+        if self._claimer.is_stopping or silence < STUCK + self._poll:
+            return Finding()
+        return Finding(Status.FAILING, f"the claim loop is stuck: it made no pass for {silence:.0f} s")
+
+    def _claiming(self) -> Finding:
+        if self._claimer.is_stopping:
+            return Finding(Status.FAILING, "the worker is stopping, and claims nothing more")
+        if self._claimer.lost_since is not None:
+            lost = time.monotonic() - self._claimer.lost_since
+            return Finding(Status.FAILING, f"claims have not gone through for {lost:.1f} s; the log says why")
+        return self._progress()
+
+    async def _database(self) -> Finding:
+        """One look at a time, however many ask; who asks waits no longer than PATIENCE, and the look goes on."""
+        if self._look is None or (self._look.done() and time.monotonic() - self._looked_at > KEPT):
+            self._look = self._group.create_task(self._ask())
+        done, _ = await asyncio.wait([self._look], timeout=PATIENCE)
+        if done:
+            return self._look.result()
+        # The pool may be busy with what handlers ask: with one connection, the command line's, for as long as they like.
+        if self._claimer.lost_since is None and time.monotonic() - self._claimer.last_pass < self._poll + SLOW:
+            return Finding(Status.DEGRADED, f"no connection of the pool was free for {PATIENCE:g} s; claims go through")
+        return Finding(Status.FAILING, f"the database did not answer within {PATIENCE:g} s")
+
+    async def _ask(self) -> Finding:
+        try:
+            finding = _matching(await self._revision())
+            self._lost = False
+            return finding
+        except DatabaseUnavailable as lost:
+            # Its text may name hosts and users, which is for the log and not for whoever can reach this port.
+            if not self._lost:
+                log.warning("a probe finds no database", why=str(lost))
+            self._lost = True
+            return Finding(Status.FAILING, "the database cannot be reached; the log says why")
+        except SchemaMismatch:
+            return _matching(None)
+        except Exception as refused:
+            log.exception("the schema's revision cannot be read")
+            return Finding(Status.FAILING, f"the schema's revision cannot be read: {type(refused).__name__}")
+        finally:
+            self._looked_at = time.monotonic()
+
+    async def _revision(self) -> str | None:
+        try:
+            return await self._pool.fetch(schema.REVISION, deadline=PATIENCE)
+        except DatabaseUnavailable:
+            # A connection that broke while nobody used it says nothing about the database: another one does.
+            return await self._pool.fetch(schema.REVISION, deadline=PATIENCE)
+
+    def _notices(self) -> Finding:
+        if self._listener.connected:
+            return Finding()
+        return Finding(Status.DEGRADED, f"not heard: runs are found by polling, within {self._poll:g} s")
+
+
+def _matching(revision: str | None) -> Finding:
+    """Migrations only add: a worker at work gets on with a newer schema, as it has to while a new version is rolled out."""
+    if revision == schema.HEAD:
+        return Finding()
+    if revision is not None and revision > schema.HEAD:
+        return Finding(
+            Status.DEGRADED,
+            f"the schema is at revision {revision}, newer than this version's {schema.HEAD}: the worker goes on, but would "
+            "not start",
+        )
+    return Finding(Status.FAILING, f"the schema is at revision {revision}, and this version needs {schema.HEAD}")
