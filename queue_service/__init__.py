@@ -3,7 +3,7 @@
 from queue_service.app import App
 from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, Renderer
 from queue_service.events.model import Event, StreamState
-from queue_service.runs.model import Attempt, Run, RunState
+from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.tasks import Cancel, ProcessDied, Retry, RetryLater, Snooze
 from queue_service.turns.model import Outcome, Turn, TurnFailure
 from queue_service.worker.process import Worker
@@ -21,6 +21,7 @@ __all__ = [
     "Event",
     "Outcome",
     "ProcessDied",
+    "Progress",
     "Renderer",
     "Retry",
     "RetryLater",

@@ -9,6 +9,7 @@
     ├── TaskUnknown              no task of that name is registered here
     ├── RunUnknown               no run has this id: it never existed, or its history was pruned
     ├── DuplicateRun             a live run holds the singleton key, and the caller asked to be told
+    ├── ClaimLost                a handler writes for a run that is not its own any more
     ├── TurnUnknown              this turn was never armed, or was forgotten since
     ├── TurnEnded                this turn has had its ending; it cannot be armed again
     ├── MessageConflict          another message was sent under this id
@@ -93,6 +94,18 @@ class DuplicateRun(QueueServiceError):
         super().__init__(
             f"Run {run_id} is live under singleton key {singleton_key!r}, {why}. Nothing was enqueued; "
             "wait for that run, cancel it, or use on_conflict='return'."
+        )
+
+
+class ClaimLost(QueueServiceError):
+    """The run was cancelled, its time is over, or its lease was swept; another worker may have it."""
+
+    def __init__(self, run_id: int, attempt: int) -> None:
+        self.run_id = run_id
+        self.attempt = attempt
+        super().__init__(
+            f"Attempt {attempt} of run {run_id} is over: the run was cancelled, ran out of time, or was taken from this "
+            "worker. What this transaction wrote must be rolled back (run.transaction() has done so). Stop here."
         )
 
 

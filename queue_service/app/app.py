@@ -17,6 +17,7 @@ from queue_service.app import enqueue as enqueueing
 from queue_service.app.enqueue import OnConflict, Steps, drive, drive_sync
 from queue_service.app.events import Events
 from queue_service.app.opened import Opened
+from queue_service.app.progress import watching
 from queue_service.app.queues import Queues
 from queue_service.app.schedules import MisfireWord, Schedules, TaskT
 from queue_service.app.turns import Turns
@@ -26,7 +27,7 @@ from queue_service.db.pool import Pool
 from queue_service.db.query import Query
 from queue_service.errors import ConfigError, DuplicateRun, RunUnknown
 from queue_service.runs import queries
-from queue_service.runs.model import NewRun, Run
+from queue_service.runs.model import NewRun, Progress, Run
 from queue_service.schedules.model import NewSchedule
 from queue_service.services.combiner import Combiner
 from queue_service.settings import Settings
@@ -262,9 +263,21 @@ class App:
         first, texts = enqueueing.new_runs(self.tasks, self.settings.payload_limit, task, payloads, options)
         return await self._store(lambda notice: enqueueing.enqueue_many(first, texts, notice), first, conn)
 
-    async def wait(self, run_id: int, *, timeout: timedelta | float | None = None) -> Run:
-        """The run once it has ended. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has."""
-        (run,) = await self.wait_many([run_id], timeout=timeout)
+    async def wait(
+        self,
+        run_id: int,
+        *,
+        timeout: timedelta | float | None = None,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> Run:
+        """The run once it has ended. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has. `on_progress` is
+        called with what the run reports, as often as a look each poll interval finds something new; what it raises is
+        raised here."""
+        ended = self.wait_many([run_id], timeout=timeout)
+        if on_progress is not None:
+            seconds = self.settings.poll_interval.total_seconds()
+            ended = watching(ended, lambda: self.get(run_id), on_progress, poll_interval=seconds)
+        (run,) = await ended
         return run
 
     async def wait_many(self, run_ids: Iterable[int], *, timeout: timedelta | float | None = None) -> list[Run]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from queue_service import codec
 from queue_service.db import channels
-from queue_service.db.borrowed import AsyncBorrowed, SyncBorrowed
+from queue_service.db.borrowed import AsyncFetching, SyncBorrowed
 from queue_service.db.query import Query
 from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, nearest
 from queue_service.runs import queries
@@ -51,7 +51,7 @@ Step = Query[Any] | Copy
 Steps = Generator[Step, Any, T]
 
 
-async def drive(steps: Steps[T], run: AsyncBorrowed) -> T:
+async def drive(steps: Steps[T], run: AsyncFetching) -> T:
     try:
         step = next(steps)
         while True:
@@ -74,7 +74,7 @@ def drive_sync(steps: Steps[T], run: SyncBorrowed) -> T:
         return done.value  # type: ignore[no-any-return]
 
 
-async def drive_any(query: Query[T], run: AsyncBorrowed | SyncBorrowed) -> T:
+async def drive_any(query: Query[T], run: AsyncFetching | SyncBorrowed) -> T:
     """One query on a caller's connection, whichever kind it is."""
     return await run.fetch(query) if run.is_async else run.fetch(query)
 

@@ -13,7 +13,7 @@ from queue_service.errors import RunUnknown
 from queue_service.queues import queries as queues
 from queue_service.roster import queries as roster
 from queue_service.runs import queries
-from queue_service.runs.model import Attempt, Run, RunState
+from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.turns import queries as turns
 
 ids = click.argument("run_ids", type=int, nargs=-1, required=True, metavar="ID...")
@@ -247,12 +247,18 @@ def _remark(run: Run) -> str:
         return _failure(run)[:60]
     if run.state is RunState.QUEUED:
         return f"due {render.ago(run.run_at)}"
-    return ""
+    return "" if run.reported is None else _progress(run.reported)
+
+
+def _progress(progress: Progress) -> str:
+    return f"{progress.value:.0%} {progress.note or ''}".rstrip()
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, RunState):
         return value.value
+    if isinstance(value, Progress):
+        return f"{_progress(value)} ({render.ago(value.at)})"
     if isinstance(value, dict):
         return "\n                 ".join(f"{key}: {item}" for key, item in value.items())
     return str(value)

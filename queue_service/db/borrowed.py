@@ -1,16 +1,19 @@
 """A connection that belongs to the caller: psycopg's, SQLAlchemy's or Django's, sync or async.
 
-Our statements become part of the caller's transaction: nothing here commits, rolls back or changes a setting. SQLAlchemy
-objects are driven through their own `exec_driver_sql`, so that their transaction is begun and knows of us. Django's is
-psycopg's own underneath: `atomic()` has taken it out of autocommit, and what it is sent first begins the transaction.
+Our statements become part of the caller's transaction: nothing here commits, rolls back or changes a setting, but for
+the transactions that `begin` is asked for. SQLAlchemy objects are driven through their own `exec_driver_sql`, so that
+their transaction is begun and knows of us. Django's is psycopg's own underneath: `atomic()` has taken it out of
+autocommit, and what it is sent first begins the transaction.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from queue_service.db.execute import fetch, fetch_sync, translated
 from queue_service.db.query import Query
@@ -25,17 +28,29 @@ _KINDS = (
 
 
 class SyncBorrowed(Protocol):
+    """`begin` is a transaction for the length of a block, made as the connection's own library makes it. It raises
+    ConfigError where one is under way. `in_transaction` is False where each statement is committed by itself."""
+
     is_async: Literal[False]
 
     def fetch(self, query: Query[T]) -> T: ...
     def copy(self, statement: str, data: str) -> None: ...
+    def begin(self) -> AbstractContextManager[Any]: ...
+    def in_transaction(self) -> bool: ...
 
 
-class AsyncBorrowed(Protocol):
+class AsyncFetching(Protocol):
     is_async: Literal[True]
 
     async def fetch(self, query: Query[T]) -> T: ...
     async def copy(self, statement: str, data: str) -> None: ...
+
+
+class AsyncBorrowed(AsyncFetching, Protocol):
+    """As SyncBorrowed."""
+
+    def begin(self) -> AbstractAsyncContextManager[Any]: ...
+    async def in_transaction(self) -> bool: ...
 
 
 def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
@@ -67,6 +82,13 @@ class _Psycopg:
         with translated(), psycopg.Cursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
             copy.write(data)
 
+    def begin(self) -> AbstractContextManager[Any]:
+        _refuse_begun(_has_begun(self._conn))
+        return self._conn.transaction()
+
+    def in_transaction(self) -> bool:
+        return not self._conn.autocommit or _has_begun(self._conn)
+
 
 class _AsyncPsycopg:
     is_async: Literal[True] = True
@@ -82,6 +104,31 @@ class _AsyncPsycopg:
             async with psycopg.AsyncCursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
                 await copy.write(data)
 
+    def begin(self) -> AbstractAsyncContextManager[Any]:
+        _refuse_begun(_has_begun(self._conn))
+        return self._conn.transaction()
+
+    async def in_transaction(self) -> bool:
+        return not self._conn.autocommit or _has_begun(self._conn)
+
+
+class _Django(_Psycopg):
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__(wrapper.connection)
+        self._wrapper = wrapper
+
+    def begin(self) -> AbstractContextManager[Any]:
+        from django.db import transaction  # type: ignore[import-untyped]
+
+        _refuse_begun(not self._wrapper.get_autocommit())
+        begun: AbstractContextManager[Any] = transaction.atomic(using=self._wrapper.alias)
+        return begun
+
+    def in_transaction(self) -> bool:
+        # After `set_rollback` the block rolls back when it is left, and says nothing.
+        self._wrapper.validate_no_broken_transaction()
+        return super().in_transaction()
+
 
 class _Alchemy:
     is_async: Literal[False] = False
@@ -90,11 +137,26 @@ class _Alchemy:
         self._conn = conn
 
     def fetch(self, query: Query[T]) -> T:
-        return query.decode(_rows(self._conn.exec_driver_sql(query.text, dict(query.params))))
+        return query.decode(_rows(self._connection().exec_driver_sql(query.text, dict(query.params))))
 
     def copy(self, statement: str, data: str) -> None:
-        self._conn.exec_driver_sql("select 1")  # begins the transaction as SQLAlchemy sees it
-        _Psycopg(self._conn.connection.driver_connection).copy(statement, data)
+        self._connection().exec_driver_sql("select 1")  # begins the transaction as SQLAlchemy sees it
+        self._raw().copy(statement, data)
+
+    def begin(self) -> AbstractContextManager[Any]:
+        _refuse_begun(self._conn.in_transaction())
+        begun: AbstractContextManager[Any] = self._conn.begin()
+        return begun
+
+    def in_transaction(self) -> bool:
+        return self._raw().in_transaction()
+
+    def _raw(self) -> _Psycopg:
+        return _Psycopg(self._connection().connection.driver_connection)
+
+    def _connection(self) -> Any:
+        """The session's, which begins its transaction, or what was given."""
+        return self._conn.connection() if hasattr(self._conn, "get_bind") else self._conn
 
 
 class _AsyncAlchemy:
@@ -110,8 +172,19 @@ class _AsyncAlchemy:
     async def copy(self, statement: str, data: str) -> None:
         conn = await self._connection()
         await conn.exec_driver_sql("select 1")
-        raw = await conn.get_raw_connection()
-        await _AsyncPsycopg(raw.driver_connection).copy(statement, data)
+        await (await self._raw()).copy(statement, data)
+
+    def begin(self) -> AbstractAsyncContextManager[Any]:
+        _refuse_begun(self._conn.in_transaction())
+        begun: AbstractAsyncContextManager[Any] = self._conn.begin()
+        return begun
+
+    async def in_transaction(self) -> bool:
+        return await (await self._raw()).in_transaction()
+
+    async def _raw(self) -> _AsyncPsycopg:
+        conn = await self._connection()
+        return _AsyncPsycopg((await conn.get_raw_connection()).driver_connection)
 
     async def _connection(self) -> Any:
         return await self._conn.connection() if hasattr(self._conn, "sync_session") else self._conn
@@ -123,10 +196,8 @@ def _sqlalchemy(conn: Any) -> SyncBorrowed | AsyncBorrowed | None:
 
     if isinstance(conn, scoped_session):
         conn = conn()
-    if isinstance(conn, Session):
-        conn = conn.connection()
-    if isinstance(conn, Connection):
-        _check_driver(conn.dialect)
+    if isinstance(conn, (Session, Connection)):
+        _check_driver(conn.get_bind().dialect if isinstance(conn, Session) else conn.dialect)
         return _Alchemy(conn)
     # Importing this needs greenlet, which users of the synchronous half may not have.
     return _async_sqlalchemy(conn) if "sqlalchemy.ext.asyncio" in sys.modules else None
@@ -160,7 +231,19 @@ def _django(conn: Any) -> SyncBorrowed:
             f"The Django connection {conn.alias!r} is one to {conn.vendor} without psycopg 3, which our statements need. "
             "Use django.db.backends.postgresql, and install psycopg instead of psycopg2."
         )
-    return _Psycopg(conn.connection)
+    return _Django(conn)
+
+
+def _has_begun(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+    return conn.info.transaction_status not in {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}
+
+
+def _refuse_begun(has_begun: bool) -> None:
+    if has_begun:
+        raise ConfigError(
+            "This connection is in the middle of a transaction, and the block is to be one of its own. Commit or roll back "
+            "first, or give another connection."
+        )
 
 
 def _check_driver(dialect: Any) -> None:

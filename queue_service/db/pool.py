@@ -82,6 +82,13 @@ async def _configure(conn: Connection) -> None:
     await conn.execute(_SESSION)
 
 
+def none_free() -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        f"No connection became free within {DEADLINE:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE too small "
+        "for what this process does at once."
+    )
+
+
 class Pool:
     """A bounded pool. `fetch` runs one query on any connection; `connection` lends one out."""
 
@@ -139,10 +146,7 @@ class Pool:
                 await self._pool.putconn(conn)
             raise
         except psycopg_pool.PoolTimeout:
-            raise DatabaseUnavailable(
-                f"No connection became free within {DEADLINE:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE "
-                "too small for what this process does at once."
-            ) from None
+            raise none_free() from None
         finally:
             self._waiting -= 1
         return conn

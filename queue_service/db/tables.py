@@ -54,6 +54,7 @@ runs = Table(
     Column("error", JSONB),
     Column("reserved_for", Text),
     Column("attempts", JSONB),
+    Column("progress", JSONB),
     PrimaryKeyConstraint("id", name="runs_pkey"),
     CheckConstraint("state in ('queued', 'running')", name="runs_state_check"),
     CheckConstraint("(state = 'running') = (lease_id is not null)", name="runs_lease_check"),

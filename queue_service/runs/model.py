@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import msgspec
 
 from queue_service.codec import loads
-from queue_service.runs import stopped
+from queue_service.runs import handling, stopped
+
+if TYPE_CHECKING:
+    import psycopg
+
+    from queue_service.worker.handlers.transaction import Transaction
+
+C = TypeVar("C")
 
 
 class RunState(StrEnum):
@@ -52,6 +59,14 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     error: Mapping[str, Any] | None = None
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far a running run said that it is: `value` from 0 to 1, at a time of the database's clock."""
+
+    value: float
+    at: datetime
+    note: str | None = None
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One unit of work, as it was when it was read. `payload`, `metadata`, `result` and `error` are JSON values.
 
@@ -61,6 +76,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     `attempt` counts claims, `failures` counts errors of the handler, `losses` counts workers that vanished.
     `attempts` are the one that goes on or was the last, and before it up to 20 that failed or lost their worker: what was
     snoozed or handed back is not among them, and numbers are missing. A handler's own run comes without them.
+    `reported` is the progress that the handler at work told of last, `progress` in JSON.
     """
 
     id: int
@@ -89,6 +105,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     error: Mapping[str, Any] | None = None
     cancel_requested: bool = False
     attempts: tuple[Attempt, ...] = ()
+    reported: Progress | None = msgspec.field(default=None, name="progress")
 
     @property
     def claim(self) -> Claim:
@@ -101,6 +118,41 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         interrupted, and looks here between its steps.
         """
         return stopped.is_marked(self._mark)
+
+    @overload
+    def transaction(self) -> Transaction[psycopg.AsyncConnection[Any], psycopg.Connection[Any]]: ...
+    @overload
+    def transaction(self, conn: C) -> Transaction[C, C]: ...
+    def transaction(self, conn: Any = None) -> Transaction[Any, Any]:
+        """For the handler this run was given to: `async with` (in a thread or a process `with`) a transaction that ends the
+        run `succeeded` as it commits. What it wrote and the ending are stored together, or neither is.
+
+        The block gets a psycopg connection, or `conn` again: a psycopg or SQLAlchemy connection or session, or Django's,
+        that has no transaction under way; the block begins and commits it. What `result` is set to in the block is the
+        run's result. If the block raises, all is rolled back. Raises ClaimLost, with all rolled back, if the run is not
+        this handler's any more, and ConfigError outside its handler.
+        """
+        return handling.of(self).transaction(conn)
+
+    @overload
+    def assert_held(self, conn: psycopg.Connection[Any]) -> None: ...
+    @overload
+    def assert_held(self, conn: psycopg.AsyncConnection[Any]) -> Awaitable[None]: ...
+    @overload
+    def assert_held(self, conn: Any) -> Any: ...
+    def assert_held(self, conn: Any) -> Any:
+        """Raise ClaimLost if the run is not this handler's any more; otherwise nobody can take it before the transaction
+        of `conn` ends. For handlers that commit several times: before each commit. To be awaited where `conn` is
+        asynchronous. Whoever would take or cancel the run waits meanwhile, so let the commit come soon.
+        """
+        return handling.assert_held(self.claim, conn)
+
+    def progress(self, value: float, note: str | None = None) -> bool:
+        """For the handler this run was given to, of any kind: how far it is, from 0 to 1. Returns at once: of what is
+        reported the newest is stored within about a second, if the run is still this handler's, and no failure to store it
+        is told. False: the run is not this handler's any more, as `cancelled` says, and it should stop.
+        """
+        return handling.report(self, value, note)
 
     def stop(self) -> None:
         """Make it `cancelled`, for whoever executes it in this process."""

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from queue_service.codec import loads
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.db.query import Query, Row, Rows, array_literal, column, found, scalar
+from queue_service.db.query import Query, Rows, array_literal, column, found, nothing, scalar
 from queue_service.db.statements import Statements
-from queue_service.runs.model import Attempt, Claim, Ending, Floor, NewRun, Return, Run, RunState, json_or_none
+from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, Run, RunState
+from queue_service.runs.rows import read_claimed, read_runs
 
 SQL = Statements("queue_service.runs")
 
@@ -22,7 +22,6 @@ SQL = Statements("queue_service.runs")
 COUNT_LIMIT = 50_001
 
 _claim_of = attrgetter("claim")
-_decode_attempts = msgspec.json.Decoder(tuple[Attempt, ...]).decode
 
 # A claim as its row: it equals the Claim, both being tuples, and need not be made into one.
 Done = tuple[Any, ...]
@@ -132,12 +131,12 @@ class Allowed(NamedTuple):
 def claim(asked: Sequence[Wanted], by: Claimant) -> Query[list[tuple[Run, int]]]:
     """The claimed runs, those of each queue in the order of execution, each with the id of the one lease that holds them
     all. Queues that have a limit give none."""
-    return SQL.query("claim", _claimed, **_from_floors(asked), **by.params, limited=False)
+    return SQL.query("claim", read_claimed, **_from_floors(asked), **by.params, limited=False)
 
 
 def claim_lanes(asked: Sequence[tuple[str, int]], by: Claimant) -> Query[list[tuple[Run, int]]]:
     """The heads of free lanes, claimed: of each queue as many as are asked for, of each lane one."""
-    return SQL.query("claim_lanes", _claimed, **_from_lanes(asked), **by.params, limited=False)
+    return SQL.query("claim_lanes", read_claimed, **_from_lanes(asked), **by.params, limited=False)
 
 
 def claim_limited(asked: Sequence[Wanted], by: Claimant) -> Query[Allowed]:
@@ -152,7 +151,7 @@ def claim_limited_lanes(asked: Sequence[tuple[str, int]], by: Claimant) -> Query
 
 def claim_suspect(queues: Collection[str], by: Claimant) -> Query[list[tuple[Run, int]]]:
     """At most one run, with its lease."""
-    return SQL.query("claim_suspect", _claimed, queues=list(queues), **by.params, limited=True)
+    return SQL.query("claim_suspect", read_claimed, queues=list(queues), **by.params, limited=True)
 
 
 def suspect_is_due(queues: Collection[str], tasks: Sequence[str]) -> Query[bool]:
@@ -166,6 +165,28 @@ def extend(leases: Collection[int], lease: timedelta) -> Query[set[int]]:
 
 def cancel_requests(leases: Collection[int]) -> Query[list[int]]:
     return SQL.query("cancel_requests", column, leases=array_literal(sorted(leases)))
+
+
+def plan_as_ours() -> Query[None]:
+    return SQL.query("plan_as_ours", nothing)
+
+
+def hold(claim: Claim) -> Query[bool]:
+    """False: the claim is not held any more."""
+    return SQL.query("hold", found, run_id=claim.run_id, attempt=claim.attempt)
+
+
+def report(reports: Mapping[Claim, str]) -> Query[set[Done]]:
+    """Store how far runs are, as JSON text for each. The claims that are missing were lost, or another session has their
+    runs locked."""
+    claims = sorted(reports)
+    return SQL.query(
+        "report",
+        _done,
+        ids=array_literal([claim.run_id for claim in claims]),
+        attempts=array_literal([claim.attempt for claim in claims]),
+        reports=_json_array([reports[claim] for claim in claims]),
+    )
 
 
 def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
@@ -217,7 +238,7 @@ def purge(queue: str, *, limit: int) -> Query[int]:
 
 def get(run_id: int) -> Query[Run | None]:
     def decode(rows: Rows) -> Run | None:
-        runs = _runs(rows)
+        runs = read_runs(rows)
         return runs[0] if runs else None
 
     return SQL.query("get", decode, run_id=run_id)
@@ -225,7 +246,7 @@ def get(run_id: int) -> Query[Run | None]:
 
 def get_many(run_ids: Collection[int]) -> Query[list[Run]]:
     """Those of these runs that exist, in no order."""
-    return SQL.query("get_many", _runs, run_ids=array_literal(sorted(run_ids)))
+    return SQL.query("get_many", read_runs, run_ids=array_literal(sorted(run_ids)))
 
 
 def endings(run_ids: Collection[int]) -> Query[dict[int, RunState | None]]:
@@ -246,7 +267,7 @@ def page(
     limit: int = 50,
 ) -> Query[list[Run]]:
     return SQL.query(
-        "page", _runs, before=before or 2**63 - 1, state=state and state.value, queue=queue, task=task, limit=limit
+        "page", read_runs, before=before or 2**63 - 1, state=state and state.value, queue=queue, task=task, limit=limit
     )
 
 
@@ -340,47 +361,5 @@ def _scan(rows: Rows) -> Scan:
     return Scan(rows[0][0], due, laned, {row[1] for row in rows if row[5]})
 
 
-def _claimed(rows: Rows) -> list[tuple[Run, int]]:
-    running = RunState.RUNNING
-    runs = [
-        (
-            Run(
-                id=row[0], queue=row[1], task=row[2], state=running, payload=loads(row[3]), attempt=row[4],
-                failures=row[5], losses=row[6], priority=row[7], created_at=row[8], run_at=row[9], expires_at=row[10],
-                max_attempts=row[11], retry_delay=row[12], timeout=row[13], singleton_key=row[14],
-                ordering_key=row[15], organization_id=row[16], metadata=json_or_none(row[17]),
-            ),
-            row[18],
-        )
-        for row in rows
-    ]  # fmt: skip
-    runs.sort(key=lambda claimed: (-claimed[0].priority, claimed[0].run_at, claimed[0].id))
-    return runs
-
-
 def _allowed(rows: Rows) -> Allowed:
-    return Allowed(_claimed([row for row in rows if row[0] is not None]), {row[-2]: row[-1] for row in rows})
-
-
-def _runs(rows: Rows) -> list[Run]:
-    return [
-        Run(
-            id=row[0], queue=row[1], task=row[2], state=RunState(row[3]), payload=loads(row[4]), attempt=row[5],
-            failures=row[6], losses=row[7], priority=row[8], created_at=row[9], run_at=row[10], expires_at=row[11],
-            claimed_at=row[12], finished_at=row[13], worker_id=row[14], max_attempts=row[15], retry_delay=row[16],
-            timeout=row[17], singleton_key=row[18], ordering_key=row[19], organization_id=row[20],
-            metadata=json_or_none(row[21]), result=json_or_none(row[22]), error=json_or_none(row[23]),
-            cancel_requested=row[24], attempts=_attempts(row),
-        )
-        for row in rows
-    ]  # fmt: skip
-
-
-def _attempts(row: Row) -> tuple[Attempt, ...]:
-    """Those kept with the run, and the one that its own columns tell of. There is none where a queued run waits, or ended:
-    then the error is that of an attempt before."""
-    kept = () if row[25] is None else _decode_attempts(row[25])
-    if row[12] is None:
-        return kept
-    error = None if row[3] in {RunState.RUNNING, RunState.SUCCEEDED} else json_or_none(row[23])
-    return (*kept, Attempt(attempt=row[5], worker_id=row[14], claimed_at=row[12], ended_at=row[13], error=error))
+    return Allowed(read_claimed([row for row in rows if row[0] is not None]), {row[-2]: row[-1] for row in rows})

@@ -32,20 +32,20 @@ id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, lo
 -- define: read_columns
 id, queue, task, state, payload::text, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
     finished_at, worker_id, max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
-    metadata::text, result::text, error::text, cancel_requested, attempts::text
+    metadata::text, result::text, error::text, cancel_requested, attempts::text, progress::text
 
 -- define: live_as_read
 select id, queue, task, state, payload, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
            null::timestamptz as finished_at,
            (select leases.worker_id from queue_service.leases where leases.id = runs.lease_id) as worker_id,
            max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
-           metadata, null::jsonb as result, error, cancel_requested, attempts
+           metadata, null::jsonb as result, error, cancel_requested, attempts, progress
       from queue_service.runs
 
 -- define: finished_as_read
 select id, queue, task, state, payload, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
            finished_at, worker_id, max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
-           metadata, result, error, false, attempts
+           metadata, result, error, false, attempts, null
       from queue_service.finished_runs
 
 -- define: enqueue_values
@@ -58,10 +58,12 @@ select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.ru
                         clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
 
 -- define: held_claim
+{held} and (select count(*) from freed) >= 0
+
+-- define: held
 runs.id = any(%(ids)s::bigint[])
        and runs.attempt = (%(attempts)s::integer[])[width_bucket(runs.id, %(ids)s::bigint[])]
        and runs.state = 'running'
-       and (select count(*) from freed) >= 0
 
 -- define: outcome
 (select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1)
@@ -435,6 +437,33 @@ select id from queue_service.runs
  where id = any(array(select unnest(run_ids) from queue_service.leases where id = any(%(leases)s::bigint[])))
    and lease_id = any(%(leases)s::bigint[]) and cancel_requested
 
+-- name: plan_as_ours
+-- In a session that is not ours: for the rest of its transaction, what our statements need of the planner.
+select set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+       set_config('enable_mergejoin', 'off', true)
+
+-- name: hold
+-- Keep everyone else from a run until the caller's transaction ends. Row: its id, if the claim is still held.
+select id from queue_service.runs
+ where id = %(run_id)s and attempt = %(attempt)s and state = 'running'
+   for update
+
+-- name: report
+-- Store how far claimed runs are: of each an object of value and note. Rows: the claims of which it was stored. A run that
+-- another session has locked, as its handler's own transaction may for long, is passed over: no other waits for it here.
+-- writes: runs
+with unlocked as materialized (
+    select runs.id from queue_service.runs
+     where {held}
+     order by runs.id
+       for update skip locked
+)
+update queue_service.runs
+   set progress = ((select %(reports)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1))
+                  || jsonb_build_object('at', clock_timestamp())
+ where runs.id = any(array(select unlocked.id from unlocked))
+returning runs.id, runs.attempt
+
 -- name: finish
 -- End claimed runs: out of `runs`, into history, and let go of leases that hold nothing more. One row for each claim
 -- that was still held; a claim that is missing was lost, and nothing about its run changed.
@@ -489,7 +518,7 @@ with freed as (
        set state = 'queued', lease_id = null, claimed_at = null,
            failures = failures + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
            run_at = coalesce(clock_timestamp() + make_interval(secs => ({outcome} ->> 'delay')::float8), run_at),
-           error = coalesce({outcome} -> 'error', error), reserved_for = {outcome} ->> 'reserved_for',
+           error = coalesce({outcome} -> 'error', error), reserved_for = {outcome} ->> 'reserved_for', progress = null,
            attempts = case when ({outcome} -> 'failed')::boolean then (
                select {attempts_and_this}
                  from (select %(worker_id)s::bigint as worker_id, clock_timestamp() as ended_at,
@@ -540,7 +569,7 @@ with lapsed as materialized (
     returning id, state, queue, priority
 ), queued as (
     update queue_service.runs
-       set state = 'queued', lease_id = null, claimed_at = null, losses = losses + 1, error = {lost},
+       set state = 'queued', lease_id = null, claimed_at = null, losses = losses + 1, error = {lost}, progress = null,
            attempts = (select {attempts_and_this}
                          from (select lapsed.worker_id, clock_timestamp() as ended_at, {lost} as error
                                  from lapsed where lapsed.id = runs.lease_id) as this)

@@ -17,21 +17,20 @@ import types
 from collections import deque
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
-from enum import Enum, auto
 from typing import Any
 
-import msgspec
-
-from queue_service import codec
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
+from queue_service.worker.execution import Cause, Execution
 from queue_service.worker.finisher import Finisher, Outcome
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
+from queue_service.worker.handlers.process_child import Begun, Reported, Said, Settled
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
+from queue_service.worker.reports import Reports
 
 log = get_logger(__name__)
 
@@ -46,27 +45,6 @@ STALLED = 1.0
 YIELD_EVERY = 50
 
 
-class Cause(Enum):
-    TIMED_OUT = auto()
-    CANCELLED = auto()
-    LOST = auto()
-    DRAINED = auto()
-
-
-class _Execution(msgspec.Struct, eq=False):
-    held: Held
-    task: asyncio.Task[Any]
-    cause: Cause | None = None
-    timer: asyncio.TimerHandle | None = None
-    # Of a batch, and shared by its runs: those for whose sake the handler goes on.
-    counting: set[Held] | None = None
-    # It waits for a process, and its handler was certainly not called.
-    unbegun: bool = False
-
-    def begin(self) -> None:
-        self.unbegun = False
-
-
 class Executor:
     """One queue's slots. `spawn` starts a slot's task; `room` is called when more could be claimed."""
 
@@ -79,6 +57,7 @@ class Executor:
         finisher: Finisher,
         threads: Threads,
         processes: Processes,
+        reports: Reports,
         result_limit: int,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         room: Callable[[], None],
@@ -89,12 +68,14 @@ class Executor:
         self._finisher = finisher
         self._threads = threads
         self._processes = processes
+        self._reports = reports
         self._result_limit = result_limit
         self._spawn = spawn
         self._room = room
         self._waiting: deque[Held] = deque()
-        # Not by run id: a run that was lost may be claimed here again while its first handler is still ending.
-        self._running: dict[Held, _Execution] = {}
+        # By the very Run that the handler was given, as an object. Not by run id: a run that was lost may be claimed here
+        # again while its first handler is still ending.
+        self._running: dict[int, Execution] = {}
         self._idle: list[asyncio.Future[None]] = []
         self._slots = 0
         # Set when the worker ends: from then on a slot that is cancelled is meant itself.
@@ -159,7 +140,7 @@ class Executor:
 
     def lose(self, lease: Lease) -> None:
         """The lease was swept: its runs are no longer ours."""
-        for execution in [e for e in self._running.values() if e.held.lease is lease]:
+        for execution in [e for e in self._running.values() if e.held.lease is lease and e.ended is None]:
             log.warning(
                 "lease lost, cancelling the handler", run_id=execution.held.run.id, task=execution.held.run.task
             )
@@ -179,8 +160,25 @@ class Executor:
         """The run whose handler this task executes. May be called from any thread."""
         return next((each.held.run for each in list(self._running.values()) if each.task is task), None)
 
+    # For the handler of a run; the first two may be called from any thread
+
+    def executes(self, run: Run) -> bool:
+        return id(run) in self._running
+
+    def has_ended(self, run: Run) -> bool:
+        execution = self._running.get(id(run))
+        return execution is not None and execution.ended is not None
+
+    def settle(self, run: Run, ending: Ending) -> None:
+        """The handler has ended its run. Too late where the run was given up meanwhile: then its outcome is with the
+        finisher, and will be found to be lost."""
+        execution = self._running.get(id(run))
+        if execution is not None and execution.ended is None:
+            execution.ended = ending
+            self._finisher.settled(execution.held, ending)
+
     @staticmethod
-    def _interrupt(execution: _Execution, cause: Cause) -> None:
+    def _interrupt(execution: Execution, cause: Cause) -> None:
         # A handler that goes on after its time can still be stopped for another reason.
         if execution.cause is None or execution.cause is Cause.TIMED_OUT:
             execution.cause = cause
@@ -219,10 +217,11 @@ class Executor:
                 await self._handle_batch(held, task, slot)
             else:
                 # A lost lease: the run went back to its queue, and someone else may have it already.
-                outcome = None if held.lease.lost else await self._execute(held, task, slot)
+                outcome = Return(held.run.claim) if held.lease.lost else await self._execute(held, task, slot)
                 if slot.cancelling():
                     await self._absorb(slot)
-                self._finisher.put(held, outcome or Return(held.run.claim))
+                if outcome is not None:
+                    self._finisher.put(held, outcome)
                 self.completed += 1
             if len(self._waiting) <= self._ahead // 2:
                 self._room()
@@ -231,9 +230,11 @@ class Executor:
                 self._since_yield = 0
                 await asyncio.sleep(0)
 
-    async def _execute(self, held: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> Outcome:
+    async def _execute(self, held: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> Outcome | None:
+        """What becomes of the run; None if its handler has ended it already."""
         run = held.run
-        execution = self._running[held] = _Execution(held, slot)
+        key = id(run)
+        execution = self._running[key] = Execution(held, slot)
         if not task.process and (run.timeout or task.timeout) is not None:
             self._limit(execution, task)
         # A context for each run: what one handler binds there is not found by the next.
@@ -246,32 +247,32 @@ class Executor:
         finally:
             if execution.timer is not None:
                 execution.timer.cancel()
-            del self._running[held]
-        if outcome.error != "null":
-            _tell(run, outcome)
-        return outcome
+            del self._running[key]
+        return execution.concluded(outcome)
 
     async def _handle_batch(self, first: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> None:
         taken = batches.taken(first, task, self._waiting)
         if len(self._waiting) <= self._ahead // 2:
             # One call may have taken all that was claimed for many slots.
             self._room()
-        batch = [held for held in taken if not held.lease.lost]
-        outcomes = await self._execute_batch(batch, task, slot) if batch else {}
+        outcomes: dict[Held, Outcome | None] = {held: Return(held.run.claim) for held in taken}
+        if batch := [held for held in taken if not held.lease.lost]:
+            outcomes |= await self._execute_batch(batch, task, slot)
         if slot.cancelling():
             await self._absorb(slot)
-        for held in taken:
-            self._finisher.put(held, outcomes.get(held) or Return(held.run.claim))
+        for held, outcome in outcomes.items():
+            if outcome is not None:
+                self._finisher.put(held, outcome)
         self.completed += len(taken)
         self._since_yield += len(taken)
 
     async def _execute_batch(
         self, batch: list[Held], task: Task[..., Any], slot: asyncio.Task[Any]
-    ) -> dict[Held, Outcome]:
+    ) -> dict[Held, Outcome | None]:
         """As `_execute`, of many runs with one call. What is the end of one of them leaves the others alone."""
         runs, counting, alone = [held.run for held in batch], set(batch), len(batch) == 1
-        executions = {held: _Execution(held, slot, counting=counting) for held in batch}
-        self._running.update(executions)
+        executions = {held: Execution(held, slot, counting=counting) for held in batch}
+        self._running |= {id(held.run): execution for held, execution in executions.items()}
         self._beside += len(batch) - 1
         for execution in executions.values():
             self._limit(execution, task)
@@ -289,14 +290,11 @@ class Executor:
             for held, execution in executions.items():
                 if execution.timer is not None:
                     execution.timer.cancel()
-                del self._running[held]
+                del self._running[id(held.run)]
             self._beside -= len(batch) - 1
-        for held, outcome in outcomes.items():
-            if outcome.error != "null":
-                _tell(held.run, outcome)
-        return outcomes
+        return {held: executions[held].concluded(outcome) for held, outcome in outcomes.items()}
 
-    def _answered(self, execution: _Execution, task: Task[..., Any], answer: Any) -> Outcome:
+    def _answered(self, execution: Execution, task: Task[..., Any], answer: Any) -> Outcome:
         """What becomes of a run of a batch whose handler returned: what that says of it, unless it was stopped before. Of
         a handler that is stopped with its worker, what it still returns counts."""
         if execution.cause not in {None, Cause.DRAINED}:
@@ -307,7 +305,7 @@ class Executor:
         return results.returned(run, answer, limit=self._result_limit)
 
     def _stopped(
-        self, execution: _Execution, task: Task[..., Any], error: BaseException, *, alone: bool = True
+        self, execution: Execution, task: Task[..., Any], error: BaseException, *, alone: bool = True
     ) -> Outcome:
         """What becomes of a run whose handler raised, or was made to stop."""
         run = execution.held.run
@@ -330,7 +328,7 @@ class Executor:
             case _:
                 return Return(run.claim)
 
-    def _limit(self, execution: _Execution, task: Task[..., Any]) -> None:
+    def _limit(self, execution: Execution, task: Task[..., Any]) -> None:
         """Let its time run from now on, if it has a limit."""
         limit = execution.held.run.timeout or task.timeout
         if limit is not None:
@@ -349,14 +347,24 @@ class Executor:
         while slot.cancelling():
             slot.uncancel()
 
-    def _invoke(self, execution: _Execution, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
+    def _heard(self, execution: Execution, task: Task[..., Any], said: Said) -> None:
+        """What the process of a handler says before its answer."""
+        match said:
+            case Begun():
+                self._limit(execution, task)
+            case Settled(ending):
+                self.settle(execution.held.run, ending)
+            case Reported(progress):
+                self._reports.put(execution.held.run, progress)
+
+    def _invoke(self, execution: Execution, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
         if task.is_async:
             called = task.function(**task.arguments(run))
             return called if isinstance(called, types.CoroutineType) else awaited(called)
         if task.process:
             execution.unbegun = True
-            limit = functools.partial(self._limit, execution, task)
-            return self._processes.run(task, run, given=execution.begin, begun=limit)
+            heard = functools.partial(self._heard, execution, task)
+            return self._processes.run(task, run, given=execution.begin, heard=heard)
         return self._threads.run(run, functools.partial(task.function, **task.arguments(run)))
 
     def _invoke_batch(self, task: Task[..., Any], runs: list[Run]) -> Coroutine[Any, Any, Any]:
@@ -373,15 +381,3 @@ class Executor:
             return
         self._measured = (now, self.completed)
         self._ahead = (self._ahead + min(MAX_AHEAD, int(ended / (now - then) * AHEAD))) // 2
-
-
-def _tell(run: Run, outcome: Outcome) -> None:
-    """Log what went wrong, if that is what it was; neither payload nor message, which may hold what is private."""
-    error = codec.loads(outcome.error)
-    if error["reason"] == "result_refused":
-        log.warning("a result cannot be stored", run_id=run.id, task=run.task, why=error["message"])
-    elif error["reason"] != "cancelled":
-        log.warning(
-            "run failed" if isinstance(outcome, Ending) else "run failed, will be tried again",
-            run_id=run.id, task=run.task, attempt=run.attempt, reason=error["reason"], error=error.get("type"),
-        )  # fmt: skip

@@ -73,7 +73,8 @@ class Finisher:
         self._wire = wire
         self._leases = leases
         self._worker_id = worker_id
-        self._pending: list[tuple[Held, Outcome]] = []
+        # Without an outcome, only the lease is still to be let go of.
+        self._pending: list[tuple[Held, Outcome | None]] = []
         self._wake = asyncio.Event()
         self._closing = False
         self._writing = False
@@ -82,6 +83,13 @@ class Finisher:
 
     def put(self, held: Held, outcome: Outcome) -> None:
         self._pending.append((held, outcome))
+        self._wake.set()
+
+    def settled(self, held: Held, ending: Ending) -> None:
+        """The handler has ended its run, in a transaction of its own: what is left is to tell of it, and the lease."""
+        self.tally.add([ending])
+        self._announce([ending.claim.run_id])
+        self._pending.append((held, None))
         self._wake.set()
 
     def close(self) -> None:
@@ -102,13 +110,13 @@ class Finisher:
                 await self._write(self._batch(taken))
                 self._writing = False
 
-    def _batch(self, taken: Sequence[tuple[Held, Outcome]]) -> _Batch:
+    def _batch(self, taken: Sequence[tuple[Held, Outcome | None]]) -> _Batch:
         batch = _Batch()
         for held, outcome in taken:
-            if isinstance(outcome, Return):
-                batch.returns.append(outcome)
-            else:
+            if isinstance(outcome, Ending):
                 batch.endings.append(outcome)
+            elif outcome is not None:
+                batch.returns.append(outcome)
             if held.run.ordering_key is not None:
                 batch.laned.add(held.run.queue)
             if held.lease.limited:
@@ -143,6 +151,8 @@ class Finisher:
             written = await self._finish(batch.endings, () if batch.returns else batch.freed)
             self._account(batch.endings, written, batch.uncertain)
             batch.endings = []
+        elif batch.freed and not batch.returns:
+            await self._wire.fetch(queries.finish([], worker_id=self._worker_id, freed=batch.freed))
         if batch.returns:
             back = queries.give_back(batch.returns, worker_id=self._worker_id, freed=batch.freed)
             done = await self._wire.fetch(back)

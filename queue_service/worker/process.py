@@ -12,24 +12,21 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
-from datetime import timedelta
 from typing import Any
 
 import msgspec
 
 from queue_service.app import App
 from queue_service.db import channels
+from queue_service.db.lending import Lender
 from queue_service.db.listener import Gap, Listener
 from queue_service.db.pool import Wire
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
+from queue_service.runs import handling
 from queue_service.runs.model import Return, Run
 from queue_service.runs.queries import Claimant
-from queue_service.services.loop import every
-from queue_service.services.pruner import Pruner
-from queue_service.services.scheduler import Scheduler
-from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
 from queue_service.worker.claimer import Claimer
 from queue_service.worker.dump import Dump
@@ -37,11 +34,14 @@ from queue_service.worker.endpoint import Endpoint
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher, Tally
 from queue_service.worker.handlers.processes import Processes
+from queue_service.worker.handlers.seats import Seats
 from queue_service.worker.handlers.threads import Threads
 from queue_service.worker.health import Health
 from queue_service.worker.keeper import Keeper
 from queue_service.worker.lag import LagWatch
 from queue_service.worker.leases import Leases
+from queue_service.worker.maintenance import Maintenance
+from queue_service.worker.reports import Reports
 
 log = get_logger(__name__)
 
@@ -106,7 +106,8 @@ class Worker:
                 )  # fmt: skip
                 parts = self._parts = _Parts(self, self.id, endpoint)
                 try:
-                    await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
+                    with handling.found_by(parts.seats.find):
+                        await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
                     with contextlib.suppress(DatabaseUnavailable, TimeoutError):
                         async with asyncio.timeout(LEAVE_DEADLINE):
@@ -147,7 +148,11 @@ class _Parts:
         self._settings = settings
         self._group = asyncio.TaskGroup()
         self._threads = Threads(on_change=self._threads_changed)
-        self._processes = Processes(worker.processes, conninfo=app.conninfo, result_limit=settings.payload_limit)
+        self._processes = Processes(
+            worker.processes, conninfo=app.conninfo, worker_id=worker_id, result_limit=settings.payload_limit
+        )
+        self._lender = Lender(app.conninfo, size=settings.pool_size, loop=asyncio.get_running_loop())
+        self._reports = Reports(app.fetch, is_executed=self._is_executed)
         # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
         self._claimable = sorted(app.tasks)
         self._claiming = Wire(app.conninfo, application="queue_service claimer")
@@ -169,42 +174,31 @@ class _Parts:
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, on_lost=self._lose, on_cancel=self._cancel
         )
+        self.seats = Seats(
+            self.executors, lender=self._lender, reports=self._reports, worker_id=worker_id,
+            limit=settings.payload_limit, loop=asyncio.get_running_loop(),
+        )  # fmt: skip
         self._lag = LagWatch(self._run_of)
-        self._sweeper = Sweeper(app.fetch, app.notify, max_losses=settings.max_losses, grace=settings.lease / 3)
-        self._scheduler = Scheduler(
-            app.fetch, app.notify, poll_interval=settings.poll_interval, retention=settings.retention
-        )
-        self._pruner = Pruner(app.pool, retention=settings.retention)
+        self._maintenance = Maintenance(app, settings)
         self._slots: set[asyncio.Task[None]] = set()
         self._listener = Listener(app.conninfo, [channels.RUNS, channels.CANCEL])
         self._endpoint = endpoint
-        self._health = Health(
-            self.claimer,
-            self._listener,
-            app.pool,
-            poll_interval=settings.poll_interval.total_seconds(),
-            worker=worker.name,
-        )
+        poll = settings.poll_interval.total_seconds()
+        self._health = Health(self.claimer, self._listener, app.pool, poll_interval=poll, worker=worker.name)
         self.dump = Dump(app.tasks, self.executors.values(), self._slots, self._threads, self._processes)
 
     async def run(self, *, once: bool, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
         """Work until `stop`, or with `once` until nothing is due, and then drain; `stop_now` ends the draining. Raises what
         ended a part that must not end."""
-        settings = self._settings
-        # Before anything can end: a partition is attached without trouble while nothing is written where it will be.
-        await self._pruner.partitions()
-        await self._app.schedules.store_declared()
-        if once:
-            await self._scheduler.once()
+        await self._maintenance.begin(once=once)
         try:
             async with self._group, self._closing_slots():
                 background = [
                     self._start(self._keeper.run()),
                     self._start(self._lag.run()),
+                    self._start(self._reports.run()),
                     self._start(self._listen()),
-                    self._start(every(settings.sweep_interval, self._sweeper.once, name="sweeper")),
-                    self._start(every(timedelta(0), self._scheduler.when_due, name="scheduler")),
-                    self._start(every(settings.retention / 100, self._pruner.once, name="pruner")),
+                    *map(self._start, self._maintenance.loops()),
                 ]
                 if self._endpoint is not None:
                     background.append(self._start(self._health.run(self._endpoint)))
@@ -224,6 +218,7 @@ class _Parts:
         finally:
             self._threads.close()
             await self._processes.close()
+            await self._lender.close()
             await self._claiming.close()
             await self._finishing.close()
 
@@ -235,6 +230,7 @@ class _Parts:
             finisher=self.finisher,
             threads=self._threads,
             processes=self._processes,
+            reports=self._reports,
             result_limit=self._settings.payload_limit,
             spawn=self._spawn,
             room=self._wake_claimer,
@@ -303,6 +299,9 @@ class _Parts:
 
     def _run_of(self, task: asyncio.Task[Any]) -> Run | None:
         return next((run for each in self.executors.values() if (run := each.run_of(task)) is not None), None)
+
+    def _is_executed(self, run: Run) -> bool:
+        return self.seats.find(run) is not None
 
     def _free(self, laned: set[str], limited: set[str]) -> None:
         self.claimer.free(laned, limited)

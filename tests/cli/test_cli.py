@@ -203,6 +203,22 @@ def test_usage_that_makes_no_sense_exits_with_two(invoke: Invoke, arguments: lis
 # version, config
 
 
+def test_a_run_is_shown_with_how_far_it_is(invoke: Invoke, database: str) -> None:
+    run_id = new_id(invoke("enqueue", "double", '{"n": 1}', "--queue", "mine", "--json"))
+    with psycopg.connect(database) as conn:
+        report = """update queue_service.runs set progress = '{"value": 0.4, "note": "indexing", "at": "2026-01-01T00:00:00Z"}'"""
+        conn.execute(report)
+    shown = succeeded(invoke("runs", "show", str(run_id))).stdout
+    assert "progress         40% indexing (" in shown
+    assert json.loads(succeeded(invoke("runs", "show", str(run_id), "--json")).stdout)["progress"]["value"] == 0.4
+    with psycopg.connect(database) as conn:
+        conn.execute("insert into queue_service.leases (worker_id, expires_at, run_ids) values (1, 'infinity', '{}')")
+        conn.execute(
+            "update queue_service.runs set state = 'running', lease_id = (select max(id) from queue_service.leases)"
+        )
+    assert "40% indexing" in succeeded(invoke("runs", "list")).stdout
+
+
 def test_version() -> None:
     assert succeeded(call("version")).stdout == f"queue_service {__version__}, schema {schema.HEAD}\n"
     assert json.loads(succeeded(call("version", "--json")).stdout) == {"version": __version__, "schema": schema.HEAD}

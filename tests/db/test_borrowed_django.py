@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from queue_service import App
 from queue_service.app.sync import SyncApp
+from queue_service.db.borrowed import borrow
 from queue_service.errors import ConfigError
 
 PAYLOADS = [{"n": n, "text": "ünïcode\t\\"} for n in range(3)]
@@ -103,6 +105,25 @@ def test_the_psycopg_connection_under_it_will_do_as_well(q: SyncApp, beside: psy
         run_id = q.enqueue("noop", {}, conn=connection.connection)
         assert stored(beside) == []
     assert stored(beside) == [(run_id, {})]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_block_that_we_begin_is_djangos_own(q: SyncApp, beside: psycopg.Connection[Any], raises: bool) -> None:
+    mine = borrow(connection)
+    assert not mine.is_async
+    assert mine.in_transaction() is False
+    with contextlib.suppress(ZeroDivisionError), mine.begin():
+        assert mine.in_transaction()
+        run_id = q.enqueue("noop", {}, conn=connection)
+        with pytest.raises(ConfigError, match="middle of a transaction"):
+            mine.begin()
+        if raises:
+            raise ZeroDivisionError
+    assert stored(beside) == ([] if raises else [(run_id, {})])
+    with mine.begin():
+        transaction.set_rollback(True)
+        with pytest.raises(transaction.TransactionManagementError):
+            mine.in_transaction()
 
 
 def test_a_connection_to_another_kind_of_database_is_refused(q: SyncApp) -> None:

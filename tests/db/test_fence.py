@@ -15,7 +15,7 @@ from queue_service.runs.model import Claim, Ending, Return, RunState
 from queue_service.runs.queries import Claimant
 from tests.support import claimed, enqueued, lapse, one, rows
 
-FIELDS = "id, attempt, state, failures, losses, run_at, lease_id, error, cancel_requested"
+FIELDS = "id, attempt, state, failures, losses, run_at, lease_id, error, cancel_requested, progress"
 
 
 async def swept(conn: Connection) -> None:
@@ -74,6 +74,8 @@ async def test_every_write_of_a_stale_claim_changes_no_row(
     )
     assert await fetch(conn, queries.give_back([Return(run.claim, 5.0, failed=True)], worker_id=1)) == set()
     assert await fetch(conn, queries.give_back([Return(run.claim)], worker_id=1, freed=[lease])) == set()
+    assert await fetch(conn, queries.report({run.claim: '{"value":0.5}'})) == set()
+    assert await fetch(conn, queries.hold(run.claim)) is False
     assert await fetch(conn, queries.extend([lease], timedelta(hours=1))) == set()
 
     assert await rows(conn, f"select {FIELDS} from queue_service.runs") == live

@@ -183,6 +183,15 @@ def test_a_batch_is_ended_by_id(stage: Stage, conn: Sync, write: str) -> None:
         assert plan.pages <= 200 + 40 * len(claims)
 
 
+def test_reports_are_stored_by_id(stage: Stage, conn: Sync) -> None:
+    claims, _ = claims_of(conn, 200)
+    plan = done(conn, queries.report(dict.fromkeys(claims, '{"value":0.5}')))
+    assert_by_index(plan, "runs_pkey")
+    assert plan.visited <= 3 * len(claims)
+    if stage.holds:
+        assert plan.pages <= 200 + 40 * len(claims)
+
+
 def test_a_sweep_visits_the_runs_of_what_lapsed(stage: Stage, conn: Sync) -> None:
     claims, leases = claims_of(conn, 10, times=10)
     conn.execute(
@@ -221,7 +230,7 @@ def test_an_extend_looks_up_its_leases(stage: Stage, conn: Sync) -> None:
     assert sum(node["Actual Rows"] * node["Actual Loops"] for node in used) == len(leases)
 
 
-@pytest.mark.parametrize("name", ["cancel", "get", "endings", "delete"])
+@pytest.mark.parametrize("name", ["cancel", "get", "endings", "delete", "hold"])
 def test_one_run_is_found_by_its_id(stage: Stage, conn: Sync, name: str) -> None:
     (run_id,) = conn.execute("select coalesce(max(id), 1) from queue_service.runs").fetchone() or (1,)
     query: dict[str, Query[Any]] = {
@@ -229,6 +238,7 @@ def test_one_run_is_found_by_its_id(stage: Stage, conn: Sync, name: str) -> None
         "get": queries.get(run_id),
         "endings": queries.endings([run_id]),
         "delete": queries.delete(run_id),
+        "hold": queries.hold(Claim(run_id, 1)),
     }
     plan = done(conn, query[name])
     assert_by_index(plan, "runs_pkey")
@@ -244,8 +254,27 @@ def test_each_stage_is_what_it_says(stage: Stage, request: pytest.FixtureRequest
     assert row == (stage.holds, "believed full" in request.node.name)
 
 
+def hot_updates(conn: Sync) -> tuple[int, int]:
+    """How many updates of runs there were, and how many of them made no index entry."""
+    conn.execute("select pg_stat_force_next_flush()")
+    row = conn.execute(
+        "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where relid = 'queue_service.runs'::regclass"
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
 class TestHeapOnly:
-    """A claim writes no column that is in an index, and its page has room: no index entry is made."""
+    """Neither a claim nor a report writes a column that is in an index, and its page has room: no index entry is made."""
+
+    def test_reports_of_progress_are_heap_only_updates(self, database: str) -> None:
+        with psycopg.connect(database, autocommit=True) as conn:
+            conn.execute(pool._SESSION.encode())
+            conn.execute(FILL.encode(), [100])
+            claims, _ = claims_of(conn, 10)
+            for _ in range(3):
+                assert fetch_sync(conn, queries.report(dict.fromkeys(claims, '{"value":0.5}'))) == set(claims)
+            assert hot_updates(conn) == (40, 40)
 
     def test_claims_of_a_backlog_are_heap_only_updates(self, database: str) -> None:
         with psycopg.connect(database, autocommit=True) as conn:
@@ -253,8 +282,4 @@ class TestHeapOnly:
             conn.execute(FILL.encode(), [2_000])
             for _ in range(4):
                 assert len(fetch_sync(conn, claim(limit=250, priorities=(1, 0)))) == 250
-            conn.execute("select pg_stat_force_next_flush()")
-            row = conn.execute(
-                "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where relid = 'queue_service.runs'::regclass"
-            ).fetchone()
-        assert row == (1_000, 1_000)
+            assert hot_updates(conn) == (1_000, 1_000)

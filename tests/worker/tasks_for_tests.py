@@ -94,6 +94,26 @@ def speak_in_process(word: str) -> None:
     logging.getLogger("theirs").info("plain %s", word)
 
 
+@app.task
+async def spend(run: Run, dies: str = "") -> None:
+    """Leaves a row in `effects` as its run ends. At its first attempt its process dies, if asked: before it, or after."""
+    async with run.transaction() as conn:
+        await conn.execute("insert into effects values (%s, %s)", [run.id, run.attempt])
+        if dies == "before" and run.attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if dies == "after" and run.attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task
+async def add_one(run: Run, seconds: float) -> None:
+    """Counts one more in `counter`, and takes its time about it."""
+    async with run.transaction() as conn:
+        await asyncio.sleep(seconds)
+        await conn.execute("update counter set n = n + 1")
+    await asyncio.sleep(seconds)
+
+
 # In processes of their own
 
 
@@ -168,6 +188,28 @@ def look(run: Run) -> Any:
     with app.sync as q:
         found = q.get(run.id)
     return found and found.state.value
+
+
+@app.task(process=True, retry=Retry(max_attempts=1))
+def effect(run: Run, dies: bool = False, raises: bool = False) -> None:
+    """Leaves a row in `effects` as its run ends."""
+    transaction = run.transaction()
+    with transaction as conn:
+        conn.execute("insert into effects values (%s, %s)", [run.id, run.attempt])
+        transaction.result = os.getpid()
+        if raises:
+            raise RuntimeError("as it was told to")
+    if dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(process=True, retry=Retry(max_attempts=1))
+def progress(run: Run, path: str) -> list[bool]:
+    """Reports more often than anybody could store, and waits for the file at PATH."""
+    said = [run.progress(n / 1000, f"step {n}") for n in range(500)]
+    while not Path(path).exists():
+        time.sleep(0.01)
+    return sorted(set(said))
 
 
 def _append(path: Path, line: str) -> None:

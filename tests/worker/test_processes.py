@@ -253,6 +253,7 @@ async def test_a_process_ends_in_the_middle_of_its_run_once_nobody_listens(tmp_p
         conninfo="",
         limit=1_000,
         max_attempts=1,
+        worker_id=1,
     )
     command = ["-c", BOOT, str(os.getpid()), json.dumps(sys.path)]
     process = started(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

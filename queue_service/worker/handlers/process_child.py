@@ -16,24 +16,29 @@ import threading
 import types
 from io import BufferedReader, BufferedWriter
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from queue_service import logs
 from queue_service.app import App
+from queue_service.db.lending import Lender
 from queue_service.db.url import Server
 from queue_service.errors import ConfigError
+from queue_service.runs import handling
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Retry, Task
 from queue_service.worker.agent import die_with_parent, taken_pipes
 from queue_service.worker.finisher import Outcome
 from queue_service.worker.handlers import results
+from queue_service.worker.handlers.transaction import Transaction
 
 # The program of the worker, imported under this name, does not take itself for the program of this process.
 MAIN = "__mp_main__"
 # How long what is idle may take to end once nobody listens.
 LINGER = 1.0
+# Seconds between what is passed on of a handler's reports.
+REPORTS = 0.1
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,11 +52,24 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     conninfo: str
     limit: int
     max_attempts: int
+    worker_id: int
     logging: tuple[str, str] | None = None
 
 
 class Begun(msgspec.Struct, frozen=True, tag="begun"):
     """The handler is called now."""
+
+
+class Settled(msgspec.Struct, frozen=True, tag="settled"):
+    """The handler has ended its run, in a transaction of its own."""
+
+    ending: Ending
+
+
+class Reported(msgspec.Struct, frozen=True, tag="reported"):
+    """A JSON object of value and note."""
+
+    progress: str
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
@@ -61,6 +79,9 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
 class Returned(msgspec.Struct, frozen=True, tag="returned"):
     outcome: Return
 
+
+# What is said before the answer.
+Said = Begun | Settled | Reported
 
 _job = msgspec.json.Decoder(Job).decode
 _encode = msgspec.json.Encoder().encode
@@ -101,13 +122,68 @@ def _executed(job: Job, outgoing: BufferedWriter) -> Ended | Returned:
         task = _found(job.module, run.task, job.main, job.main_file, job.conninfo)
         retry = task.retry
         _say(outgoing, Begun())
-        outcome: Outcome = results.returned(run, task.function(**task.arguments(run)), limit=job.limit)
+        with _Seat(job, outgoing) as seat, handling.found_by(seat.find):
+            outcome: Outcome = results.returned(run, task.function(**task.arguments(run)), limit=job.limit)
     except BaseException as error:  # noqa: BLE001 - whatever a handler raises is its run's failure
         outcome = results.raised(run, retry, error)
     return Ended(outcome) if isinstance(outcome, Ending) else Returned(outcome)
 
 
-def _say(outgoing: BufferedWriter, said: Begun | Ended | Returned) -> None:
+class _Seat:
+    """What the handler of this run can ask for. What it reports is passed on ten times a second at most, and once it has
+    ended, nothing is: the worker would take it for the next run's."""
+
+    def __init__(self, job: Job, outgoing: BufferedWriter) -> None:
+        self._job = job
+        self._outgoing = outgoing
+        self._changing = threading.Lock()
+        self._newest: str | None = None
+        self._over = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changing:
+            self._over = True
+
+    def find(self, run: Run) -> Self | None:
+        return self if run is self._job.run else None
+
+    def transaction(self, conn: Any) -> Transaction[Any, Any]:
+        job = self._job
+        return Transaction(
+            job.run, conn, lender=_lender(job.conninfo), worker_id=job.worker_id, limit=job.limit,
+            ended=lambda ending: self._pass_on(Settled(ending)),
+        )  # fmt: skip
+
+    def report(self, progress: str) -> bool:
+        with self._changing:
+            waits, self._newest = self._newest is not None, progress
+        if not waits:
+            timer = threading.Timer(REPORTS, self._pass_newest_on)
+            timer.daemon = True
+            timer.start()
+        return True
+
+    def _pass_newest_on(self) -> None:
+        with self._changing:
+            newest, self._newest = self._newest, None
+        if newest is not None:
+            self._pass_on(Reported(newest))
+
+    def _pass_on(self, said: Settled | Reported) -> None:
+        with self._changing:
+            if not self._over:
+                _say(self._outgoing, said)
+
+
+@functools.cache
+def _lender(conninfo: str) -> Lender:
+    return Lender(conninfo, size=1)
+
+
+def _say(outgoing: BufferedWriter, said: Said | Ended | Returned) -> None:
     outgoing.write(_encode(said) + b"\n")
     outgoing.flush()
 

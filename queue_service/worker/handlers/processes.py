@@ -24,7 +24,7 @@ from queue_service.runs.model import Run
 from queue_service.tasks import ProcessDied, Task
 from queue_service.worker.child import Child
 from queue_service.worker.finisher import Outcome
-from queue_service.worker.handlers.process_child import Begun, Ended, Job, Returned
+from queue_service.worker.handlers.process_child import Begun, Ended, Job, Reported, Returned, Said, Settled
 
 log = get_logger(__name__)
 
@@ -40,24 +40,26 @@ GRACE = 2.0
 # Around a result: the traceback of an error, and the names of fields.
 ENVELOPE = 256 * 1024
 
-_answer = msgspec.json.Decoder(Begun | Ended | Returned).decode
+_answer = msgspec.json.Decoder(Begun | Settled | Reported | Ended | Returned).decode
 
 
 class Processes:
     """`size` at most, made when they are first needed. Belongs to one event loop."""
 
-    def __init__(self, size: int, *, conninfo: str, result_limit: int) -> None:
+    def __init__(self, size: int, *, conninfo: str, worker_id: int, result_limit: int) -> None:
         self._places = asyncio.Semaphore(size)
         self._conninfo = conninfo
+        self._worker_id = worker_id
         self._result_limit = result_limit
         self._idle: list[_Process] = []
         self._living: set[_Process] = set()
 
     async def run(
-        self, task: Task[..., Any], run: Run, *, given: Callable[[], None], begun: Callable[[], None]
+        self, task: Task[..., Any], run: Run, *, given: Callable[[], None], heard: Callable[[Said], None]
     ) -> Outcome:
         """The outcome of this run. `given` is called when it need wait no longer for its turn: from then on its handler may
-        be called at any moment; `begun` once it was. When cancelled, the process is killed. Raises ProcessDied."""
+        be called at any moment. `heard` is told what its handler's process says before the answer: that it has begun, first
+        of all. When cancelled, the process is killed. Raises ProcessDied."""
         job = self._job(task, run)
         async with self._places:
             given()
@@ -65,7 +67,7 @@ class Processes:
                 process = self._taken()
                 process.run = run
                 try:
-                    outcome = await process.do(job, begun)
+                    outcome = await process.do(job, heard)
                 except BaseException as error:
                     process.kill()
                     # It died while it was idle, and that was noticed only now.
@@ -110,7 +112,7 @@ class Processes:
             Job(
                 module=task.function.__module__, main=main, main_file=main_file, run=run, conninfo=self._conninfo,
                 limit=self._result_limit, max_attempts=run.max_attempts or task.retry.max_attempts,
-                logging=logs.configured,
+                worker_id=self._worker_id, logging=logs.configured,
             )
         )  # fmt: skip
 
@@ -123,7 +125,7 @@ class _Process:
         self._child: Child | None = None
         self._job: bytes | None = None
         self._answer: asyncio.Future[Outcome] | None = None
-        self._begun: Callable[[], None] = lambda: None
+        self._heard: Callable[[Said], None] = lambda _said: None
         self._doomed = False
         self.has_begun = False
         self.served = 0
@@ -131,20 +133,21 @@ class _Process:
         self.has_ended = False
         self.life = asyncio.create_task(self._live())
 
-    async def do(self, job: bytes, begun: Callable[[], None]) -> Outcome:
-        """What this process answers to a job. `begun` is called when its handler is; from then on the caller bounds it,
-        before that STARTUP does. Raises ProcessDied."""
+    async def do(self, job: bytes, heard: Callable[[Said], None]) -> Outcome:
+        """What this process answers to a job. `heard` is told what it says before. Until its handler has begun, STARTUP
+        bounds it, and then the caller does. Raises ProcessDied."""
         self._answer = asyncio.get_running_loop().create_future()
         self.has_begun = False
         try:
             async with asyncio.timeout(STARTUP) as patience:
 
-                def at_work() -> None:
-                    self.has_begun = True
-                    patience.reschedule(None)
-                    begun()
+                def hear(said: Said) -> None:
+                    if isinstance(said, Begun):
+                        self.has_begun = True
+                        patience.reschedule(None)
+                    heard(said)
 
-                self._begun = at_work
+                self._heard = hear
                 if self._child is None:
                     self._job = job
                 else:
@@ -206,8 +209,8 @@ class _Process:
         # What cannot be read was printed while Python started: later, what is printed goes elsewhere.
         with contextlib.suppress(msgspec.DecodeError):
             said = _answer(line)
-            if isinstance(said, Begun):
-                self._begun()
+            if not isinstance(said, (Ended, Returned)):
+                self._heard(said)
             elif self._answer is not None and not self._answer.done():
                 self._answer.set_result(said.outcome)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from queue_service import backoff, codec
-from queue_service.errors import PayloadRefused
+from queue_service.errors import ClaimLost, PayloadRefused
 from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.tasks import Cancel, Defer, ProcessDied, Retry, RetryLater, Snooze
@@ -38,6 +38,9 @@ def returned(run: Run, value: Any, *, limit: int) -> Outcome:
 
 def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) -> Outcome:
     """Where a run was not `alone` in its call, it may not be the cause: it is tried again whatever the error is."""
+    if isinstance(error, ClaimLost):
+        # Nothing to be written: the finisher will find it lost, too.
+        return Return(run.claim)
     delay = _delay(run, retry, error, alone=alone)
     described = _described(error)
     if delay is None:

@@ -1,0 +1,89 @@
+"""Connections for what handlers do in transactions of their own.
+
+They are not the App's: what keeps a worker going, and what a handler enqueues beside its transaction, would wait for the
+handlers that hold them. They are opened when the first handler asks, with the settings of the database and the role, since
+ours for the planner are for our statements; and looked at before they are lent, because nobody repeats what a handler did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+import psycopg_pool
+
+from queue_service.db.execute import DEADLINE, cancellable
+from queue_service.db.pool import none_free, options
+from queue_service.errors import ConfigError
+
+# A handler that is stuck, or whose machine is gone, keeps neither its locks nor what vacuum would remove: the server rolls
+# back a transaction that waits for it this long, and looks after 10 s whether anybody is there.
+_SESSION = """
+select set_config('idle_in_transaction_session_timeout', '60s', false),
+       set_config('tcp_keepalives_idle', '10', false),
+       set_config('tcp_keepalives_interval', '5', false),
+       set_config('tcp_keepalives_count', '3', false),
+       set_config('default_transaction_isolation', 'read committed', false),
+       set_config('synchronous_commit',
+                  case current_setting('synchronous_commit') when 'off' then 'on'
+                       else current_setting('synchronous_commit') end, false)
+"""
+
+
+class Lender:
+    """At most `size` connections for async handlers, all on this `loop`, and as many for those in threads. Raises
+    DatabaseUnavailable where none becomes free."""
+
+    def __init__(self, conninfo: str, *, size: int, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        shared: dict[str, Any] = {
+            "conninfo": options(conninfo, "queue_service handler"), "min_size": 0, "max_size": size, "open": False,
+            "kwargs": {"autocommit": True}, "timeout": DEADLINE, "reconnect_timeout": DEADLINE, "name": "handlers",
+        }  # fmt: skip
+        pool, blocking = psycopg_pool.AsyncConnectionPool, psycopg_pool.ConnectionPool
+        self._pool = pool(configure=_configure, check=pool.check_connection, **shared)
+        self._blocking = blocking(configure=_configure_blocking, check=blocking.check_connection, **shared)
+        self._loop = loop
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        if asyncio.get_running_loop() is not self._loop:
+            raise ConfigError("This is not the worker's event loop. Use `with` here, or give a connection of your own.")
+        await self._pool.open()
+        conn = None
+        try:
+            try:
+                with cancellable():
+                    conn = await self._pool.getconn()
+            except psycopg_pool.PoolTimeout:
+                raise none_free() from None
+            yield conn
+        finally:
+            if conn is not None:
+                await self._pool.putconn(conn)
+
+    @contextmanager
+    def blocking(self) -> Iterator[psycopg.Connection[Any]]:
+        self._blocking.open()
+        try:
+            conn = self._blocking.getconn()
+        except psycopg_pool.PoolTimeout:
+            raise none_free() from None
+        try:
+            yield conn
+        finally:
+            self._blocking.putconn(conn)
+
+    async def close(self) -> None:
+        await self._pool.close()
+        await asyncio.to_thread(self._blocking.close)
+
+
+async def _configure(conn: psycopg.AsyncConnection[Any]) -> None:
+    await conn.execute(_SESSION)
+
+
+def _configure_blocking(conn: psycopg.Connection[Any]) -> None:
+    conn.execute(_SESSION)

@@ -1,0 +1,72 @@
+"""A run whose handler is at work: its slot, why it is to stop, and what is said of it in the end."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum, auto
+from typing import Any
+
+import msgspec
+
+from queue_service import codec
+from queue_service.logs import get_logger
+from queue_service.runs.model import Ending, Run, RunState
+from queue_service.worker.finisher import Outcome
+from queue_service.worker.leases import Held
+
+log = get_logger(__name__)
+
+
+class Cause(Enum):
+    TIMED_OUT = auto()
+    CANCELLED = auto()
+    LOST = auto()
+    DRAINED = auto()
+
+
+class Execution(msgspec.Struct, eq=False):
+    held: Held
+    task: asyncio.Task[Any]
+    cause: Cause | None = None
+    timer: asyncio.TimerHandle | None = None
+    # Of a batch, and shared by its runs: those for whose sake the handler goes on.
+    counting: set[Held] | None = None
+    # It waits for a process, and its handler was certainly not called.
+    unbegun: bool = False
+    # How its handler has ended the run, in a transaction of its own.
+    ended: Ending | None = None
+
+    def begin(self) -> None:
+        self.unbegun = False
+
+    def concluded(self, outcome: Outcome) -> Outcome | None:
+        """The outcome of its run, once what went wrong is logged; None if its handler has ended it already."""
+        run = self.held.run
+        if self.ended is not None:
+            _tell_of_more(run, self.ended, outcome)
+            return None
+        if outcome.error != "null":
+            _tell(run, outcome)
+        return outcome
+
+
+def _tell_of_more(run: Run, ending: Ending, outcome: Outcome) -> None:
+    """Log what a handler did after it had ended its run, if that would have been another ending."""
+    if outcome not in {ending, Ending(run.claim, RunState.SUCCEEDED)}:
+        error = None if outcome.error == "null" else codec.loads(outcome.error).get("type")
+        log.warning(
+            "a run has ended with the transaction of its handler; what that returned or raised afterwards is dropped",
+            run_id=run.id, task=run.task, error=error,
+        )  # fmt: skip
+
+
+def _tell(run: Run, outcome: Outcome) -> None:
+    """Log what went wrong, if that is what it was; neither payload nor message, which may hold what is private."""
+    error = codec.loads(outcome.error)
+    if error["reason"] == "result_refused":
+        log.warning("a result cannot be stored", run_id=run.id, task=run.task, why=error["message"])
+    elif error["reason"] != "cancelled":
+        log.warning(
+            "run failed" if isinstance(outcome, Ending) else "run failed, will be tried again",
+            run_id=run.id, task=run.task, attempt=run.attempt, reason=error["reason"], error=error.get("type"),
+        )  # fmt: skip

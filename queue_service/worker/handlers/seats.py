@@ -1,0 +1,75 @@
+"""What a worker does for the handlers it executes, when they ask: transactions of their own, and what they report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from queue_service.db.lending import Lender
+from queue_service.errors import ConfigError
+from queue_service.runs.model import Ending, Run
+from queue_service.worker.executor import Executor
+from queue_service.worker.handlers.transaction import Transaction
+from queue_service.worker.reports import Reports
+
+
+class Seats:
+    """Finds the seat of a run, from any thread; executors are called on their `loop`."""
+
+    def __init__(
+        self,
+        executors: Mapping[str, Executor],
+        *,
+        lender: Lender,
+        reports: Reports,
+        worker_id: int,
+        limit: int,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.lender = lender
+        self.reports = reports
+        self.worker_id = worker_id
+        self.limit = limit
+        self.loop = loop
+        self._executors = executors
+
+    def find(self, run: Run) -> Seat | None:
+        executor = self._executors.get(run.queue)
+        return None if executor is None or not executor.executes(run) else Seat(self, executor, run)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Of one run, whose handler is at work."""
+
+    seats: Seats
+    executor: Executor
+    run: Run
+
+    def transaction(self, conn: Any) -> Transaction[Any, Any]:
+        if self.executor.has_ended(self.run):
+            raise ConfigError(
+                f"Run {self.run.id} has ended with the transaction of its handler before. Write all in one block, or use "
+                "run.assert_held(conn) in those before the last."
+            )
+        seats = self.seats
+        return Transaction(
+            self.run, conn, lender=seats.lender, worker_id=seats.worker_id, limit=seats.limit, ended=self._ended
+        )
+
+    def report(self, progress: str) -> bool:
+        if self.run.cancelled or self.executor.has_ended(self.run):
+            return False
+        self.seats.reports.put(self.run, progress)
+        return True
+
+    def _ended(self, ending: Ending) -> None:
+        if asyncio._get_running_loop() is self.seats.loop:  # noqa: SLF001 - None in a thread, where the public one raises
+            self.executor.settle(self.run, ending)
+        else:
+            # A closed loop: the worker is gone, and nobody is left to be told.
+            with contextlib.suppress(RuntimeError):
+                self.seats.loop.call_soon_threadsafe(self.executor.settle, self.run, ending)

@@ -1,0 +1,42 @@
+"""What a worker does for all others, without a leader: sweeps what has lapsed, fires schedules, keeps history in bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from datetime import timedelta
+from typing import Any
+
+from queue_service.app import App
+from queue_service.services.loop import every
+from queue_service.services.pruner import Pruner
+from queue_service.services.scheduler import Scheduler
+from queue_service.services.sweeper import Sweeper
+from queue_service.settings import Settings
+
+
+class Maintenance:
+    def __init__(self, app: App, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+        self._sweeper = Sweeper(app.fetch, app.notify, max_losses=settings.max_losses, grace=settings.lease / 3)
+        self._scheduler = Scheduler(
+            app.fetch, app.notify, poll_interval=settings.poll_interval, retention=settings.retention
+        )
+        self._pruner = Pruner(app.pool, retention=settings.retention)
+
+    async def begin(self, *, once: bool) -> None:
+        """What comes before anything can end. With `once`, what is due by a schedule is enqueued now."""
+        # A partition is attached without trouble while nothing is written where it will be.
+        await self._pruner.partitions()
+        await self._app.schedules.store_declared()
+        if once:
+            await self._scheduler.once()
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        """What goes on for as long as the worker does."""
+        settings = self._settings
+        return [
+            every(settings.sweep_interval, self._sweeper.once, name="sweeper"),
+            every(timedelta(0), self._scheduler.when_due, name="scheduler"),
+            every(settings.retention / 100, self._pruner.once, name="pruner"),
+        ]
