@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import click
+import msgspec
 
 from queue_service.app import App
 from queue_service.cli import render
@@ -73,10 +74,10 @@ def show(run_id: int, as_json: bool, database_url: str | None) -> None:
     if as_json:
         render.as_json(run)
         return
-    for name in Run.__struct_fields__:
-        value = getattr(run, name)
-        if name != "attempts" and value is not None and value is not False:
-            click.echo(f"{name:16} {_shown(value)}")
+    for field in msgspec.structs.fields(Run):
+        value = getattr(run, field.name)
+        if field.name != "attempts" and value is not None and value is not False:
+            click.echo(f"{field.encode_name:16} {_shown(value)}")
     if run.attempts:
         click.echo()
         render.table(
