@@ -74,6 +74,12 @@ class Settings:
         timedelta(minutes=1), parse_duration, "how long a turn outlives its last sign of life"
     )
     retention: timedelta = _setting(timedelta(days=14), parse_duration, "how long finished runs are kept")
+    retention_failed: timedelta = _setting(
+        timedelta(days=14), parse_duration, "how long failed runs are kept, where that is longer"
+    )
+    read_timeout: timedelta = _setting(
+        timedelta(seconds=2), parse_duration, "longest a command may look for what it is to show"
+    )
     log_level: str = _setting("info", str, "debug, info, warning or error")
     log_format: str = _setting("auto", str, "auto, console or json")
 
@@ -81,7 +87,7 @@ class Settings:
         for name in ("pool_size", "payload_limit", "max_losses"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("lease", "poll_interval", "sweep_interval", "admission", "execution"):
+        for name in ("lease", "poll_interval", "sweep_interval", "admission", "execution", "read_timeout"):
             if getattr(self, name) < timedelta(milliseconds=10):
                 raise ConfigError(f"{name} must be at least 10ms, not {getattr(self, name)}.")
         if self.drain_timeout < timedelta(0) or self.retention < timedelta(days=1):

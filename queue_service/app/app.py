@@ -14,8 +14,10 @@ from psycopg import errors as pg
 
 from queue_service import settings as settings_module
 from queue_service.app import enqueue as enqueueing
+from queue_service.app import history
 from queue_service.app.enqueue import OnConflict, Steps, drive, drive_sync
 from queue_service.app.events import Events
+from queue_service.app.history import Retried
 from queue_service.app.opened import Opened
 from queue_service.app.progress import watching
 from queue_service.app.queues import Queues
@@ -328,6 +330,27 @@ class App:
         if where is not None:
             self.opened.notifier.send([channels.enqueued(*where)])
         return where is not None
+
+    async def retry_many(
+        self,
+        *,
+        state: str = "failed",
+        queue: str | None = None,
+        task: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        limit: int | None = None,
+        dry_run: bool = False,
+        told: Callable[[Retried], object] | None = None,
+    ) -> Retried:
+        """Queue all runs again that ended `failed` (or `cancelled`, or `expired`), those of a queue, a task, and that ended
+        since a time or within so long (timedelta or seconds), where that is given; the oldest first, at most `limit`. One
+        whose singleton key a live run holds is skipped, and counted. `dry_run` counts them and moves none, up to 50,001.
+        It is done in batches, `told` is called after each, and what fails after this began is left alone: stop and begin
+        again whenever you like, and from many places at once.
+        """
+        chosen = history.chosen(state, queue, task, since)
+        how = history.count if dry_run else history.retry
+        return await how(self.opened, chosen, limit=limit, told=told or (lambda _: None))
 
     async def delete(self, run_id: int) -> bool:
         """Forget a queued or finished run. False: it is running, or there is none of this id."""

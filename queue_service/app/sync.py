@@ -218,4 +218,5 @@ class SyncApp(Blocking[App]):
     get = blocking(App.get)
     cancel = blocking(App.cancel)
     retry = blocking(App.retry)
+    retry_many = blocking(App.retry_many)
     delete = blocking(App.delete)

@@ -179,10 +179,7 @@ def _check_alive(worker: subprocess.Popen[bytes]) -> None:
 
 
 async def _results(app: App, ids: Sequence[int]) -> dict[int, Run]:
-    wanted, results, before = set(ids), {}, ids[-1] + 1
-    while page := await app.fetch(queries.page(before=before, queue="demo", limit=1_000)):
-        results.update({run.id: run for run in page if run.id in wanted})
-        before = page[-1].id
+    results = {run.id: run for run in await app.fetch(queries.get_many(ids))}
     return {run_id: results[run_id] for run_id in ids if run_id in results}
 
 

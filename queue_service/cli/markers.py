@@ -8,7 +8,7 @@ import click
 
 from queue_service.app import App
 from queue_service.cli import render
-from queue_service.cli.options import command, json_option, load_app, with_app
+from queue_service.cli.options import command, json_option, load_app, read, with_app
 from queue_service.errors import TurnUnknown
 from queue_service.settings import format_duration
 from queue_service.turns.model import SENTENCES, Marker, Outcome, TurnFailure
@@ -38,7 +38,7 @@ def list_(as_json: bool, database_url: str | None, **filters: Any) -> None:
     async def body(app: App) -> tuple[list[Marker], Tally]:
         return await app.turns.list(**filters), await app.turns.tally()
 
-    found, tally = with_app(load_app(None, database_url), body)
+    found, tally = read(database_url, body)
     if as_json:
         render.as_json({**tally._asdict(), "markers": found})
         return
@@ -75,7 +75,7 @@ def show(deployment: str, message_id: str, as_json: bool, database_url: str | No
         armed = await app.turns.list(deployment=deployment, message_id=message_id, limit=1)
         return (armed[0], None) if armed else (None, await app.turns.outcome(deployment, message_id))
 
-    marker, outcome = with_app(load_app(None, database_url), body)
+    marker, outcome = read(database_url, body)
     standing = marker or outcome
     if standing is None:
         raise TurnUnknown(deployment, message_id)

@@ -13,12 +13,13 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import click
+from psycopg import errors as pg
 
 from queue_service import logs
 from queue_service import settings as settings_module
 from queue_service.app import App
 from queue_service.db import url
-from queue_service.errors import ConfigError, QueueServiceError, nearest
+from queue_service.errors import ConfigError, DatabaseUnavailable, QueueServiceError, nearest
 from queue_service.settings import Settings
 
 T = TypeVar("T")
@@ -166,6 +167,25 @@ def run(call: Coroutine[Any, Any, T]) -> T:
     except ImportError:
         return asyncio.run(call)
     return uvloop.run(call)
+
+
+def read(database_url: str | None, body: Callable[[App], Coroutine[Any, Any, T]]) -> T:
+    """As `with_app`, for what is only to be shown: no statement may keep the database busy for long."""
+
+    async def hurried(app: App) -> T:
+        allowed = app.settings.read_timeout
+        await app.pool.hurry(allowed)
+        try:
+            return await body(app)
+        except DatabaseUnavailable as refused:
+            if not isinstance(refused.__cause__, pg.QueryCanceled):
+                raise
+            raise DatabaseUnavailable(
+                f"The database did not find it within {settings_module.format_duration(allowed)}, and stopped looking. "
+                "Narrow down what is asked for, or allow more: QUEUE_SERVICE_READ_TIMEOUT=10s."
+            ) from refused
+
+    return with_app(load_app(None, database_url), hurried)
 
 
 def with_app(app: App, body: Callable[[App], Coroutine[Any, Any, T]]) -> T:

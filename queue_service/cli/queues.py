@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from datetime import datetime, timedelta
 
 import click
@@ -8,7 +7,7 @@ import msgspec
 
 from queue_service.app import App
 from queue_service.cli import render
-from queue_service.cli.options import DURATION, MOMENT, RATE, command, json_option, load_app, with_app
+from queue_service.cli.options import DURATION, MOMENT, RATE, command, json_option, load_app, read, with_app
 from queue_service.errors import ConfigError
 from queue_service.queues.queries import Queue
 from queue_service.runs import queries
@@ -29,7 +28,7 @@ def list_(as_json: bool, database_url: str | None) -> None:
     async def body(app: App) -> list[tuple[Queue, Depth]]:
         return [(queue, await app.fetch(queries.depth(queue.name))) for queue in await app.queues.list()]
 
-    found = with_app(load_app(None, database_url), body)
+    found = read(database_url, body)
     if as_json:
         click.echo(msgspec.json.encode([{**queue._asdict(), **depth._asdict()} for queue, depth in found]))
         return
@@ -38,8 +37,8 @@ def list_(as_json: bool, database_url: str | None) -> None:
         [
             (
                 queue.name,
-                _count(depth.due),
-                _count(depth.later),
+                render.count(depth.due),
+                render.count(depth.later),
                 depth.running,
                 _limits(queue),
                 depth.first_due,
@@ -73,14 +72,12 @@ def purge(name: str, yes: bool, database_url: str | None) -> None:
     """Forget all that is queued in the queue NAME, now or for later. It leaves no history; what is running goes on."""
     if not yes:
         click.confirm(f"Forget everything that is queued in {name}?", abort=True, err=True)
-    shown = sys.stderr.isatty()
-
-    def told(count: int) -> None:
-        if shown:
-            click.echo(f"\r{count:,} forgotten", nl=False, err=True)
-
-    count = with_app(load_app(None, database_url), lambda app: app.queues.purge(name, told=told))
-    click.echo(f"{chr(10) if shown and count else ''}queue {name}: {count:,} runs forgotten")
+    with render.line() as told:
+        count = with_app(
+            load_app(None, database_url),
+            lambda app: app.queues.purge(name, told=lambda count: told(f"{count:,} forgotten")),
+        )
+    click.echo(f"queue {name}: {count:,} runs forgotten")
 
 
 @queues.command()
@@ -135,7 +132,3 @@ def _limits(queue: Queue) -> str | None:
         parts.append(f"{queue.rate:,} in {queue.period.total_seconds():g} s")
         parts += [f"{queue.burst:,} at once"] if queue.burst != queue.rate else []
     return ", ".join(parts) or None
-
-
-def _count(count: int) -> str:
-    return f"{count - 1:,}+" if count >= queries.COUNT_LIMIT else f"{count:,}"

@@ -11,6 +11,8 @@ from typing import Any
 import click
 import msgspec
 
+from queue_service.runs.queries import COUNT_LIMIT
+
 Advance = Callable[[int], None]
 
 
@@ -44,6 +46,21 @@ def span(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f}{unit}"
     return f"{seconds:.0f}s" if seconds >= 1 else f"{seconds * 1000:.0f}ms"
+
+
+def count(number: int) -> str:
+    """Those above COUNT_LIMIT were counted no further."""
+    return f"{number - 1:,}+" if number >= COUNT_LIMIT else f"{number:,}"
+
+
+@contextmanager
+def line() -> Iterator[Callable[[str], None]]:
+    """One line that is written over and over, on a terminal; nothing where standard error is none."""
+    if not sys.stderr.isatty():
+        yield lambda _text: None
+        return
+    yield lambda text: click.echo(f"\r{text}", nl=False, err=True)
+    click.echo(err=True)
 
 
 @contextmanager

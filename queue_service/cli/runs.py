@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -8,14 +9,17 @@ import click
 import msgspec
 
 from queue_service.app import App
+from queue_service.app.history import RETRIABLE
 from queue_service.cli import render
-from queue_service.cli.options import command, json_option, load_app, with_app
-from queue_service.errors import RunUnknown
+from queue_service.cli.options import DURATION, command, json_option, load_app, read, with_app
+from queue_service.errors import ConfigError, RunUnknown
 from queue_service.queues import queries as queues
 from queue_service.roster import queries as roster
-from queue_service.runs import queries
+from queue_service.runs import walks
 from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.turns import queries as turns
+
+STATES = [state.value for state in RETRIABLE]
 
 ids = click.argument("run_ids", type=int, nargs=-1, required=True, metavar="ID...")
 
@@ -33,13 +37,38 @@ def runs() -> None:
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_envvar=True)
 @json_option
 @command
-def list_(as_json: bool, database_url: str | None, state: str | None, **filters: Any) -> None:
-    """The newest runs first."""
-    query = queries.page(state=RunState(state) if state else None, **filters)
-    found = with_app(load_app(None, database_url), lambda app: app.fetch(query))
+def list_(as_json: bool, database_url: str | None, state: str | None, before: int | None, **filters: Any) -> None:
+    """The newest runs first. Where few fit, the search stops when it has lasted for a while, and says where to go on."""
+    filters["state"] = RunState(state) if state else None
+    found, below = read(database_url, lambda app: _newest(app, before, **filters))
     if as_json:
         render.as_json(found)
+    else:
+        _table(found)
+    if below is None:
         return
+    if len(found) == filters["limit"]:
+        click.echo(f"More: --before {below}", err=True)
+    else:
+        click.echo(
+            f"Stopped looking at run {below}: go on with --before {below}, or look for longer with "
+            "QUEUE_SERVICE_READ_TIMEOUT=10s.",
+            err=True,
+        )
+
+
+async def _newest(app: App, below: int | None, *, limit: int, **filters: Any) -> walks.Page:
+    """As many as are asked for, or what was found within the time for a read."""
+    found: list[Run] = []
+    patience = time.monotonic() + app.settings.read_timeout.total_seconds()
+    while True:
+        page = await app.fetch(walks.page(before=below, limit=limit - len(found), **filters))
+        found, below = found + page.runs, page.below
+        if below is None or len(found) == limit or time.monotonic() > patience:
+            return walks.Page(found, below)
+
+
+def _table(found: Sequence[Run]) -> None:
     render.table(
         ("id", "state", "queue", "task", "attempt", "failures", "losses", "created", "what"),
         [
@@ -58,8 +87,6 @@ def list_(as_json: bool, database_url: str | None, state: str | None, **filters:
         ],
         empty="No runs match.",
     )
-    if len(found) == filters["limit"]:
-        click.echo(f"More: --before {found[-1].id}", err=True)
 
 
 @runs.command()
@@ -68,7 +95,7 @@ def list_(as_json: bool, database_url: str | None, state: str | None, **filters:
 @command
 def show(run_id: int, as_json: bool, database_url: str | None) -> None:
     """All there is to know about one run, and a table of its attempts."""
-    run = with_app(load_app(None, database_url), lambda app: app.get(run_id))
+    run = read(database_url, lambda app: app.get(run_id))
     if run is None:
         raise RunUnknown(run_id)
     if as_json:
@@ -112,7 +139,7 @@ def why(run_id: int, as_json: bool, database_url: str | None) -> None:
         turn = await app.fetch(turns.of_run(run_id))
         return run, Surroundings(paused.get(run.queue) if run else None, workers, turn)
 
-    run, around = with_app(load_app(None, database_url), body)
+    run, around = read(database_url, body)
     if run is None:
         raise RunUnknown(run_id)
     sentence = " ".join(filter(None, (awaited(run, around), turn_of(around))))
@@ -123,11 +150,55 @@ def why(run_id: int, as_json: bool, database_url: str | None) -> None:
 
 
 @runs.command()
-@ids
+@click.argument("run_ids", type=int, nargs=-1, metavar="[ID...]")
+@click.option(
+    "--state",
+    type=click.Choice([state.value for state in RETRIABLE]),
+    default=None,
+    show_envvar=True,
+    help="All that ended so (failed).",
+)
+@click.option("--queue", default=None, show_envvar=True, help="All of this queue.")
+@click.option("--task", default=None, show_envvar=True, help="All of this task.")
+@click.option(
+    "--since", type=DURATION, default=None, show_envvar=True, help="All that ended within so long, such as 2h."
+)
+@click.option("--limit", type=click.IntRange(1), default=None, show_envvar=True, help="At most so many.")
+@click.option("--dry-run", is_flag=True, show_envvar=True, help="Only count them.")
+@json_option
 @command
-def retry(run_ids: tuple[int, ...], database_url: str | None) -> None:
-    """Queue failed, cancelled or expired runs again."""
-    _each(run_ids, database_url, lambda app: app.retry, done="queued again", otherwise="has not failed, or is unknown")
+def retry(
+    run_ids: tuple[int, ...], as_json: bool, database_url: str | None, dry_run: bool, state: str | None, **filters: Any
+) -> None:
+    """Queue failed, cancelled or expired runs again: those of these IDs, or all that fit, the oldest first."""
+    chosen = {name: value for name, value in {"state": state, **filters}.items() if value is not None}
+    if run_ids:
+        if chosen or dry_run or as_json:
+            raise ConfigError(
+                "Name runs by their ids, or choose them with --state, --queue, --task and --since; not both."
+            )
+        _each(
+            run_ids, database_url, lambda app: app.retry, done="queued again", otherwise="has not failed, or is unknown"
+        )
+        return
+    if not chosen.keys() - {"limit"}:
+        raise ConfigError(
+            "Which runs? Name them by their ids, or choose them, such as all that failed: --state failed."
+        )
+    with render.line() as told:
+        done = with_app(
+            load_app(None, database_url),
+            lambda app: app.retry_many(
+                **chosen, dry_run=dry_run, told=lambda so_far: told(f"{so_far.runs:,} runs queued again")
+            ),
+        )
+    if as_json:
+        render.as_json({**done._asdict(), "dry_run": dry_run})
+    elif dry_run:
+        click.echo(f"{render.count(done.runs)} runs would be queued again")
+    else:
+        skipped = f"; {done.skipped:,} skipped: a live run holds their singleton key" if done.skipped else ""
+        click.echo(f"{done.runs:,} runs queued again{skipped}")
 
 
 @runs.command()

@@ -8,7 +8,7 @@ import click
 
 from queue_service.app import App
 from queue_service.cli import render
-from queue_service.cli.options import DURATION, app_option, command, json_option, load_app, with_app
+from queue_service.cli.options import DURATION, app_option, command, json_option, load_app, read, with_app
 from queue_service.codec import loads
 from queue_service.cron import zone
 from queue_service.errors import PayloadRefused
@@ -29,7 +29,7 @@ def schedules() -> None:
 @command
 def list_(as_json: bool, database_url: str | None) -> None:
     """The schedules by name, when each is due, and what it last fired for."""
-    found = with_app(load_app(None, database_url), lambda app: app.schedules.list())
+    found = read(database_url, lambda app: app.schedules.list())
     if as_json:
         render.as_json(found)
         return
@@ -57,7 +57,7 @@ def list_(as_json: bool, database_url: str | None) -> None:
 @command
 def show(name: str, as_json: bool, database_url: str | None) -> None:
     """All there is to know about one schedule."""
-    found = _there(with_app(load_app(None, database_url), lambda app: app.schedules.get(name)), name)
+    found = _there(read(database_url, lambda app: app.schedules.get(name)), name)
     if as_json:
         render.as_json(found)
         return
@@ -78,7 +78,7 @@ def next_(name: str, count: int, as_json: bool, database_url: str | None) -> Non
     async def body(app: App) -> tuple[Schedule | None, list[datetime] | None]:
         return await app.schedules.get(name), await app.schedules.next(name, count)
 
-    schedule, slots = with_app(load_app(None, database_url), body)
+    schedule, slots = read(database_url, body)
     schedule, slots = _there(schedule, name), _there(slots, name)
     local = [slot.astimezone(zone(schedule.timezone)) for slot in slots]
     if as_json:

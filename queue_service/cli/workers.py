@@ -3,7 +3,7 @@ from __future__ import annotations
 import click
 
 from queue_service.cli import render
-from queue_service.cli.options import command, json_option, load_app, with_app
+from queue_service.cli.options import command, json_option, read
 from queue_service.roster import queries as roster
 
 
@@ -17,8 +17,7 @@ def workers() -> None:
 @command
 def list_(as_json: bool, database_url: str | None) -> None:
     """The worker processes, and whether each was heard of within its lease."""
-    app = load_app(None, database_url)
-    found = with_app(app, lambda opened: opened.fetch(roster.listed(app.settings.lease)))
+    found = read(database_url, lambda app: app.fetch(roster.listed(app.settings.lease)))
     if as_json:
         render.as_json([worker._asdict() for worker in found])
         return

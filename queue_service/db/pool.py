@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import psycopg
@@ -98,7 +99,7 @@ class Pool:
             min_size=1,
             max_size=size,
             open=False,
-            configure=_configure,
+            configure=self._configure,
             kwargs={"autocommit": True},
             timeout=DEADLINE,
             reconnect_timeout=DEADLINE,
@@ -107,6 +108,7 @@ class Pool:
         # A caller that sends one statement after another keeps its connection between them: 40 us each.
         self._parked: Connection | None = None
         self._waiting = 0
+        self._timeout: timedelta | None = None
 
     async def open(self) -> None:
         """Connect, so that a wrong address is an error now and not at the first use."""
@@ -117,6 +119,12 @@ class Pool:
         if parked is not None:
             await self._pool.putconn(parked)
         await self._pool.close()
+
+    async def hurry(self, timeout: timedelta) -> None:
+        """From now on, have the server give up on a statement of this pool after so long."""
+        self._timeout = timeout
+        async with self.connection() as conn:
+            await self._configure(conn)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -132,6 +140,12 @@ class Pool:
             return await _persistently(conn, query, deadline)
         finally:
             await self._give(conn)
+
+    async def _configure(self, conn: Connection) -> None:
+        await _configure(conn)
+        if self._timeout is not None:
+            milliseconds = f"{self._timeout / timedelta(milliseconds=1):.0f}"
+            await conn.execute("select set_config('statement_timeout', %s, false)", [milliseconds])
 
     async def _take(self) -> Connection:
         conn, self._parked = self._parked, None

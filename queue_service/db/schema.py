@@ -13,7 +13,7 @@ from queue_service.db.pool import Connection, options
 from queue_service.db.query import Query, scalar
 from queue_service.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
 
-HEAD = "0011"
+HEAD = "0012"
 
 # Alembic keeps its context in globals of the process; across processes the lock in the database decides.
 _ALEMBIC = threading.Lock()

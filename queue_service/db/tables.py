@@ -146,6 +146,12 @@ finished_runs = Table(
     postgresql_partition_by="range (finished_at)",
 )
 Index("finished_runs_id_idx", finished_runs.c.id)
+Index(
+    "finished_runs_unsuccessful_idx",
+    finished_runs.c.state,
+    finished_runs.c.id,
+    postgresql_where=text("state <> 'succeeded'"),
+)
 
 queues = Table(
     "queues",

@@ -258,19 +258,6 @@ def endings(run_ids: Collection[int]) -> Query[dict[int, RunState | None]]:
     return SQL.query("endings", decode, run_ids=array_literal(sorted(run_ids)))
 
 
-def page(
-    *,
-    before: int | None = None,
-    state: RunState | None = None,
-    queue: str | None = None,
-    task: str | None = None,
-    limit: int = 50,
-) -> Query[list[Run]]:
-    return SQL.query(
-        "page", read_runs, before=before or 2**63 - 1, state=state and state.value, queue=queue, task=task, limit=limit
-    )
-
-
 def depth(queue: str) -> Query[Depth]:
     return SQL.query("tally", lambda rows: Depth(*rows[0]), queue=queue, most=COUNT_LIMIT)
 

@@ -68,6 +68,15 @@ runs.id = any(%(ids)s::bigint[])
 -- define: outcome
 (select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1)
 
+-- define: queued_again
+insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
+                                    ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
+    select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
+           organization_id, retry_delay, timeout, metadata, error,
+           case when claimed_at is null then attempts else (
+               select {attempts_and_this} from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
+      from taken
+
 -- define: attempts_and_this
 coalesce(case when jsonb_array_length(attempts) >= 20 then attempts - 0 else attempts end, '[]')
     || jsonb_build_object('attempt', attempt, 'worker_id', this.worker_id, 'claimed_at', claimed_at,
@@ -80,6 +89,27 @@ jsonb_build_object('reason', 'worker_lost', 'message', 'The worker was lost whil
 
 -- define: is_final
 coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
+
+-- define: moment
+moment as materialized (
+    select asked.until, coalesce(%(since)s::timestamptz, asked.until - %(within)s::interval, '-infinity') as since
+      from (select coalesce(%(until)s::timestamptz, clock_timestamp()) as until offset 0) as asked
+)
+
+-- define: stretch
+stretch as materialized (
+    select max(id) as last
+      from (select id from queue_service.finished_runs
+             where state <> 'succeeded' and state = %(state)s and id > %(after)s
+               and finished_at >= (select date_trunc('day', moment.since) from moment)
+             order by id limit %(look)s) as following
+)
+
+-- define: chosen
+queue_service.finished_runs
+     where state <> 'succeeded' and state = %(state)s and id > %(after)s and id <= (select stretch.last from stretch)
+       and finished_at >= (select moment.since from moment) and finished_at <= (select moment.until from moment)
+       and (%(queue)s::text is null or queue = %(queue)s) and (%(task)s::text is null or task = %(task)s)
 
 -- define: of_queue
 select from queue_service.runs where queue = %(queue)s and state = 'queued'
@@ -634,14 +664,47 @@ with taken as (
      where id = %(run_id)s and state in ('failed', 'cancelled', 'expired')
     returning *
 )
-insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
-                                ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
-select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
-       organization_id, retry_delay, timeout, metadata, error,
-       case when claimed_at is null then attempts else (
-           select {attempts_and_this} from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
-  from taken
+{queued_again}
 returning queue, priority
+
+-- name: retry_many
+-- As `retry`, the runs of history that ended in a state that is not success, of a queue, a task and a time: the oldest first,
+-- at most `limit` of the next `look`, for what is chosen may be rare among what there is. One whose singleton key a live run
+-- holds stays where it is, and so does one that somebody else is moving. Row: the time up to which runs are chosen, where to
+-- go on (null: nowhere), how many were found, how many of those moved, and the notices. Of the partitions only those are read
+-- in which something can have ended since the time asked for; that is why the stretch compares the day.
+-- Their rows are locked first, and go once they are stored: a delete that feeds the insert would lose what conflicts. It
+-- reads the partitions between the times of what was found, and does not say the state once more: before Postgres 18 the
+-- walk's own index would serve it, and be read from end to end.
+-- writes: runs, finished_runs
+with {moment}, {stretch}, taken as materialized (
+    select * from {chosen}
+     order by id limit %(limit)s
+       for update skip locked
+), stored as (
+    {queued_again}
+     order by id
+        on conflict (queue, singleton_key) where singleton_key is not null do nothing
+    returning id, queue, priority
+), gone as (
+    delete from queue_service.finished_runs
+     where id = any(array(select stored.id from stored))
+       and finished_at >= (select min(taken.finished_at) from taken)
+       and finished_at <= (select max(taken.finished_at) from taken)
+    returning id
+)
+select moment.until,
+       case when (select count(*) from taken) < %(limit)s then stretch.last else (select max(taken.id) from taken) end,
+       (select count(*) from taken), (select count(*) from gone),
+       array(select distinct stored.priority || ' ' || stored.queue from stored)
+  from moment, stretch
+
+-- name: count_many
+-- How many `retry_many` would find, at most `limit`. Row: as there, without the last two.
+with {moment}, {stretch}
+select moment.until, stretch.last,
+       (select count(*) from (select from {chosen} limit %(limit)s) as fitting)
+  from moment, stretch
 
 -- name: delete
 -- Forget a run that is queued or finished. Row: its id; none if it is running or unknown.
@@ -683,16 +746,28 @@ select asked.id, ending.state
  where live.found is null
 
 -- name: page
--- Runs by descending id, below `before`: one page of a listing.
-select {read_columns} from (
-    {live_as_read}
-    union all
-    {finished_as_read}
-) as run
- where id < %(before)s
-   and (%(state)s::text is null or state = %(state)s)
-   and (%(queue)s::text is null or queue = %(queue)s)
-   and (%(task)s::text is null or task = %(task)s)
+-- Runs by descending id, below `before`: one page of a listing, from the places that are named. Of these no more than
+-- `look` runs are looked at, however few of them fit. Rows: those that fit, and the last one that was looked at if there may
+-- be more below it; the last two columns say so. Each place is an ordered walk with a limit of its own, or the planner would
+-- sort all of history. Those that are running are found by their leases: there may be a million queued ones.
+select {read_columns}, is_fitting, place = %(look)s from (
+    select looked.*, row_number() over (order by id desc) as place,
+           (%(state)s::text is null or state = %(state)s) and (%(queue)s::text is null or queue = %(queue)s)
+               and (%(task)s::text is null or task = %(task)s) as is_fitting
+      from (
+        ({live_as_read} where %(live)s::boolean and id < %(before)s order by id desc limit %(look)s)
+        union all
+        ({live_as_read} where %(running)s::boolean and id < %(before)s
+            and id = any(array(select unnest(run_ids) from queue_service.leases)) order by id desc limit %(look)s)
+        union all
+        ({finished_as_read} where %(finished)s::boolean and id < %(before)s order by id desc limit %(look)s)
+        union all
+        ({finished_as_read} where %(unsuccessful)s::boolean and state <> 'succeeded' and state = %(state)s
+            and id < %(before)s order by id desc limit %(look)s)
+        order by id desc limit %(look)s
+      ) as looked
+) as placed
+ where is_fitting or place = %(look)s
  order by id desc
  limit %(limit)s
 

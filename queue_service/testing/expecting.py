@@ -16,7 +16,7 @@ from queue_service.app.enqueue import drive_any
 from queue_service.db.borrowed import borrow
 from queue_service.db.query import Query
 from queue_service.errors import ConfigError, nearest
-from queue_service.runs import queries
+from queue_service.runs import walks
 from queue_service.runs.model import Run, RunState
 from queue_service.tasks import Task, duration
 
@@ -95,11 +95,13 @@ def named(task: str | Task[..., Any]) -> str:
 
 async def runs_in(fetch: Fetch, *, state: RunState | None = None, task: str | None = None) -> AsyncIterator[Run]:
     """All of them, the latest first."""
-    before = None
-    while page := await fetch(queries.page(before=before, state=state, task=task, limit=PAGE)):
-        for run in page:
+    page = await fetch(walks.page(state=state, task=task, limit=PAGE))
+    while True:
+        for run in page.runs:
             yield run
-        before = page[-1].id
+        if page.below is None:
+            return
+        page = await fetch(walks.page(before=page.below, state=state, task=task, limit=PAGE))
 
 
 class _Wish:

@@ -13,6 +13,9 @@ from queue_service.services.scheduler import Scheduler
 from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
 
+# Partitions are made three days ahead: however long history is kept, somebody has to look in time.
+PRUNING = timedelta(hours=1)
+
 
 class Maintenance:
     def __init__(self, app: App, settings: Settings) -> None:
@@ -22,12 +25,12 @@ class Maintenance:
         self._scheduler = Scheduler(
             app.fetch, app.notify, poll_interval=settings.poll_interval, retention=settings.retention
         )
-        self._pruner = Pruner(app.pool, retention=settings.retention)
+        self._pruner = Pruner(app.pool, retention=settings.retention, retention_failed=settings.retention_failed)
 
     async def begin(self, *, once: bool) -> None:
         """What comes before anything can end. With `once`, what is due by a schedule is enqueued now."""
         # A partition is attached without trouble while nothing is written where it will be.
-        await self._pruner.partitions()
+        await self._pruner.partitions.make_and_drop()
         await self._app.schedules.store_declared()
         if once:
             await self._scheduler.once()
@@ -38,5 +41,5 @@ class Maintenance:
         return [
             every(settings.sweep_interval, self._sweeper.once, name="sweeper"),
             every(timedelta(0), self._scheduler.when_due, name="scheduler"),
-            every(settings.retention / 100, self._pruner.once, name="pruner"),
+            every(min(settings.retention / 100, PRUNING), self._pruner.once, name="pruner"),
         ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 import json
 import logging
 import os
@@ -13,6 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -22,9 +25,11 @@ import structlog
 from click.testing import CliRunner, Result
 
 from queue_service import App, __version__, logs
-from queue_service.cli import COMMANDS, cli
+from queue_service.cli import COMMANDS, cli, render
+from queue_service.cli import runs as runs_commands
 from queue_service.db import embedded, schema
 from queue_service.db.cluster import Cluster
+from queue_service.runs import walks
 from queue_service.worker.process import Worker
 
 Invoke = Callable[..., Result]
@@ -503,6 +508,71 @@ def test_retry_queues_again_what_failed_and_nothing_else(database: str, invoke: 
     assert f"run {good}: has not failed" in result.stdout
     run = json.loads(invoke("runs", "show", str(bad), "--json").stdout)
     assert (run["state"], run["failures"]) == ("queued", 0)
+
+
+def test_retry_queues_again_all_that_fit(database: str, invoke: Invoke) -> None:
+    bad = finish(database, 3, well=False)
+    finish(database, 1, well=True)
+    assert (
+        succeeded(invoke("runs", "retry", "--state", "failed", "--dry-run")).stdout == "3 runs would be queued again\n"
+    )
+    assert succeeded(invoke("runs", "retry", "--queue", "elsewhere")).stdout == "0 runs queued again\n"
+    first = invoke("runs", "retry", "--task", "vary", "--since", "1h", "--limit", "2", "--json")
+    assert json.loads(succeeded(first).stdout) == {"runs": 2, "skipped": 0, "dry_run": False}
+    assert rows(database, "select id from queue_service.runs order by id") == [(bad[0],), (bad[1],)]
+    assert succeeded(invoke("runs", "retry", "--state", "failed")).stdout == "1 runs queued again\n"
+    assert rows(database, "select count(*) from queue_service.finished_runs") == [(1,)]
+
+
+def test_retry_tells_of_those_whose_singleton_key_is_held(database: str, invoke: Invoke) -> None:
+    first = new_id(invoke("enqueue", "other", "--singleton-key", "k", "--json"))
+    succeeded(invoke("runs", "cancel", str(first)))
+    succeeded(invoke("enqueue", "other", "--singleton-key", "k"))
+    told = succeeded(invoke("runs", "retry", "--state", "cancelled")).stdout
+    assert told == "0 runs queued again; 1 skipped: a live run holds their singleton key\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["1", "--state", "failed"], ["1", "--dry-run"], ["--limit", "3"]], ids=" ".join
+)
+def test_retry_wants_either_ids_or_a_filter(invoke: Invoke, arguments: list[str]) -> None:
+    assert "by their ids" in said(invoke("runs", "retry", *arguments), 2)
+
+
+def test_a_count_that_went_no_further_says_so() -> None:
+    assert [render.count(number) for number in (0, 50_000, 50_001)] == ["0", "50,000", "50,000+"]
+
+
+def test_a_list_that_takes_too_long_stops_and_says_where_to_go_on(
+    database: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [new_id(invoke("enqueue", "rare" if n in {0, 3} else "other", "--json")) for n in range(5)]
+    moments = itertools.count()
+    monkeypatch.setattr(runs_commands, "time", SimpleNamespace(monotonic=lambda: float(next(moments))))
+    monkeypatch.setattr(walks, "page", functools.partial(walks.page, look=1))
+    first = succeeded(invoke("runs", "list", "--task", "rare", "--json"))
+    assert [run["id"] for run in json.loads(first.stdout)] == [ids[3]]
+    assert f"--before {ids[2]}" in first.stderr
+    assert "QUEUE_SERVICE_READ_TIMEOUT" in first.stderr
+    rest = succeeded(invoke("runs", "list", "--task", "rare", "--json", "--before", str(ids[2])))
+    assert [run["id"] for run in json.loads(rest.stdout)] == [ids[0]]
+
+
+READS: list[list[str]] = [
+    ["runs", "list"], ["runs", "show", "1"], ["runs", "why", "1"], ["queues", "list"], ["workers", "list"],
+    ["markers", "list"], ["markers", "show", "d", "m"], ["schedules", "list"], ["schedules", "show", "s"],
+    ["schedules", "next", "s"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", READS, ids=" ".join)
+def test_a_read_gives_up_in_time_and_says_what_to_do(database: str, invoke: Invoke, arguments: list[str]) -> None:
+    tables = ("runs", "leases", "workers", "turn_markers", "schedules")
+    with psycopg.connect(database) as busy:
+        busy.execute(f"lock table {', '.join(f'queue_service.{table}' for table in tables)}".encode())
+        text = said(invoke(*arguments, QUEUE_SERVICE_READ_TIMEOUT="50ms"), 3)
+    assert "within 50ms" in text
+    assert "QUEUE_SERVICE_READ_TIMEOUT=" in text
 
 
 def test_cancel_ends_queued_runs_and_tells_of_the_others(database: str, invoke: Invoke) -> None:

@@ -13,7 +13,7 @@ from queue_service import App, Run, RunState
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable
-from queue_service.runs import queries
+from queue_service.runs import queries, walks
 from queue_service.runs.model import Ending, Return
 from queue_service.runs.queries import Allowed, Claimant, Wanted
 from queue_service.worker.floors import FRONT
@@ -342,7 +342,7 @@ class TestRace:
             await a.execute("select pg_advisory_unlock(7)")
             answer = await counting
             assert (answer.runs, answer.waits) == ([], {})
-            await finished(conn, *(await fetch(conn, queries.page(state=RunState.RUNNING)))[:1])
+            await finished(conn, *(await fetch(conn, walks.page(state=RunState.RUNNING))).runs[:1])
             assert len(await begun(b)) == 1
         finally:
             await b.execute("reset role")

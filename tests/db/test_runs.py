@@ -17,7 +17,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.errors import DuplicateRun
 from queue_service.queues import queries as queues
-from queue_service.runs import queries
+from queue_service.runs import queries, walks
 from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
@@ -759,15 +759,20 @@ class TestEndings:
         assert await fetch(conn, queries.endings([])) == {}
 
 
+async def walked(conn: Connection, **how: Any) -> list[int]:
+    """The ids of all pages, one after the other."""
+    page = await fetch(conn, walks.page(**how))
+    ids = [run.id for run in page.runs]
+    while page.below is not None:
+        page = await fetch(conn, walks.page(before=page.below, **how))
+        ids += [run.id for run in page.runs]
+    return ids
+
+
 class TestPage:
     async def test_pages_follow_one_another_from_the_newest_across_both_tables(self, conn: Connection) -> None:
         ids = [(await ended(conn)).id if n % 2 else await enqueued(conn, delay=LEASE) for n in range(7)]
-        seen: list[int] = []
-        before = None
-        while page := await fetch(conn, queries.page(before=before, limit=3)):
-            seen += [run.id for run in page]
-            before = seen[-1]
-        assert seen == ids[::-1]
+        assert await walked(conn, limit=3) == ids[::-1]
 
     async def test_it_keeps_to_a_state_a_queue_and_a_task(self, conn: Connection) -> None:
         queued = await enqueued(conn, delay=LEASE)
@@ -775,13 +780,56 @@ class TestPage:
         over = await ended(conn)
 
         async def ids(**only: Any) -> list[int]:
-            return [run.id for run in await fetch(conn, queries.page(**only))]
+            return [run.id for run in (await fetch(conn, walks.page(**only))).runs]
 
         assert await ids(state=RunState.FAILED) == [over.id]
         assert await ids(state=RunState.QUEUED) == [other, queued]
         assert await ids(queue="other") == await ids(task="else") == [other]
         assert await ids(queue="default", task="noop") == [over.id, queued]
         assert await ids(state=RunState.RUNNING) == []
+
+    @pytest.mark.parametrize("state", [None, *RunState])
+    async def test_each_state_is_found_among_the_others_and_in_order(
+        self, conn: Connection, state: RunState | None
+    ) -> None:
+        for _ in range(3):
+            await ended(conn, RunState.SUCCEEDED)
+            await ended(conn, RunState.FAILED)
+            await fetch(conn, queries.cancel(await enqueued(conn)))
+            await enqueued(conn, expires_in=LEASE)
+            await claimed(conn, limit=1)
+            await enqueued(conn)
+        await conn.execute(
+            "update queue_service.runs set expires_at = '2020-01-01Z' where expires_at is not null and state = 'queued'"
+        )
+        await enqueued(conn, expires_in=timedelta(days=-1))
+        await fetch(conn, queries.expire(limit=10))
+        stored = "select id, state from queue_service.runs union all select id, state from queue_service.finished_runs"
+        everything = await rows(conn, stored)
+        assert {each for _, each in everything} == set(RunState)
+        expected = sorted((run_id for run_id, each in everything if state in {None, each}), reverse=True)
+        assert await walked(conn, state=state, limit=2) == expected
+
+    async def test_a_page_looks_at_so_many_runs_and_says_where_to_go_on(self, conn: Connection) -> None:
+        rare, *others = [(await ended(conn)).id for _ in range(7)]
+        await conn.execute("update queue_service.finished_runs set task = 'rare' where id = %s", [rare])
+        first = await fetch(conn, walks.page(task="rare", look=3))
+        assert (first.runs, first.below) == ([], others[3])
+        second = await fetch(conn, walks.page(task="rare", look=3, before=first.below))
+        assert (second.runs, second.below) == ([], others[0])
+        third = await fetch(conn, walks.page(task="rare", look=3, before=second.below))
+        assert ([run.id for run in third.runs], third.below) == ([rare], None)
+
+    @pytest.mark.parametrize("look", [1, 2, 3, 100])
+    @pytest.mark.parametrize("limit", [1, 2, 100])
+    async def test_however_little_a_page_looks_at_nothing_is_passed_over(
+        self, conn: Connection, look: int, limit: int
+    ) -> None:
+        ids = [(await ended(conn)).id if n % 2 else await enqueued(conn, delay=LEASE) for n in range(6)]
+        wanted = [ids[0], ids[3], ids[4]]
+        for table in ("runs", "finished_runs"):
+            await conn.execute(f"update queue_service.{table} set task = 'a' where id = any(%s)".encode(), [wanted])
+        assert await walked(conn, task="a", look=look, limit=limit) == wanted[::-1]
 
 
 class TestDepth:

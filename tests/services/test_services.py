@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 
@@ -15,9 +14,8 @@ from queue_service.db.pool import Connection, Pool, Wire
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, RunUnknown
 from queue_service.runs import queries
-from queue_service.runs.model import Ending
 from queue_service.runs.queries import Claimant
-from queue_service.services.pruner import AHEAD, Pruned, Pruner
+from queue_service.services.pruner import Pruner
 from queue_service.services.sweeper import Sweeper, Swept
 from tests.support import claimed, enqueued, eventually, lapse, one, rows, working
 
@@ -110,43 +108,6 @@ async def test_a_worker_begins_before_what_is_old_is_pruned(app: App, conn: Conn
 class TestPruner:
     def make(self, app: App, days: int = 14) -> Pruner:
         return Pruner(app.pool, retention=timedelta(days=days))
-
-    async def test_partitions_are_made_ahead_once(self, app: App) -> None:
-        first, second = await self.make(app).once(), await self.make(app).once()
-        today = datetime.now(UTC).date()
-        assert first.made == [f"finished_runs_{today + timedelta(days=n):%Y%m%d}" for n in range(AHEAD + 1)]
-        assert (first.dropped, second) == ([], Pruned([], []))
-
-    async def test_what_the_default_partition_caught_moves_along(self, app: App, conn: Connection) -> None:
-        await enqueued(conn)
-        ((run, lease),) = await claimed(conn)
-        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED, "1")], worker_id=1, freed=[lease]))
-        assert await one(conn, "select count(*) from queue_service.finished_runs_default") == 1
-        await self.make(app).once()
-        assert await one(conn, "select count(*) from queue_service.finished_runs_default") == 0
-        found = await app.get(run.id)
-        assert found is not None
-        assert found.result == 1
-
-    async def test_partitions_past_retention_are_dropped(self, app: App, conn: Connection) -> None:
-        await conn.execute(
-            "create table queue_service.finished_runs_20200101 partition of queue_service.finished_runs "
-            "for values from ('2020-01-01Z') to ('2020-01-02Z')"
-        )
-        assert (await self.make(app).once()).dropped == ["finished_runs_20200101"]
-
-    async def test_two_at_once_do_the_work_once(self, app: App) -> None:
-        done = await asyncio.gather(self.make(app).once(), self.make(app).once())
-        assert sorted(len(each.made) for each in done) == [0, AHEAD + 1]
-
-    async def test_a_busy_table_is_left_for_the_next_pass(
-        self, app: App, session: Callable[[], Awaitable[Connection]]
-    ) -> None:
-        busy = await session()
-        async with busy.transaction():
-            await busy.execute("lock table queue_service.finished_runs_default in row exclusive mode")
-            assert await self.make(app).once() == Pruned([], [])
-        assert len((await self.make(app).once()).made) == AHEAD + 1
 
     async def test_turns_that_ended_long_ago_are_forgotten_with_their_events(self, app: App, conn: Connection) -> None:
         for number in range(6):

@@ -47,6 +47,8 @@ def test_every_setting_can_be_given_by_its_variable() -> None:
         "admission": ("7m", timedelta(minutes=7)),
         "execution": ("20s", timedelta(seconds=20)),
         "retention": ("2d", timedelta(days=2)),
+        "retention_failed": ("60d", timedelta(days=60)),
+        "read_timeout": ("5s", timedelta(seconds=5)),
         "log_level": ("debug", "debug"),
         "log_format": ("json", "json"),
     }

@@ -1,0 +1,74 @@
+"""Retrying many runs of history: batch after batch, each a statement of its own, so that it can be stopped at any moment
+and begun again, and any number of callers may do it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from queue_service.app.opened import Opened
+from queue_service.errors import ConfigError
+from queue_service.runs import walks
+from queue_service.runs.model import RunState
+from queue_service.runs.queries import COUNT_LIMIT
+from queue_service.runs.walks import Batch, Filter, Place
+from queue_service.tasks import duration
+
+# Runs that one statement moves.
+BATCH = 1_000
+RETRIABLE = (RunState.FAILED, RunState.CANCELLED, RunState.EXPIRED)
+
+
+class Retried(NamedTuple):
+    """How many runs were queued again, and how many were not, because a live run holds their singleton key."""
+
+    runs: int
+    skipped: int
+
+
+Told = Callable[[Retried], object]
+
+
+def chosen(state: str, queue: str | None, task: str | None, since: datetime | timedelta | float | None) -> Filter:
+    if state not in RETRIABLE:
+        raise ConfigError(f"Runs that are {state!r} cannot be retried. Choose one of {', '.join(RETRIABLE)}.")
+    if not isinstance(since, datetime):
+        within = None if since is None else duration(since, "since")
+        return Filter(RunState(state), queue, task, within=within)
+    if since.tzinfo is None:
+        raise ConfigError(f"since={since} has no time zone. Pass an aware datetime, or a timedelta.")
+    return Filter(RunState(state), queue, task, since=since)
+
+
+async def retry(opened: Opened, runs: Filter, *, limit: int | None, told: Told) -> Retried:
+    """Move them, the oldest first."""
+    done = Retried(0, 0)
+    place: Place | None = Place()
+    while place is not None and (limit is None or done.runs < limit):
+        size = BATCH if limit is None else min(BATCH, limit - done.runs)
+        batch = await opened.fetch(walks.retry_many(runs, place, limit=size))
+        opened.notifier.send(list(batch.notices))
+        done = Retried(done.runs + batch.moved, done.skipped + batch.found - batch.moved)
+        if batch.found:
+            told(done)
+        place = _following(batch)
+    return done
+
+
+async def count(opened: Opened, runs: Filter, *, limit: int | None, told: Told) -> Retried:
+    """How many there are to be moved, as far as COUNT_LIMIT."""
+    most = COUNT_LIMIT if limit is None else min(limit, COUNT_LIMIT)
+    done = Retried(0, 0)
+    place: Place | None = Place()
+    while place is not None and done.runs < most:
+        batch = await opened.fetch(walks.count_many(runs, place, limit=most - done.runs))
+        done = Retried(done.runs + batch.found, 0)
+        if batch.found:
+            told(done)
+        place = _following(batch)
+    return done
+
+
+def _following(batch: Batch) -> Place | None:
+    return None if batch.after is None else Place(batch.until, batch.after)

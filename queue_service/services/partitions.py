@@ -1,0 +1,186 @@
+"""The daily partitions of `finished_runs`: made ahead of time, dropped when all that is in them is past retention, and
+where failed runs are kept longer, replaced by what failed.
+
+Any number of processes may do this at once: an advisory lock lets one work and the others go on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, date, datetime, timedelta
+from typing import NamedTuple, TypeVar
+
+from psycopg import errors as pg
+from psycopg import sql
+
+from queue_service.db.execute import translated
+from queue_service.db.pool import Connection, Pool
+from queue_service.logs import get_logger
+
+T = TypeVar("T")
+
+log = get_logger(__name__)
+
+AHEAD = 3
+_LOCK = 4_718_105_520_115
+# One that holds nothing but what failed that day says so by its name.
+_NAME = re.compile(r"finished_runs_(\d{8})(_failed)?")
+
+# Names and bounds of partitions are the one place where SQL is composed: they come from dates, and DDL takes no
+# parameters. What the default partition caught for that day moves along, or the new bounds would be refused.
+_MAKE = """
+create table {day} (like queue_service.finished_runs including defaults including constraints);
+with moved as (
+    delete from queue_service.finished_runs_default where finished_at >= {lower} and finished_at < {upper} returning *
+)
+insert into {day} select * from moved;
+alter table queue_service.finished_runs attach partition {day} for values from ({lower}) to ({upper});
+"""
+
+# With its indexes, which would otherwise be built when it is attached, while everybody waits.
+_COPY = """
+create table {failed} (like queue_service.finished_runs including defaults including constraints including indexes);
+insert into {failed} select * from {day} where state = 'failed';
+"""
+
+# What was retried or deleted since it was copied is gone from the day by the time of the lock. It is looked up run by
+# run, in the index: no join, which might read the whole day while everybody waits.
+_REPLACE = """
+lock table queue_service.finished_runs in access exclusive mode;
+delete from {failed} as kept where (select stored.id from {day} as stored where stored.id = kept.id limit 1) is null;
+alter table queue_service.finished_runs detach partition {day};
+drop table {day};
+alter table queue_service.finished_runs attach partition {failed} for values from ({lower}) to ({upper});
+"""
+
+
+class Changed(NamedTuple):
+    """The partitions that were made, and those that were dropped."""
+
+    made: list[str]
+    dropped: list[str]
+
+
+class Part(NamedTuple):
+    """A day's partition. A thin one has only what failed."""
+
+    day: date
+    thin: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"finished_runs_{self.day:%Y%m%d}{'_failed' if self.thin else ''}"
+
+
+class Partitions:
+    def __init__(self, pool: Pool, *, retention: timedelta, retention_failed: timedelta) -> None:
+        self._pool = pool
+        self._retention = retention
+        self._retention_failed = max(retention, retention_failed)
+
+    async def make_and_drop(self) -> Changed:
+        """What was made and dropped; nothing where another process is at it or a table is busy."""
+        changed = await self._alone(self._make_and_drop) or Changed([], [])
+        if any(changed):
+            log.info("history partitions", made=changed.made, dropped=changed.dropped)
+        return changed
+
+    async def thin(self) -> list[str]:
+        """Replace days past retention by what failed in them, where that is kept longer. Returns the days' partitions."""
+        thinned: list[str] = []
+        while name := await self._alone(self._thin):
+            log.info("of a day in history only what failed is left", partition=name)
+            thinned.append(name)
+        return thinned
+
+    async def _alone(self, work: Callable[[Connection, date], Awaitable[T]]) -> T | None:
+        """Do it in one transaction, given the day it is in the database; None, and nothing is done, where another process
+        is at it or a table is busy."""
+        async with self._pool.connection() as conn:
+            with translated():
+                try:
+                    async with conn.transaction():
+                        return await self._locked(conn, work)
+                except pg.LockNotAvailable:
+                    log.info("history is busy; its partitions wait for the next pass")
+                    return None
+
+    async def _locked(self, conn: Connection, work: Callable[[Connection, date], Awaitable[T]]) -> T | None:
+        # Attaching locks the default partition against writers: better to give up than to stand in their way.
+        await conn.execute("set local lock_timeout = '1s'")
+        # What failed in a day may be much to copy.
+        await conn.execute("set local statement_timeout = '10min'")
+        cursor = await conn.execute("select pg_try_advisory_xact_lock(%s), clock_timestamp()", [_LOCK])
+        mine, now = await cursor.fetchone() or (False, datetime.now(UTC))
+        return await work(conn, now.astimezone(UTC).date()) if mine else None
+
+    async def _make_and_drop(self, conn: Connection, today: date) -> Changed:
+        have = await _existing(conn)
+        due = sorted((_wanted(today) | await _stray(conn)) - {part.day for part in have})
+        old = self._old(have, today)
+        if due or old:
+            # Attaching lets readers in, who were planned without the new partition, and who would look for what has just
+            # moved there in vain.
+            await conn.execute("lock table queue_service.finished_runs in access exclusive mode")
+        for day in due:
+            await conn.execute(_composed(_MAKE, day))
+        for part in old:
+            await conn.execute(sql.SQL("drop table {}").format(_table(part)))
+        return Changed([Part(day).name for day in due], [part.name for part in old])
+
+    async def _thin(self, conn: Connection, today: date) -> str | None:
+        have = await _existing(conn)
+        fat = [part for part in have if not part.thin and part.day < today - self._retention]
+        if not fat or not _is_trusted(have, today) or self._retention_failed == self._retention:
+            return None
+        await conn.execute(_composed(_COPY, fat[0].day))
+        await conn.execute(_composed(_REPLACE, fat[0].day))
+        return fat[0].name
+
+    def _old(self, have: Sequence[Part], today: date) -> list[Part]:
+        gone = [part for part in have if part.day < today - self._retention_failed]
+        return gone if _is_trusted(have, today) else []
+
+
+def _wanted(today: date) -> set[date]:
+    return {today + timedelta(days=offset) for offset in range(AHEAD + 1)}
+
+
+def _is_trusted(have: Sequence[Part], today: date) -> bool:
+    """Whether it was yesterday here already. A clock that has jumped ahead would have all of history dropped."""
+    return today - timedelta(days=1) in {part.day for part in have}
+
+
+async def _existing(conn: Connection) -> list[Part]:
+    """By day. The default partition is not among them."""
+    cursor = await conn.execute(
+        "select relname from pg_class where oid in (select inhrelid from pg_inherits"
+        " where inhparent = 'queue_service.finished_runs'::regclass)"
+    )
+    names = [match for row in await cursor.fetchall() if (match := _NAME.fullmatch(row[0]))]
+    return sorted(
+        Part(datetime.strptime(name[1], "%Y%m%d").replace(tzinfo=UTC).date(), bool(name[2])) for name in names
+    )
+
+
+async def _stray(conn: Connection) -> set[date]:
+    """The days of what is in the default partition, since there was none of its own. It would never be dropped there."""
+    cursor = await conn.execute(
+        "select distinct (finished_at at time zone 'UTC')::date from queue_service.finished_runs_default"
+    )
+    return {row[0] for row in await cursor.fetchall()}
+
+
+def _table(part: Part) -> sql.Identifier:
+    return sql.Identifier("queue_service", part.name)
+
+
+def _composed(text: str, day: date) -> sql.Composed:
+    lower = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    return sql.SQL(text).format(
+        day=_table(Part(day)),
+        failed=_table(Part(day, thin=True)),
+        lower=sql.Literal(lower),
+        upper=sql.Literal(lower + timedelta(days=1)),
+    )
