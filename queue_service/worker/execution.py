@@ -1,8 +1,9 @@
-"""A run whose handler is at work: its slot, why it is to stop, and what is said of it in the end."""
+"""A run whose handler is at work: how it is made to stop, and what is logged of its end."""
 
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from enum import Enum, auto
 from typing import Any
 
@@ -25,6 +26,8 @@ class Cause(Enum):
 
 
 class Execution(msgspec.Struct, eq=False):
+    """`task` is the slot's."""
+
     held: Held
     task: asyncio.Task[Any]
     cause: Cause | None = None
@@ -39,25 +42,32 @@ class Execution(msgspec.Struct, eq=False):
     def begin(self) -> None:
         self.unbegun = False
 
-    def concluded(self, outcome: Outcome) -> Outcome | None:
-        """The outcome of its run, once what went wrong is logged; None if its handler has ended it already."""
-        run = self.held.run
-        if self.ended is not None:
-            _tell_of_more(run, self.ended, outcome)
-            return None
-        if outcome.error != "null":
-            _tell(run, outcome)
-        return outcome
+    def limit(self, of_task: timedelta | None) -> None:
+        """Let its time run from now on, if it has a limit."""
+        limit = self.held.run.timeout or of_task
+        if limit is not None:
+            self.timer = asyncio.get_running_loop().call_later(limit.total_seconds(), self.interrupt, Cause.TIMED_OUT)
+
+    def interrupt(self, cause: Cause) -> None:
+        # A handler that goes on after its time can still be stopped for another reason.
+        if self.cause is None or self.cause is Cause.TIMED_OUT:
+            self.cause = cause
+            self.held.run.stop()
+            if self.counting is not None:
+                self.counting.discard(self.held)
+            # The others of its batch go on.
+            if not self.counting:
+                self.task.cancel()
 
 
-def _tell_of_more(run: Run, ending: Ending, outcome: Outcome) -> None:
-    """Log what a handler did after it had ended its run, if that would have been another ending."""
-    if outcome not in {ending, Ending(run.claim, RunState.SUCCEEDED)}:
-        error = None if outcome.error == "null" else codec.loads(outcome.error).get("type")
-        log.warning(
-            "a run has ended with the transaction of its handler; what that returned or raised afterwards is dropped",
-            run_id=run.id, task=run.task, error=error,
-        )  # fmt: skip
+def told(execution: Execution, outcome: Outcome) -> Outcome | None:
+    """The outcome, once it was logged if something went wrong; None if the run has ended already."""
+    if execution.ended is not None:
+        _tell_of_more(execution.held.run, execution.ended, outcome)
+        return None
+    if outcome.error != "null":
+        _tell(execution.held.run, outcome)
+    return outcome
 
 
 def _tell(run: Run, outcome: Outcome) -> None:
@@ -69,4 +79,14 @@ def _tell(run: Run, outcome: Outcome) -> None:
         log.warning(
             "run failed" if isinstance(outcome, Ending) else "run failed, will be tried again",
             run_id=run.id, task=run.task, attempt=run.attempt, reason=error["reason"], error=error.get("type"),
+        )  # fmt: skip
+
+
+def _tell_of_more(run: Run, ending: Ending, outcome: Outcome) -> None:
+    """Log what a handler did after it had ended its run, if that would have been another ending."""
+    if outcome not in {ending, Ending(run.claim, RunState.SUCCEEDED)}:
+        error = None if outcome.error == "null" else codec.loads(outcome.error).get("type")
+        log.warning(
+            "a run has ended with the transaction of its handler; what that returned or raised afterwards is dropped",
+            run_id=run.id, task=run.task, error=error,
         )  # fmt: skip

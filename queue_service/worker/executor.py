@@ -22,7 +22,7 @@ from typing import Any
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
-from queue_service.worker.execution import Cause, Execution
+from queue_service.worker.execution import Cause, Execution, told
 from queue_service.worker.finisher import Finisher, Outcome
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
@@ -30,7 +30,6 @@ from queue_service.worker.handlers.process_child import Begun, Reported, Said, S
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
-from queue_service.worker.reports import Reports
 
 log = get_logger(__name__)
 
@@ -46,7 +45,8 @@ YIELD_EVERY = 50
 
 
 class Executor:
-    """One queue's slots. `spawn` starts a slot's task; `room` is called when more could be claimed."""
+    """One queue's slots. `spawn` starts a slot's task; `room` is called when more could be claimed, and `reported` with the
+    progress that a handler in a process tells of."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Executor:
         finisher: Finisher,
         threads: Threads,
         processes: Processes,
-        reports: Reports,
+        reported: Callable[[Run, str], None],
         result_limit: int,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         room: Callable[[], None],
@@ -68,7 +68,7 @@ class Executor:
         self._finisher = finisher
         self._threads = threads
         self._processes = processes
-        self._reports = reports
+        self._reported = reported
         self._result_limit = result_limit
         self._spawn = spawn
         self._room = room
@@ -133,7 +133,7 @@ class Executor:
     def cancel(self, run_id: int) -> None:
         """Someone asked for this run to be cancelled; nothing happens if it is not here."""
         for execution in [execution for execution in self._running.values() if execution.held.run.id == run_id]:
-            self._interrupt(execution, Cause.CANCELLED)
+            execution.interrupt(Cause.CANCELLED)
         for held in [held for held in self._waiting if held.run.id == run_id]:
             self._waiting.remove(held)
             self._finisher.put(held, results.cancelled(held.run))
@@ -144,12 +144,12 @@ class Executor:
             log.warning(
                 "lease lost, cancelling the handler", run_id=execution.held.run.id, task=execution.held.run.task
             )
-            self._interrupt(execution, Cause.LOST)
+            execution.interrupt(Cause.LOST)
 
     def interrupt_all(self) -> int:
         """Cancel every handler, because the worker stops. Returns how many runs they had."""
         for execution in list(self._running.values()):
-            self._interrupt(execution, Cause.DRAINED)
+            execution.interrupt(Cause.DRAINED)
         return len(self._running)
 
     def executing(self) -> list[tuple[Held, asyncio.Task[Any]]]:
@@ -176,18 +176,6 @@ class Executor:
         if execution is not None and execution.ended is None:
             execution.ended = ending
             self._finisher.settled(execution.held, ending)
-
-    @staticmethod
-    def _interrupt(execution: Execution, cause: Cause) -> None:
-        # A handler that goes on after its time can still be stopped for another reason.
-        if execution.cause is None or execution.cause is Cause.TIMED_OUT:
-            execution.cause = cause
-            execution.held.run.stop()
-            if execution.counting is not None:
-                execution.counting.discard(execution.held)
-            # The others of its batch go on.
-            if not execution.counting:
-                execution.task.cancel()
 
     # Slots
 
@@ -236,7 +224,7 @@ class Executor:
         key = id(run)
         execution = self._running[key] = Execution(held, slot)
         if not task.process and (run.timeout or task.timeout) is not None:
-            self._limit(execution, task)
+            execution.limit(task.timeout)
         # A context for each run: what one handler binds there is not found by the next.
         running.set(run)
         try:
@@ -248,19 +236,19 @@ class Executor:
             if execution.timer is not None:
                 execution.timer.cancel()
             del self._running[key]
-        return execution.concluded(outcome)
+        return outcome if outcome.error == "null" and execution.ended is None else told(execution, outcome)
 
     async def _handle_batch(self, first: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> None:
         taken = batches.taken(first, task, self._waiting)
         if len(self._waiting) <= self._ahead // 2:
             # One call may have taken all that was claimed for many slots.
             self._room()
-        outcomes: dict[Held, Outcome | None] = {held: Return(held.run.claim) for held in taken}
-        if batch := [held for held in taken if not held.lease.lost]:
-            outcomes |= await self._execute_batch(batch, task, slot)
+        batch = [held for held in taken if not held.lease.lost]
+        outcomes = await self._execute_batch(batch, task, slot) if batch else {}
         if slot.cancelling():
             await self._absorb(slot)
-        for held, outcome in outcomes.items():
+        for held in taken:
+            outcome = outcomes[held] if held in outcomes else Return(held.run.claim)
             if outcome is not None:
                 self._finisher.put(held, outcome)
         self.completed += len(taken)
@@ -272,10 +260,10 @@ class Executor:
         """As `_execute`, of many runs with one call. What is the end of one of them leaves the others alone."""
         runs, counting, alone = [held.run for held in batch], set(batch), len(batch) == 1
         executions = {held: Execution(held, slot, counting=counting) for held in batch}
-        self._running |= {id(held.run): execution for held, execution in executions.items()}
+        self._running.update((id(held.run), each) for held, each in executions.items())
         self._beside += len(batch) - 1
         for execution in executions.values():
-            self._limit(execution, task)
+            execution.limit(task.timeout)
         running.set(runs[0] if alone else None)
         try:
             answer = await watched(self._invoke_batch(task, list(runs)), contextvars.copy_context(), self._rouse)
@@ -292,7 +280,7 @@ class Executor:
                     execution.timer.cancel()
                 del self._running[id(held.run)]
             self._beside -= len(batch) - 1
-        return {held: executions[held].concluded(outcome) for held, outcome in outcomes.items()}
+        return {held: told(executions[held], outcome) for held, outcome in outcomes.items()}
 
     def _answered(self, execution: Execution, task: Task[..., Any], answer: Any) -> Outcome:
         """What becomes of a run of a batch whose handler returned: what that says of it, unless it was stopped before. Of
@@ -328,14 +316,6 @@ class Executor:
             case _:
                 return Return(run.claim)
 
-    def _limit(self, execution: Execution, task: Task[..., Any]) -> None:
-        """Let its time run from now on, if it has a limit."""
-        limit = execution.held.run.timeout or task.timeout
-        if limit is not None:
-            execution.timer = asyncio.get_running_loop().call_later(
-                limit.total_seconds(), self._interrupt, execution, Cause.TIMED_OUT
-            )
-
     async def _absorb(self, slot: asyncio.Task[Any]) -> None:
         """Undo a cancellation that has been dealt with: ours, or one that the handler aimed at its own task. Left
         standing, it would hit the slot at its next wait, and break every later timeout in it."""
@@ -351,11 +331,11 @@ class Executor:
         """What the process of a handler says before its answer."""
         match said:
             case Begun():
-                self._limit(execution, task)
+                execution.limit(task.timeout)
             case Settled(ending):
                 self.settle(execution.held.run, ending)
             case Reported(progress):
-                self._reports.put(execution.held.run, progress)
+                self._reported(execution.held.run, progress)
 
     def _invoke(self, execution: Execution, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
         if task.is_async:

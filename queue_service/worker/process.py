@@ -18,7 +18,6 @@ import msgspec
 
 from queue_service.app import App
 from queue_service.db import channels
-from queue_service.db.lending import Lender
 from queue_service.db.listener import Gap, Listener
 from queue_service.db.pool import Wire
 from queue_service.errors import ConfigError, DatabaseUnavailable
@@ -41,7 +40,6 @@ from queue_service.worker.keeper import Keeper
 from queue_service.worker.lag import LagWatch
 from queue_service.worker.leases import Leases
 from queue_service.worker.maintenance import Maintenance
-from queue_service.worker.reports import Reports
 
 log = get_logger(__name__)
 
@@ -151,8 +149,6 @@ class _Parts:
         self._processes = Processes(
             worker.processes, conninfo=app.conninfo, worker_id=worker_id, result_limit=settings.payload_limit
         )
-        self._lender = Lender(app.conninfo, size=settings.pool_size, loop=asyncio.get_running_loop())
-        self._reports = Reports(app.fetch, is_executed=self._is_executed)
         # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
         self._claimable = sorted(app.tasks)
         self._claiming = Wire(app.conninfo, application="queue_service claimer")
@@ -174,10 +170,7 @@ class _Parts:
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, on_lost=self._lose, on_cancel=self._cancel
         )
-        self.seats = Seats(
-            self.executors, lender=self._lender, reports=self._reports, worker_id=worker_id,
-            limit=settings.payload_limit, loop=asyncio.get_running_loop(),
-        )  # fmt: skip
+        self.seats = Seats(app, self.executors, worker_id=worker_id, settings=settings)
         self._lag = LagWatch(self._run_of)
         self._maintenance = Maintenance(app, settings)
         self._slots: set[asyncio.Task[None]] = set()
@@ -196,7 +189,7 @@ class _Parts:
                 background = [
                     self._start(self._keeper.run()),
                     self._start(self._lag.run()),
-                    self._start(self._reports.run()),
+                    self._start(self.seats.reports.run()),
                     self._start(self._listen()),
                     *map(self._start, self._maintenance.loops()),
                 ]
@@ -218,7 +211,7 @@ class _Parts:
         finally:
             self._threads.close()
             await self._processes.close()
-            await self._lender.close()
+            await self.seats.lender.close()
             await self._claiming.close()
             await self._finishing.close()
 
@@ -230,7 +223,7 @@ class _Parts:
             finisher=self.finisher,
             threads=self._threads,
             processes=self._processes,
-            reports=self._reports,
+            reported=self._reported,
             result_limit=self._settings.payload_limit,
             spawn=self._spawn,
             room=self._wake_claimer,
@@ -300,8 +293,8 @@ class _Parts:
     def _run_of(self, task: asyncio.Task[Any]) -> Run | None:
         return next((run for each in self.executors.values() if (run := each.run_of(task)) is not None), None)
 
-    def _is_executed(self, run: Run) -> bool:
-        return self.seats.find(run) is not None
+    def _reported(self, run: Run, progress: str) -> None:
+        self.seats.reports.put(run, progress)
 
     def _free(self, laned: set[str], limited: set[str]) -> None:
         self.claimer.free(laned, limited)

@@ -240,6 +240,30 @@ class TestTogether:
         assert await written(conn) == [(run_id, 1) for run_id in run_ids]
 
 
+class TestBatches:
+    async def test_each_run_of_a_batch_may_be_ended_by_a_transaction_of_its_own(
+        self, app: App, conn: Connection, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        @app.task(batch=10, retry=Retry(max_attempts=2, base=0))
+        async def spend(runs: list[Run]) -> None:
+            for run in runs:
+                if run.payload["n"] == 2 and run.attempt == 1:
+                    raise RuntimeError("as it was told to")
+                if run.payload["n"] < 4:
+                    async with run.transaction() as mine:
+                        await mine.execute(WRITE, [run.id, run.attempt])
+
+        ids = await app.enqueue_many("spend", [{"n": n} for n in range(5)])
+        tally = await Worker(app, {"default": 1}).run(once=True)
+        runs = await app.wait_many(ids, timeout=5)
+        assert [(run.state.value, run.attempt) for run in runs] == [("succeeded", n) for n in (1, 1, 2, 2, 2)]
+        assert await written(conn) == [(run_id, attempt) for run_id, attempt in zip(ids, (1, 1, 2, 2), strict=False)]
+        assert (tally.succeeded, tally.returned, tally.lost) == (5, 3, 0)
+        assert await is_settled(conn)
+        # It raised when two of its runs had ended.
+        assert said(caplog).count(DROPPED) == 2
+
+
 class TestRolledBack:
     async def test_a_retry_has_nothing_left_of_the_attempt_before(self, app: App, conn: Connection) -> None:
         @app.task(retry=Retry(max_attempts=3, base=0))

@@ -58,8 +58,8 @@ class Processes:
         self, task: Task[..., Any], run: Run, *, given: Callable[[], None], heard: Callable[[Said], None]
     ) -> Outcome:
         """The outcome of this run. `given` is called when it need wait no longer for its turn: from then on its handler may
-        be called at any moment. `heard` is told what its handler's process says before the answer: that it has begun, first
-        of all. When cancelled, the process is killed. Raises ProcessDied."""
+        be called at any moment. `heard` is told what its process says before the answer, first of all that it was. When
+        cancelled, the process is killed. Raises ProcessDied."""
         job = self._job(task, run)
         async with self._places:
             given()

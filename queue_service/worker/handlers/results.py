@@ -38,7 +38,7 @@ def returned(run: Run, value: Any, *, limit: int) -> Outcome:
 
 def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) -> Outcome:
     """Where a run was not `alone` in its call, it may not be the cause: it is tried again whatever the error is."""
-    if isinstance(error, ClaimLost):
+    if isinstance(error, ClaimLost) and error.run_id == run.id:
         # Nothing to be written: the finisher will find it lost, too.
         return Return(run.claim)
     delay = _delay(run, retry, error, alone=alone)

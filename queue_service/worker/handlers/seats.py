@@ -8,32 +8,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from queue_service.app import App
 from queue_service.db.lending import Lender
 from queue_service.errors import ConfigError
 from queue_service.runs.model import Ending, Run
+from queue_service.settings import Settings
 from queue_service.worker.executor import Executor
 from queue_service.worker.handlers.transaction import Transaction
 from queue_service.worker.reports import Reports
 
 
 class Seats:
-    """Finds the seat of a run, from any thread; executors are called on their `loop`."""
+    """Finds the seat of a run, from any thread; the rest belongs to the event loop that this is made on."""
 
-    def __init__(
-        self,
-        executors: Mapping[str, Executor],
-        *,
-        lender: Lender,
-        reports: Reports,
-        worker_id: int,
-        limit: int,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self.lender = lender
-        self.reports = reports
+    def __init__(self, app: App, executors: Mapping[str, Executor], *, worker_id: int, settings: Settings) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.lender = Lender(app.conninfo, size=settings.pool_size, loop=self.loop)
+        self.reports = Reports(app.fetch, is_executed=lambda run: self.find(run) is not None)
         self.worker_id = worker_id
-        self.limit = limit
-        self.loop = loop
+        self.limit = settings.payload_limit
         self._executors = executors
 
     def find(self, run: Run) -> Seat | None:
