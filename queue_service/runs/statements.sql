@@ -45,7 +45,7 @@ select id, queue, task, state, payload, attempt, failures, losses, priority, cre
 -- define: finished_as_read
 select id, queue, task, state, payload, attempt, failures, losses, priority, created_at, run_at, expires_at, claimed_at,
            finished_at, worker_id, max_attempts, retry_delay, timeout, singleton_key, ordering_key, organization_id,
-           metadata, result, error, false, attempts, null
+           metadata, result, error, false, attempts, null::jsonb
       from queue_service.finished_runs
 
 -- define: enqueue_values
