@@ -68,10 +68,11 @@ class Claimer:
         self._hopeful: set[str] = set(executors)
         self._freed: set[str] = set()
         self._laned: set[str] = set()
-        # Queues that have a limit, and until when one is not worth asking. Of their lanes and their other runs, each may be
-        # first in turn, since they share what there is.
+        # Queues that have a limit, until when one is not worth asking, and those of which a run has ended since they were
+        # asked. Of their lanes and their other runs, each may be first in turn, since they share what there is.
         self._limited: set[str] = set()
         self._not_before: dict[str, float] = {}
+        self._roomier: set[str] = set()
         self._lanes_first = True
         self._wake = asyncio.Event()
         self._stopping = False
@@ -102,6 +103,7 @@ class Claimer:
         self._freed.update(laned)
         for queue in limited:
             self._not_before.pop(queue, None)
+            self._roomier.add(queue)
             self._hopeful.add(queue)
             self._freed |= self._laned & {queue}
         self._wake.set()
@@ -226,6 +228,7 @@ class Claimer:
         self, query: Query[Allowed], ready: Sequence[Ready], again: set[str]
     ) -> list[tuple[Run, int]]:
         """What was claimed; queues to be asked once more are added to `again`, and none is asked before that can help."""
+        self._roomier.difference_update(executor.queue for executor, _ in ready)
         allowed = await self._wire.fetch(query)
         now = time.monotonic()
         gave = {run.queue for run, _ in allowed.runs}
@@ -241,7 +244,7 @@ class Claimer:
             elif (wait := allowed.waits[queue]) is not None:
                 self._not_before[queue] = now + wait
                 again.add(queue)
-            elif queue not in gave:
+            elif queue not in gave and queue not in self._roomier:
                 self._not_before[queue] = now + AT_LIMIT
         return allowed.runs
 

@@ -120,6 +120,23 @@ async def test_what_ends_makes_room_at_once(app: App, database: str, monkeypatch
     assert begun == list(range(100))
 
 
+async def test_room_that_is_made_while_a_claim_is_under_way_is_made_use_of(
+    app: App, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claimer, "AT_LIMIT", 3_600.0)
+    done: list[int] = []
+    async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as patient:
+
+        @patient.task
+        async def note(n: int) -> None:
+            done.append(n)
+
+        await app.queues.limit("default", max_running=20)
+        await patient.enqueue_many("note", [{"n": n} for n in range(3_000)])
+        async with working(patient, {"default": 20}), asyncio.timeout(20):
+            await eventually(lambda: len(done) == 3_000, within=20)
+
+
 async def test_a_rate_lets_the_next_one_begin_when_it_may(app: App, database: str) -> None:
     begun: list[int] = []
     async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as patient:

@@ -263,6 +263,22 @@ class TestBatches:
         # It raised when two of its runs had ended.
         assert said(caplog).count(DROPPED) == 2
 
+    async def test_a_run_that_was_lost_is_no_excuse_for_the_others_of_its_batch(
+        self, app: App, conn: Connection
+    ) -> None:
+        @app.task(batch=10, retry=Retry(max_attempts=2, base=0))
+        async def spend(runs: list[Run]) -> None:
+            if len(runs) > 1:
+                # As if only the first had been taken from this worker.
+                raise ClaimLost(*runs[0].claim)
+            raise RuntimeError("as it was told to")
+
+        ids = await app.enqueue_many("spend", [{}] * 2)
+        await Worker(app, {"default": 1}).run(once=True)
+        runs = await app.wait_many(ids, timeout=5)
+        assert [(run.state.value, run.attempt, run.failures) for run in runs] == [("failed", 3, 2), ("failed", 2, 2)]
+        assert await is_settled(conn)
+
 
 class TestRolledBack:
     async def test_a_retry_has_nothing_left_of_the_attempt_before(self, app: App, conn: Connection) -> None:
