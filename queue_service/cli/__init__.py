@@ -14,7 +14,7 @@ COMMANDS = {
     "gateway": ("queue_service.cli.gateway:gateway", "Serve conversations over HTTP: events down, messages up."),
     "markers": ("queue_service.cli.markers:markers", "List and end the turns that are owed an ending."),
     "probe": ("queue_service.cli.probe:probe", "Ask a worker whether it is live, or ready."),
-    "queues": ("queue_service.cli.queues:queues", "List, pause and resume queues."),
+    "queues": ("queue_service.cli.queues:queues", "List, pause, resume, limit and purge queues."),
     "runs": ("queue_service.cli.runs:runs", "List, show, explain, retry, cancel and delete runs."),
     "schedules": ("queue_service.cli.schedules:schedules", "List, show, run, pause, resume, add and delete schedules."),
     "version": ("queue_service.cli.config:version", "Show the version and the schema revision it needs."),
