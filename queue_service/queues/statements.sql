@@ -3,6 +3,9 @@
 -- define: paused
 queues.paused_at is not null and coalesce(queues.resumes_at, 'infinity') > (select clock_timestamp())
 
+-- define: same_rate
+(queues.rate, queues.period, queues.burst) is not distinct from (excluded.rate, excluded.period, excluded.burst)
+
 -- name: pause
 -- Claims find nothing in this queue until it is resumed, or until a time, or for so long. Row: whether this changed anything.
 -- writes: queues
@@ -34,8 +37,8 @@ lock table queue_service.leases in share row exclusive mode
 update queue_service.leases set limited = true where not limited
 
 -- name: limit
--- Set the limits of a queue, those that are null to none. A rate begins with as much saved up as there can be. Row: whether
--- this changed anything.
+-- Set the limits of a queue, those that are null to none. A rate that is new begins with as much saved up as there can be; one
+-- that stays goes on where it is. Row: whether this changed anything.
 -- writes: queues
 insert into queue_service.queues (name, max_running, max_running_per_key, rate, period, burst, tokens, tokens_at)
 select %(name)s, %(max_running)s, %(max_running_per_key)s, given.rate, %(period)s::interval, given.burst, given.burst,
@@ -43,7 +46,9 @@ select %(name)s, %(max_running)s, %(max_running_per_key)s, given.rate, %(period)
   from (select %(rate)s::integer as rate, %(burst)s::integer as burst) as given
     on conflict (name) do update
    set max_running = excluded.max_running, max_running_per_key = excluded.max_running_per_key, rate = excluded.rate,
-       period = excluded.period, burst = excluded.burst, tokens = excluded.tokens, tokens_at = excluded.tokens_at
+       period = excluded.period, burst = excluded.burst,
+       tokens = case when {same_rate} then queues.tokens else excluded.tokens end,
+       tokens_at = case when {same_rate} then queues.tokens_at else excluded.tokens_at end
  where (queues.max_running, queues.max_running_per_key, queues.rate, queues.period, queues.burst)
        is distinct from
        (excluded.max_running, excluded.max_running_per_key, excluded.rate, excluded.period, excluded.burst)

@@ -156,13 +156,14 @@ class Claimer:
                     busy = True
                     await claim(some, limited=limited)
         if not busy:
-            await self._sleep(min(longest, self._next_look() - now))
+            await self._sleep(min(longest, self._next_look(now) - now))
         return not busy
 
-    def _next_look(self) -> float:
+    def _next_look(self, now: float) -> float:
         """When there is something to do that nobody tells of."""
-        asked = [self._not_before[queue] for queue in self._hopeful | self._freed if queue in self._not_before]
-        return min([max(self._next_scan, self._earliest_scan), *asked])
+        # A time that has passed says nothing more: what waits for a slot since then is told of when there is one.
+        asked = (self._not_before.get(queue, 0.0) for queue in self._hopeful | self._freed)
+        return min([max(self._next_scan, self._earliest_scan), *(at for at in asked if at > now)])
 
     def _ready(self, queues: Collection[str], now: float, *, limited: bool) -> list[Ready]:
         """Those to be claimed from now. What a limit allows is not claimed ahead: others could begin it at once."""

@@ -291,6 +291,9 @@ class TestRate:
         await begun(conn)
         assert not await app.queues.limit("default", rate=2, period=1_000)
         assert await begun(conn) == []
+        # Nor where something else did.
+        assert await app.queues.limit("default", max_running=50, rate=2, period=1_000)
+        assert await begun(conn) == []
         assert await app.queues.limit("default", rate=3, period=1_000)
         assert len(await begun(conn)) == 3
 

@@ -152,6 +152,35 @@ async def test_a_rate_lets_the_next_one_begin_when_it_may(app: App, database: st
     assert begun == list(range(20))
 
 
+async def test_a_worker_whose_slots_are_taken_waits_and_does_not_spin(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = asyncio.Event()
+    at_work: list[int] = []
+    waits: list[float] = []
+    sleep = claimer.Claimer._sleep
+
+    async def noted(self: claimer.Claimer, seconds: float) -> None:
+        if len(at_work) == 2:
+            waits.append(seconds)
+        await sleep(self, seconds)
+
+    monkeypatch.setattr(claimer.Claimer, "_sleep", noted)
+
+    @app.task
+    async def hold(run: Run) -> None:
+        at_work.append(run.id)
+        await release.wait()
+
+    # The second one is waited for, and then there is no slot for the third, which the rate lets begin soon.
+    await app.queues.limit("default", rate=20, burst=1)
+    await app.enqueue_many("hold", [{}] * 5)
+    async with working(app, {"default": 2}):
+        await eventually(lambda: len(waits) >= 3, within=20)
+        release.set()
+    assert min(waits) > 0
+
+
 async def test_nothing_is_claimed_ahead_from_a_limited_queue(app: App, conn: Connection) -> None:
     release = asyncio.Event()
     begun: list[bool] = []
