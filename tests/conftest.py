@@ -9,7 +9,10 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
+from sqlalchemy import Engine, NullPool, create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from queue_service import App
 from queue_service.db import embedded, schema, url
@@ -113,3 +116,19 @@ async def app(database: str) -> AsyncIterator[App]:
     settings = load({f"QUEUE_SERVICE_{name}": value for name, value in quick.items()})
     async with App(database, settings=settings) as opened:
         yield opened
+
+
+@pytest.fixture
+def engine(database: str) -> Iterator[Engine]:
+    made = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(database), poolclass=NullPool)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+async def async_engine(database: str) -> AsyncIterator[AsyncEngine]:
+    made = create_async_engine(
+        "postgresql+psycopg://", async_creator=lambda: psycopg.AsyncConnection.connect(database), poolclass=NullPool
+    )
+    yield made
+    await made.dispose()

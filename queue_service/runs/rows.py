@@ -13,6 +13,7 @@ _decode_progress = msgspec.json.Decoder(Progress).decode
 
 
 def read_claimed(rows: Rows) -> list[tuple[Run, int]]:
+    """Runs as a claim returns them, in the order of execution, each with the id of its lease."""
     running = RunState.RUNNING
     runs = [
         (
@@ -31,6 +32,7 @@ def read_claimed(rows: Rows) -> list[tuple[Run, int]]:
 
 
 def read_runs(rows: Rows) -> list[Run]:
+    """Runs wherever they are, with all that is kept of them."""
     return [
         Run(
             id=row[0], queue=row[1], task=row[2], state=RunState(row[3]), payload=loads(row[4]), attempt=row[5],

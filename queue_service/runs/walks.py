@@ -35,6 +35,9 @@ def page(
     limit: int = 50,
     look: int = LOOK,
 ) -> Query[Page]:
+    """The newest runs below the id `before`, of a state, a queue and a task where these are given: at most `limit` that fit
+    among the next `look`."""
+
     def decode(rows: Rows) -> Page:
         stopped = len(rows) == limit or (rows and rows[-1][-1])
         return Page(read_runs([row for row in rows if row[-2]]), rows[-1][0] if stopped else None)

@@ -56,6 +56,7 @@ class Reports:
             await asyncio.sleep(PERIOD)
 
     async def once(self) -> None:
+        """Store the newest of each run whose handler is at work. What was not stored goes with the next one."""
         with self._changing:
             taken, self._newest = self._newest, {}
         due = {claim: (run, progress) for claim, (run, progress) in taken.items() if self._is_executed(run)}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.rows import dict_row
-from sqlalchemy import Engine, NullPool, create_engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
     AsyncSession,
     async_scoped_session,
     async_sessionmaker,
-    create_async_engine,
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -28,22 +27,6 @@ from tests.support import claimed, one, rows
 
 TEXT = "tab\t back\\slash ünïcode \U0001f600"
 PAYLOADS = [{"n": n, "text": TEXT} for n in range(3)]
-
-
-@pytest.fixture
-def engine(database: str) -> Iterator[Engine]:
-    made = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(database), poolclass=NullPool)
-    yield made
-    made.dispose()
-
-
-@pytest.fixture
-async def async_engine(database: str) -> AsyncIterator[AsyncEngine]:
-    made = create_async_engine(
-        "postgresql+psycopg://", async_creator=lambda: psycopg.AsyncConnection.connect(database), poolclass=NullPool
-    )
-    yield made
-    await made.dispose()
 
 
 @pytest.fixture

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 
 import pytest
 
+from queue_service import App
 from tests.worker.worker_process import WorkerProcess
 
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -49,3 +52,28 @@ def observe() -> Iterator[Observe]:
     yield start_one
     for each in running:
         each.end()
+
+
+@dataclass
+class Stalling:
+    """Runs so short that many are claimed ahead, and behind them as many that wait until `release` is set. `blocked` are
+    the numbers of those that wait in a handler."""
+
+    ids: list[int]
+    blocked: list[int] = field(default_factory=list)
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def short_then_slow(app: App) -> Stalling:
+    """4,000 runs, of which the second half waits."""
+
+    @app.task(name="short then slow")
+    async def handle(n: int) -> None:
+        if n >= 2_000:
+            runs.blocked.append(n)
+            await runs.release.wait()
+        elif n % 50 == 0:
+            await asyncio.sleep(0)
+
+    runs = Stalling(await app.enqueue_many("short then slow", [{"n": n} for n in range(4_000)]))
+    return runs

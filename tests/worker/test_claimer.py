@@ -12,6 +12,7 @@ from queue_service import App, RunState, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
 from tests.support import enqueued, eventually, listening, one, rows, working
+from tests.worker.conftest import short_then_slow
 
 RUNNING = "select count(*) from queue_service.runs where state = 'running'"
 
@@ -79,26 +80,15 @@ async def test_two_workers_share_a_backlog_of_slow_runs(app: App, conn: Connecti
 
 
 async def test_what_was_claimed_ahead_of_handlers_that_stalled_is_handed_back(app: App, conn: Connection) -> None:
-    release = asyncio.Event()
-    blocked: list[int] = []
-
-    @app.task
-    async def short_then_slow(n: int) -> None:
-        if n >= 2_000:
-            blocked.append(n)
-            await release.wait()
-        elif n % 50 == 0:
-            await asyncio.sleep(0)
-
-    await app.enqueue_many("short_then_slow", [{"n": n} for n in range(4_000)])
+    runs = await short_then_slow(app)
     async with working(app, {"default": 2}) as worker:
-        await eventually(lambda: len(blocked) == 2)
+        await eventually(lambda: len(runs.blocked) == 2)
         assert await one(conn, RUNNING) > 2
         await eventually(lambda: one(conn, f"select ({RUNNING}) = 2"))
         assert await one(conn, "select max(failures + losses) from queue_service.runs") == 0
         async with working(app, {"default": 2}):
-            await eventually(lambda: len(blocked) == 4)
-        release.set()
+            await eventually(lambda: len(runs.blocked) == 4)
+        runs.release.set()
         await eventually(lambda: one(conn, "select count(*) = 4000 from queue_service.finished_runs"), within=30)
         assert worker.tally.lost == 0
 

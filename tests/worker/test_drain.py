@@ -20,7 +20,7 @@ from queue_service.runs import queries
 from queue_service.settings import load
 from tests.support import enqueued, eventually, listening, one, rows, working
 from tests.worker import tasks_for_tests
-from tests.worker.conftest import Start
+from tests.worker.conftest import Start, short_then_slow
 
 
 async def exit_code(process: subprocess.Popen[bytes]) -> int:
@@ -101,21 +101,10 @@ async def test_handlers_that_do_not_end_are_cancelled_and_their_runs_handed_back
 
 
 async def test_what_was_claimed_ahead_is_handed_back_at_once(app: App, conn: Connection) -> None:
-    release = asyncio.Event()
-    blocked: list[int] = []
-
-    @app.task
-    async def short_then_slow(n: int) -> None:
-        if n >= 2_000:
-            blocked.append(n)
-            await release.wait()
-        elif n % 50 == 0:
-            await asyncio.sleep(0)
-
-    await app.enqueue_many("short_then_slow", [{"n": n} for n in range(4_000)])
+    runs = await short_then_slow(app)
     worker = Worker(app, {"default": 2})
     running = asyncio.create_task(worker.run())
-    await eventually(lambda: len(blocked) == 2)
+    await eventually(lambda: len(runs.blocked) == 2)
     # What has ended is running until that is written.
     await eventually(lambda: one(conn, "select count(*) = 2000 from queue_service.finished_runs"))
     held = await one(conn, "select count(*) from queue_service.runs where state = 'running'")
@@ -123,7 +112,7 @@ async def test_what_was_claimed_ahead_is_handed_back_at_once(app: App, conn: Con
     worker.stop()
     await eventually(lambda: one(conn, "select count(*) = 2 from queue_service.runs where state = 'running'"))
     assert not running.done()
-    release.set()
+    runs.release.set()
     tally = await asyncio.wait_for(running, 15)
     assert tally.lost == 0
     assert tally.returned >= held - 2
@@ -274,22 +263,11 @@ async def test_a_run_that_was_claimed_ahead_of_slots_is_cancelled(
     hearing: tuple[App, bool], conn: Connection, stopping: bool
 ) -> None:
     app, by_notice = hearing
-    release = asyncio.Event()
-    blocked: list[int] = []
-
-    @app.task
-    async def short_then_slow(n: int) -> None:
-        if n >= 2_000:
-            blocked.append(n)
-            await release.wait()
-        elif n % 50 == 0:
-            await asyncio.sleep(0)
-
-    ids = await app.enqueue_many("short_then_slow", [{"n": n} for n in range(4_000)])
+    runs = await short_then_slow(app)
     async with working(app, {"default": 2}) as worker:
         await listening(conn)
-        await eventually(lambda: len(blocked) == 2)
-        ahead = ids[max(blocked) + 1]
+        await eventually(lambda: len(runs.blocked) == 2)
+        ahead = runs.ids[max(runs.blocked) + 1]
         (state,) = await rows(conn, "select state, attempt from queue_service.runs where id = %s", ahead)
         assert state == ("running", 1)
         if stopping:
@@ -301,8 +279,8 @@ async def test_a_run_that_was_claimed_ahead_of_slots_is_cancelled(
         await eventually(
             lambda: one(conn, "select state = 'cancelled' from queue_service.finished_runs where id = %s", ahead)
         )
-        assert len(blocked) == 2
-        release.set()
+        assert len(runs.blocked) == 2
+        runs.release.set()
         worker.stop()
     assert await one(conn, "select count(*) from queue_service.finished_runs where state = 'cancelled'") == 1
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, NullPool, create_engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from queue_service import App, Cancel, Retry, Run, RunState, Worker
@@ -44,22 +44,6 @@ create constraint trigger gate after insert on effects initially deferred for ea
 @pytest.fixture(autouse=True)
 async def effects(conn: Connection) -> None:
     await conn.execute("create table effects (run_id bigint not null, attempt integer not null)")
-
-
-@pytest.fixture
-async def async_engine(database: str) -> AsyncIterator[AsyncEngine]:
-    made = create_async_engine(
-        "postgresql+psycopg://", async_creator=lambda: psycopg.AsyncConnection.connect(database), poolclass=NullPool
-    )
-    yield made
-    await made.dispose()
-
-
-@pytest.fixture
-def engine(database: str) -> Iterator[Engine]:
-    made = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(database), poolclass=NullPool)
-    yield made
-    made.dispose()
 
 
 async def executed(app: App, task: str, **options: Any) -> Run:
