@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from queue_service.gateway.refusals import Refused
 
@@ -15,7 +15,8 @@ B = TypeVar("B", bound="Body")
 S = TypeVar("S", bound="Stream")
 
 Cursor = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Word = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+# Postgres stores no NUL, and refuses to look for one.
+Word = Annotated[str, msgspec.Meta(min_length=1, max_length=512, pattern=r"^[^\x00]*$")]
 # More could be watched, but no page shows them.
 Cursors = Annotated[dict[str, Cursor], msgspec.Meta(max_length=1_000)]
 
@@ -68,7 +69,7 @@ async def read(request: Request, kind: type[B], *, limit: int) -> B:
     """The body of a request. Raises Refused: 413 beyond `limit` bytes, 400 with the field that is wrong."""
     try:
         return msgspec.json.decode(await _bytes(request, limit), type=kind)
-    except msgspec.DecodeError as wrong:
+    except (msgspec.DecodeError, UnicodeDecodeError) as wrong:
         found = _AT.search(str(wrong))
         field = (found[1] or found[2]) if found else None
         raise Refused(400, f"The body cannot be used: {wrong}.", field=field) from None
@@ -86,4 +87,7 @@ async def _bytes(request: Request, limit: int) -> bytes:
                     raise Refused(413, f"The body is larger than the {limit:,} bytes that are taken. Send less.")
     except TimeoutError:
         raise Refused(408, f"The body did not come within {DEADLINE:g} s. Send it again.") from None
+    except ClientDisconnect:
+        # Nobody hears this; but that a client went away is no fault of ours, to be logged with a traceback.
+        raise Refused(400, "The body was cut off.") from None
     return bytes(data)

@@ -76,7 +76,9 @@ class TestEveryPost:
         assert answer.status_code == 401
 
     @pytest.mark.parametrize("name", BODIES)
-    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"{} {}", 5_000 * b"["])
+    @pytest.mark.parametrize(
+        "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"\xff": 1}', b"{} {}", 5_000 * b"["]
+    )
     async def test_that_is_no_json_object_is_400(self, ann: Client, name: str, body: bytes) -> None:
         async with ann.connected() as (_, connection_id):
             answer = await ann.post(name, connection_id, body)
@@ -89,7 +91,8 @@ class TestEveryPost:
         + [("watch", "cursor", -1), ("switch", "cursor", "1"), ("stop", "message_id", 3), ("stop", "mesage_id", "m")]
         + [(name, "stream", bad) for name in ("send", "watch") for bad in ("", "a\nb", "a\x00b", 2_000 * "x", None)]
         + [("send", "client_message_id", ""), ("send", "client_message_id", 513 * "x"), ("send", "body", [])]
-        + [("send", "extra", 1), ("mode", "mode", ""), ("reconnect", "streams", {"ann/a": -1})],
+        + [("send", "extra", 1), ("mode", "mode", ""), ("reconnect", "streams", {"ann/a": -1})]
+        + [(name, "message_id", "a\x00b") for name in ("stop", "interrupt")],
     )
     async def test_that_cannot_be_meant_is_400_with_the_field(
         self, ann: Client, name: str, field: str, value: Any
@@ -122,6 +125,19 @@ class TestEveryPost:
             assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 408")
             writer.close()
             await writer.wait_closed()
+
+    async def test_whose_body_is_cut_off_is_no_error_of_the_gateway(
+        self, served: Served, ann: Client, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with ann.connected() as (_, connection_id):
+            host, port = served.address.removeprefix("http://").split(":")
+            _, writer = await asyncio.open_connection(host, int(port))
+            head = f"POST /api/chat/send HTTP/1.1\r\nHost: x\r\nX-User: ann\r\nX-Connection-ID: {connection_id}\r\n"
+            writer.write(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            await eventually(lambda: len(served.server.server_state.tasks) == 2)
+            writer.close()
+            await eventually(lambda: len(served.server.server_state.tasks) == 1)
+        assert [record.name for record in caplog.records if record.levelname == "ERROR"] == []
 
     async def test_that_does_not_exist_is_404(self, ann: Client) -> None:
         async with ann.connected() as (_, connection_id):
