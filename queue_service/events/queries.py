@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from queue_service.codec import loads
-from queue_service.db.query import Query, Rows, scalar
+from queue_service.db.query import Query, Rows, found, scalar
 from queue_service.db.statements import Statements
 from queue_service.events.model import Event, Stream, StreamState
 
@@ -79,6 +79,11 @@ def tails(cursors: Mapping[str, int], *, limit: int) -> Query[list[Event]]:
 def set_state(name: str, state: StreamState) -> Query[int]:
     """The head of the stream. Followers are told with the commit."""
     return SQL.query("set_state", scalar, stream=name, state=state.value)
+
+
+def suspend(name: str) -> Query[bool]:
+    """False: the stream is closing or has ended, and stays so. Followers are told with the commit."""
+    return SQL.query("suspend", found, stream=name)
 
 
 def trim(name: str, *, upto: int, limit: int) -> Query[int]:

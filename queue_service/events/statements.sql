@@ -102,6 +102,18 @@ with told as (
 )
 select head, pg_notify('queue_service_events', head || ' ' || stream)::text from told
 
+-- name: suspend
+-- Put a stream to rest; one that does not exist is created. Row: its head; none where it is closing or has ended, which is
+-- for its owner to take back (see `set_state`).
+-- writes: streams
+with told as (
+    insert into queue_service.streams (stream, state) values (%(stream)s, 'suspended')
+        on conflict (stream) do update set state = excluded.state
+     where streams.state not in ('closing', 'ended')
+    returning stream, head
+)
+select head, pg_notify('queue_service_events', head || ' ' || stream)::text from told
+
 -- name: trim
 -- Delete events up to `upto`, at most `limit` of them, but no endings: those go when their turns are pruned.
 -- Row: how many.

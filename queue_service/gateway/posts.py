@@ -16,6 +16,7 @@ from queue_service.events.model import StreamState
 from queue_service.gateway import bodies
 from queue_service.gateway.access import Access, Principal
 from queue_service.gateway.connection import Connection
+from queue_service.gateway.refusals import Refused
 from queue_service.logs import get_logger
 from queue_service.turns.model import Marker, Turn, TurnFailure
 
@@ -125,14 +126,19 @@ class Posts:
         return await self._say(post, asked.stream, "mode", {"mode": asked.mode})
 
     async def _suspend(self, post: Post) -> Answer:
-        return await self._put(await self._about(post, bodies.Stream), StreamState.SUSPENDED)
+        asked = await self._about(post, bodies.Stream)
+        if not await self._app.fetch(queries.suspend(asked.stream)):
+            # Or a page that is left would take back what another one closed.
+            raise Refused(409, "A stream that is closing or has ended cannot be suspended.", field="stream")
+        return 200, {"stream": asked.stream, "state": StreamState.SUSPENDED.value}
 
     async def _close(self, post: Post) -> Answer:
         asked = await self._about(post, bodies.Stream)
         # From here on no message is taken in; what was taken in before gets its ending, and then there is nothing to come.
         await self._app.events.set_state(asked.stream, StreamState.CLOSING)
         await self._cancel_turns(asked.stream, None)
-        return await self._put(asked, StreamState.ENDED)
+        await self._app.events.set_state(asked.stream, StreamState.ENDED)
+        return 200, {"stream": asked.stream, "state": StreamState.ENDED.value}
 
     # Inside
 
@@ -147,10 +153,6 @@ class Posts:
 
     async def _say(self, post: Post, stream: str, kind: str, body: Mapping[str, Any]) -> Answer:
         return 200, {"seq": await self._app.events.append(stream, kind, {**body, "user_id": post.principal.id})}
-
-    async def _put(self, asked: bodies.Stream, state: StreamState) -> Answer:
-        await self._app.events.set_state(asked.stream, state)
-        return 200, {"stream": asked.stream, "state": state.value}
 
     async def _cancel_turns(self, stream: str, message_id: str | None) -> list[str]:
         """End the turns of a stream that are owed their ending, or one of them. Returns the ids of those this ended."""

@@ -371,6 +371,17 @@ class TestStopping:
         state = (await ann.get("/api/sessions/ann/a/state")).json()
         assert state == {"stream": "ann/a", "state": "suspended", "head": 0, "owed": []}
 
+    @pytest.mark.parametrize("state", [StreamState.CLOSING, StreamState.ENDED])
+    async def test_suspending_does_not_bring_back_what_was_closed(
+        self, app: App, ann: Client, state: StreamState
+    ) -> None:
+        await app.events.set_state("ann/a", state)
+        async with ann.connected() as (_, connection_id):
+            answer = await ann.post("suspend", connection_id, {"stream": "ann/a"})
+            assert (answer.status_code, answer.json()["field"]) == (409, "stream")
+            assert (await ann.post("send", connection_id, message())).status_code == 409
+        assert (await ann.get("/api/sessions/ann/a/state")).json()["state"] == state
+
 
 class TestWordsToTheAgent:
     @pytest.mark.parametrize(
