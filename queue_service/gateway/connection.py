@@ -54,6 +54,7 @@ class Connection:
         # Why we leave, and whether the last stream that was watched has ended.
         self._reason: str | None = None
         self._over = False
+        self._is_closed = False
 
     @property
     def streams(self) -> list[str]:
@@ -61,6 +62,9 @@ class Connection:
 
     def watch(self, stream: str, cursor: int) -> None:
         """Send the events of a stream after a cursor from now on; one that is watched already goes back or on to there."""
+        if self._is_closed:
+            # A POST outlived its connection. What it would watch now, nobody would ever leave.
+            return
         self.unwatch(stream)
         self._over = False
         moved = partial(self._moved, stream)
@@ -85,6 +89,7 @@ class Connection:
 
     def close(self) -> None:
         self.watch_only({})
+        self._is_closed = True
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """What to send: frames, as many at a time as there are. Ends with the streams, or as it was asked to."""

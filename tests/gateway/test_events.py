@@ -76,6 +76,28 @@ class TestAConnection:
         await eventually(lambda: served.gateway.connections == 0)
         await eventually(lambda: not app.opened.fanout._tails)
 
+    @pytest.mark.parametrize(
+        ("name", "body"),
+        [("reconnect", {"streams": {"a": 0}}), ("watch", {"stream": "a"}), ("switch", {"stream": "a"})],
+    )
+    async def test_that_is_gone_watches_nothing_that_was_asked_for_before(
+        self, app: App, name: str, body: dict[str, Any]
+    ) -> None:
+        asked, answer = asyncio.Event(), asyncio.Event()
+
+        async def owns(_stream: str) -> bool:
+            asked.set()
+            return await answer.wait()
+
+        async with serving(app, authorize=lambda _: Principal("ann", owns)) as served, served.client() as client:
+            async with client.connected() as (_, connection_id):
+                posting = asyncio.ensure_future(client.post(name, connection_id, body))
+                await asyncio.wait_for(asked.wait(), 10)
+            await eventually(lambda: served.gateway.connections == 0)
+            answer.set()
+            await posting
+            assert not app.opened.fanout._tails
+
 
 class TestEvents:
     async def test_come_in_order_each_with_the_id_that_resumes_after_it(self, app: App, ann: Client) -> None:
