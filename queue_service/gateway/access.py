@@ -55,10 +55,14 @@ Authorize = Callable[[Request], Principal | Awaitable[Principal | None] | None]
 @dataclass(frozen=True, slots=True)
 class Limits:
     """For each principal and replica: connections at a time, and messages a second, of which twice as many may come at
-    once."""
+    once, or one where that is less."""
 
     connections: int = 100
     messages: float = 50.0
+
+    def __post_init__(self) -> None:
+        if self.connections < 1 or self.messages <= 0:
+            raise ConfigError("The limits of a gateway are positive: connections from 1, messages a second above 0.")
 
 
 def everything(stream: str) -> bool:
@@ -150,8 +154,10 @@ class Access:
     def pace(self, principal: Principal) -> None:
         """One more message. Raises Refused (429) where they come too fast: a token bucket."""
         rate, now = self._limits.messages, time.monotonic()
-        left, then = self._paces.pop(principal.id, (2 * rate, now))
-        left = min(2 * rate, left + (now - then) * rate)
+        # A bucket that cannot hold one message would refuse every one.
+        most = max(2 * rate, 1.0)
+        left, then = self._paces.pop(principal.id, (most, now))
+        left = min(most, left + (now - then) * rate)
         self._paces[principal.id] = (max(left - 1, 0.0) if left >= 1 else left, now)
         if len(self._paces) > REMEMBERED:
             self._paces.popitem(last=False)

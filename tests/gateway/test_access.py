@@ -190,6 +190,12 @@ async def test_a_principal_has_so_many_connections_and_no_more(app: App) -> None
                 pass
 
 
+@pytest.mark.parametrize("limits", [{"connections": 0}, {"messages": 0}, {"messages": -1}])
+def test_limits_that_would_let_nobody_in_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        Limits(**limits)
+
+
 async def test_what_cannot_be_meant_is_refused_when_it_is_made(app: App) -> None:
     for options in ({"max_replay_gap": 0}, {"heartbeat": 0}, {"stall": -1}, {"retry": (3, 1)}):
         with pytest.raises(ConfigError):

@@ -315,6 +315,13 @@ class TestAMessage:
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
         assert answers[0].status_code == 202
 
+    async def test_may_be_fewer_than_one_a_second(self, app: App) -> None:
+        async with serving(app, limits=Limits(messages=0.01)) as served, served.client() as ann:
+            async with ann.connected() as (_, connection_id):
+                first, second = [await ann.post("send", connection_id, message(each)) for each in ("m1", "m2")]
+        assert (first.status_code, second.status_code) == (202, 429)
+        assert 90 < int(second.headers["retry-after"]) <= 100
+
 
 class TestStopping:
     async def test_ends_the_turns_of_a_stream_and_cancels_their_runs(self, app: App, ann: Client) -> None:
