@@ -97,7 +97,7 @@ class FileOutbox(Outbox):
         for place, text in enumerate(lines, 1):
             try:
                 line = msgspec.json.decode(text, type=Line)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 if place < len(lines) or torn:
                     raise self._is_no_outbox(f"line {place} cannot be read") from None
                 torn = text

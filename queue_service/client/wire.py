@@ -159,7 +159,7 @@ class Wire:
             raise _refused(what, response)
         try:
             return msgspec.json.decode(response.content, type=answer)
-        except msgspec.DecodeError as wrong:
+        except (msgspec.DecodeError, UnicodeDecodeError) as wrong:
             raise SendFailed(what, f"its answer cannot be understood: {wrong}.") from wrong
 
 
@@ -184,7 +184,7 @@ def _failing_as(what: str) -> Iterator[None]:
 def _refused(what: str, response: httpx2.Response) -> SendFailed:
     try:
         said = msgspec.json.decode(response.content, type=_Refusal)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         said = _Refusal(response.reason_phrase)
     return SendFailed(
         what,
@@ -199,7 +199,7 @@ def _seconds(retry_after: str) -> float:
     """Of a Retry-After header, which is a number of seconds or a date; 0 where it is neither."""
     try:
         return max(0.0, float(retry_after)) if retry_after[:1].isdigit() else _seconds_until(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

@@ -197,7 +197,7 @@ class Gateway:
         return True
 
     async def _respond(self, writer: asyncio.StreamWriter, status: int, body: Any, headers: dict[str, str]) -> None:
-        content = b"" if status == 204 else json.dumps(body).encode()
+        content = b"" if status == 204 else body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Refused')}", f"Content-Length: {len(content)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + content)

@@ -162,7 +162,8 @@ class TestTheFile:
         assert path.stat().st_mode & 0o777 == 0o600
 
     @pytest.mark.parametrize(
-        "torn", [b'{"put":3,"na', b"{", b'{"put":3,"name":"send","body":{}}', b"\0" * 40, b'{"pu\n']
+        "torn",
+        [b'{"put":3,"na', b"{", b'{"put":3,"name":"send","body":{}}', b"\0" * 40, b'{"pu\n', b'{"name":"\xff"}\n'],
     )
     def test_may_end_in_a_torn_line(self, two_lines: bytes, path: Path, torn: bytes) -> None:
         path.write_bytes(two_lines + torn)

@@ -142,6 +142,7 @@ class TestRetries:
         assert [_seconds("2"), _seconds("0.5"), _seconds(""), _seconds("soon"), _seconds("-1")] == [2, 0.5, 0, 0, 0]
         assert 55 < _seconds(then) <= 60
         assert _seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+        assert _seconds("Fri, 31 Dec 99999999999999999999 23:59:59 GMT") == 0
 
     async def test_to_wait_for_a_connection_is_no_attempt(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect()
@@ -158,6 +159,13 @@ class TestRetries:
     async def test_an_answer_that_cannot_be_understood_is_none(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect()
         gateway.next["send"].append(Answer(body={"welcome to": "the hotel's network"}))
+        assert (await chat.send("s", {"text": "hi"})).seq == 1
+
+    @pytest.mark.parametrize("status", [200, 503])
+    async def test_an_answer_that_is_no_utf_8_is_none(self, gateway: Gateway, chat: ChatClient, status: int) -> None:
+        await chat.connect()
+        said = '{"error": "nicht verfügbar", "stream": "für dich"}'.encode("latin-1")
+        gateway.next["send"].append(Answer(status, body=said))
         assert (await chat.send("s", {"text": "hi"})).seq == 1
 
     async def test_an_answer_that_does_not_come_is_none(self, gateway: Gateway, client: Make) -> None:
