@@ -63,7 +63,8 @@ def appended(heads: Mapping[str, int]) -> list[Notice]:
 def read_appended(payload: str) -> tuple[str, int] | None:
     """The stream and its seq, or None for "look everywhere"."""
     seq, _, stream = payload.partition(" ")
-    return (stream, int(seq)) if stream and seq.isdecimal() else None
+    # Python refuses to read very long numbers.
+    return (stream, int(seq)) if stream and seq.isdecimal() and len(seq) < 20 else None
 
 
 def about_runs(channel: str, ids: Iterable[int]) -> Notice:
