@@ -62,6 +62,8 @@ class Tail:
         self.top = 0
         self.state = StreamState.CREATED
         self.watchers = 0
+        # How often the database went back: those who follow have to look again where they are.
+        self.setbacks = 0
         self.moved = Bell()
         self.ended_turns = Bell()
 
@@ -70,6 +72,12 @@ class Tail:
         self.events.clear()
         self.base = self.head = head
         self.touch()
+
+    def set_back(self, head: int) -> None:
+        """The database lost what came after this: it was restored, or failed over."""
+        self.top = head
+        self.setbacks += 1
+        self.place(head)
 
     def extend(self, events: Collection[Event]) -> None:
         for event in events:
@@ -109,8 +117,9 @@ class Follower:
         self._fanout = fanout
         self._tail = tail
         self._max_gap = max_gap
-        # The head as it was at the first look.
+        # The head as it was at the first look, and what the tail had been through by then.
         self._head: int | None = None
+        self._setbacks = tail.setbacks
 
     @property
     def is_over(self) -> bool:
@@ -125,6 +134,8 @@ class Follower:
         """What there is after the cursor, which moves past it: a page of it at most, [] where there is nothing now. Raises
         DatabaseUnavailable where the watch has ended, or the database cannot be reached at the first look."""
         tail, given = self._tail, []
+        if self._setbacks != tail.setbacks:
+            self._setbacks, self._head = tail.setbacks, None
         if self._head is None:
             given = await self._first_look()
         if self._max_gap is not None and self.head - self.cursor > self._max_gap:
@@ -316,6 +327,8 @@ class Fanout:
             if tail is None:
                 continue
             head, state = heads.get(name, (0, StreamState.CREATED))
+            if tail.head is not None and head < tail.head:
+                tail.set_back(head)
             tail.top = max(tail.top, head)
             if tail.head is None:
                 tail.place(head)

@@ -213,3 +213,14 @@ class TestTheFanout:
             assert done
             gap = first.result()
             assert (gap.kind, gap.body["from"], gap.body["to"]) == ("gap", 1, 2)
+
+    async def test_goes_back_with_the_database(self, app: App, conn: Connection) -> None:
+        await app.events.append_many("s", [("delta", n) for n in range(1, 6)])
+        async with aclosing(app.events.follow("s")) as follower:
+            assert [(await next_of(follower)).seq for _ in range(5)] == [1, 2, 3, 4, 5]
+            await conn.execute("delete from queue_service.events where seq > 2")
+            await conn.execute("update queue_service.streams set head = 2")
+            gap = await next_of(follower)
+            assert (gap.kind, gap.body) == ("gap", {"stream": "s", "from": 3, "to": 5, "head": 2})
+            await app.events.append("s", "delta", "another")
+            assert await next_of(follower) == (await app.events.read("s", after=2))[0]
