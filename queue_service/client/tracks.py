@@ -110,11 +110,14 @@ class Tracks:
             return
         if gap.last <= gap.head:
             self._want(track, gap.last)
-        elif track.cursor > gap.head:
-            # We saw events that the database does not have: it was restored, and counts on from its head.
+            return
+        # The database was restored, and counts on from its head. Nothing beyond that is missing.
+        track.wanted = gap.head
+        if track.cursor > gap.head:
             track.stop()
-            track.wanted = gap.head
             await self._deliver(track, _gap(gap.stream, gap.first, gap.last, gap.head), gap.head)
+        # Told twice of this, as each place that is named is answered, we may lack what was appended between the two.
+        self._want(track, gap.head)
 
     def end(self, end: End) -> None:
         """The stream has ended, and the gateway believes that all of it was sent."""

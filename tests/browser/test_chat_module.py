@@ -245,6 +245,37 @@ class TestEvents:
         log = await client.heard("delta 4", "open")
         assert [entry for entry in log if entry[-1].isdigit()] == ["gap 4-3", "delta 4"]
 
+    async def test_a_stream_that_went_back_is_told_of_once_and_nothing_of_it_is_lost(
+        self, server: Scripted, client: Client
+    ) -> None:
+        server.history = [event(4, "reply")]
+        await client.open({"s": 9})
+        connection = await server.connected()
+        connection.gap(4, 9, 3)
+        connection.gap(4, 9, 3)
+        connection.gap(5, 9, 4)
+        log = await client.heard("reply 4", "open")
+        assert [entry for entry in log if entry[-1].isdigit()] == ["gap 4-3", "reply 4"]
+
+    async def test_a_stream_that_goes_back_while_its_history_is_read_is_read_to_its_head(
+        self, server: Scripted, client: Client
+    ) -> None:
+        server.history = [event(seq) for seq in range(1, 4)]
+        slow = server.hold("history")
+        await client.open({"s": 0, "t": 0})
+        connection = await server.connected()
+        connection.gap(1, 9, 9)
+        await eventually(lambda: server.asked("history"))
+        connection.gap(4, 9, 3)
+        connection.event(1, "status", stream="t")
+        await client.heard("status 1", "open")
+        slow.set()
+        connection.event(4)
+        log = await client.heard("delta 4")
+        assert [entry for entry in log if entry[-1].isdigit() and "status" not in entry] == [
+            f"delta {seq}" for seq in range(1, 5)
+        ]
+
     async def test_a_stream_that_ends_while_its_history_is_read_is_told_to_its_end(
         self, server: Scripted, client: Client
     ) -> None:

@@ -198,6 +198,30 @@ class TestAGap:
         assert told(await take(chat, 3)) == [{"from": 6, "to": 9, "head": 5}, 6, 7]
         assert chat.cursors == {"s": 7}
 
+    async def test_beyond_the_head_that_is_told_twice_loses_nothing_between(
+        self, gateway: Gateway, chat: ChatClient
+    ) -> None:
+        await stored(gateway, "s", *["delta"] * 5)
+        await chat.connect({"s": 9})
+        await gateway.line.gap("s", 6, 9, 5)
+        await stored(gateway, "s", "reply")
+        await gateway.line.gap("s", 7, 9, 6)
+        assert told(await take(chat, 2)) == [{"from": 6, "to": 9, "head": 5}, 6]
+
+    async def test_beyond_the_head_bounds_what_is_missing(self, gateway: Gateway, chat: ChatClient) -> None:
+        go_on = asyncio.Event()
+        await stored(gateway, "s", *["delta"] * 5)
+        await chat.connect({"s": 2})
+        gateway.next["history"].append(Answer(hold=go_on))
+        await gateway.line.gap("s", 3, 9, 9)
+        await eventually(lambda: gateway.asked("history"))
+        await gateway.line.gap("s", 6, 9, 5)
+        await gateway.line.frame("end", {"stream": "s", "head": 5})
+        gateway.line.finish()
+        gateway.always["events"] = Answer(204)
+        go_on.set()
+        assert told(await take(chat, 4)) == [3, 4, 5]
+
 
 class TestAnEnding:
     async def test_is_fetched_if_it_was_believed_to_be_sent(self, gateway: Gateway, chat: ChatClient) -> None:

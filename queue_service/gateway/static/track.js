@@ -35,9 +35,10 @@ export class Track {
   }
 
   skip({ to, head }) {
-    if (head < to) this.#restored(head);
-    if (to <= this.top || head < to) return;
-    this.top = to;
+    const last = Math.min(to, head);
+    if (head < to && head < this.top) this.#restored(head);
+    if (last <= this.top) return;
+    this.top = last;
     this.#advance();
   }
 
@@ -77,11 +78,13 @@ export class Track {
     if (!page.length || page.at(-1).seq > upto) this.#miss(upto);
   }
 
-  /** The database lost what we saw, and numbers go on from its head. */
+  /** The database lost what we saw, or were to see, and numbers go on from its head. */
   #restored(head) {
     const missing = { from: head + 1, to: this.seen, head };
     this.#held = [];
-    this.seen = this.top = head;
+    this.top = head;
+    if (this.seen <= head) return;
+    this.seen = head;
     this.#told({ stream: this.stream, seq: head, kind: "gap", body: missing, terminal: false, created_at: null });
   }
 
