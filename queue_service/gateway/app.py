@@ -13,6 +13,8 @@ from typing import Self
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -72,6 +74,7 @@ class Gateway:
             raise ConfigError("max_replay_gap, heartbeat and stall are positive, and retry is a range of seconds.")
         self._app = app
         self._authorize = authorize
+        self._origins = tuple(origins)
         self._access = Access(authorize, limits=limits or Limits(), origins=origins)
         self._posts = Posts(app, self._access, task=task, queue=queue, deployment=deployment)
         self._max_gap = max_replay_gap
@@ -136,7 +139,8 @@ class Gateway:
 
     def asgi(self, *, with_page: bool = False) -> Starlette:
         """An application of the gateway alone, and of the page that shows a conversation, if asked for."""
-        return Starlette(routes=[*self.routes(), *(page.routes() if with_page else [])], lifespan=self.lifespan)
+        routes = [*self.routes(), *(page.routes() if with_page else [])]
+        return Starlette(routes=routes, middleware=self._for_other_origins(), lifespan=self.lifespan)
 
     # Requests
 
@@ -259,6 +263,21 @@ class Gateway:
         for stream in cursors:
             await self._access.stream(principal, stream)
         return cursors
+
+    def _for_other_origins(self) -> list[Middleware]:
+        """What browsers have to be told before they let a page of another origin read an answer."""
+        if not self._origins:
+            return []
+        return [
+            Middleware(
+                CORSMiddleware,
+                allow_origins=self._origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type", "X-Connection-ID"],
+                allow_credentials=True,
+                expose_headers=["Retry-After"],
+            )
+        ]
 
     def _pause(self) -> float:
         """In seconds, and another one for each client: those who leave together must not come back together."""

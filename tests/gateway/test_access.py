@@ -124,6 +124,23 @@ class TestAnOrigin:
             assert (await client.get("/api/sessions/ann/a/state", origin="https://app.example")).status_code == 200
             assert (await client.get("/api/sessions/ann/a/state", origin="https://evil.example")).status_code == 403
 
+    async def test_that_is_named_is_let_through_by_its_browser(self, app: App) -> None:
+        async with serving(app, origins=["https://app.example"]) as served, served.client() as client:
+
+            async def asked(origin: str) -> httpx2.Response:
+                asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-connection-id"}
+                return await client.http.options("/api/chat/send", headers={"Origin": origin, **asks})
+
+            named, other = await asked("https://app.example"), await asked("https://evil.example")
+            assert (named.status_code, named.headers["access-control-allow-origin"]) == (200, "https://app.example")
+            assert "x-connection-id" in named.headers["access-control-allow-headers"].lower()
+            assert "access-control-allow-origin" not in other.headers
+            answer = await client.get("/api/sessions/ann/a/state", origin="https://app.example")
+            assert answer.headers["access-control-allow-origin"] == "https://app.example"
+            events = {**client.headers, "Origin": "https://app.example"}
+            async with client.http.stream("GET", "/api/chat/events", headers=events) as response:
+                assert response.headers["access-control-allow-origin"] == "https://app.example"
+
 
 class TestLoopback:
     async def test_lets_this_machine_in_and_no_name_that_was_pointed_at_it(self, app: App) -> None:
