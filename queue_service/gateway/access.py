@@ -84,8 +84,12 @@ class Token:
     browser's EventSource sends no header of its own."""
 
     def __init__(self, token: str) -> None:
-        if len(token) < 16:
-            raise ConfigError("A token of the gateway has at least 16 characters. Make one: `openssl rand -hex 24`.")
+        # What is no ASCII, or a space at an end, does not come back from headers and cookies as it was.
+        if len(token) < 16 or not token.isascii() or not token.isprintable() or token != token.strip():
+            raise ConfigError(
+                "A token of the gateway has at least 16 characters, all of them ASCII, and no space at its ends. Make "
+                "one: `openssl rand -hex 24`."
+            )
         self._token = token.encode()
 
     def __call__(self, request: Request) -> Principal | None:

@@ -182,6 +182,11 @@ class TestAToken:
         with pytest.raises(ConfigError, match="16 characters"):
             Token("secret")
 
+    @pytest.mark.parametrize("token", ["geheim-für-alle-und-dich", f" {TOKEN}", f"{TOKEN}\n"])
+    def test_that_headers_cannot_carry_is_refused(self, token: str) -> None:
+        with pytest.raises(ConfigError, match="ASCII"):
+            Token(token)
+
     async def test_is_in_no_log_line(self, app: App, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.DEBUG)
         async with serving(app, authorize=Token(TOKEN)) as served, httpx2.AsyncClient(base_url=served.address) as http:
