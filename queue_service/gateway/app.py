@@ -162,6 +162,7 @@ class Gateway:
     async def _events(self, request: Request) -> Response:
         principal = await self._access.principal(request)
         cursors = await self._cursors(request, principal)
+        beat = _beat(request)
         if self._draining:
             raise Refused(503, "This replica is stopping. Connect again.", retry_after=self._pause())
         if cursors and await self._are_over(cursors):
@@ -170,16 +171,17 @@ class Gateway:
             stack.enter_context(self._access.connected(principal))
             # Begun anew for each who comes, should it have failed since.
             stack.enter_context(self._app.opened.sweeping())
-            connection = stack.enter_context(self._connected(principal))
+            connection = stack.enter_context(self._connected(principal, beat))
             connection.watch_only(cursors)
             return EventResponse(connection, stall=self._stall, ended=stack.pop_all().close)
 
     @contextmanager
-    def _connected(self, principal: Principal) -> Iterator[Connection]:
+    def _connected(self, principal: Principal, beat: bytes) -> Iterator[Connection]:
         connection = Connection(
             self._app.opened.fanout,
             principal,
             heartbeat=self._heartbeat,
+            beat=beat,
             max_gap=self._max_gap,
             retry=self._pause,
         )
@@ -289,6 +291,13 @@ class Gateway:
             stream for stream, (head, state) in heads.items() if state is StreamState.ENDED and cursors[stream] >= head
         ]
         return len(over) == len(cursors)
+
+
+def _beat(request: Request) -> bytes:
+    kind = request.query_params.get("heartbeat", "comment")
+    if kind not in frames.HEARTBEATS:
+        raise Refused(400, f"heartbeat is one of: {', '.join(frames.HEARTBEATS)}.", field="heartbeat")
+    return frames.HEARTBEATS[kind]
 
 
 def _number(request: Request, name: str, default: int, most: int) -> int:

@@ -38,13 +38,21 @@ class Watched:
 
 class Connection:
     def __init__(
-        self, fanout: Fanout, principal: Principal, *, heartbeat: float, max_gap: int, retry: Callable[[], float]
+        self,
+        fanout: Fanout,
+        principal: Principal,
+        *,
+        heartbeat: float,
+        beat: bytes,
+        max_gap: int,
+        retry: Callable[[], float],
     ) -> None:
         # As hard to guess as a key, though it is no credential: each request is authorized by itself.
         self.id = secrets.token_urlsafe(24)
         self.principal = principal
         self._fanout = fanout
         self._heartbeat = heartbeat
+        self._beat = beat
         self._max_gap = max_gap
         self._retry = retry
         self._watched: dict[str, Watched] = {}
@@ -105,7 +113,7 @@ class Connection:
             if chunk:
                 yield chunk
             elif not self._ready and not await self._woken():
-                yield frames.BEAT
+                yield self._beat
 
     async def _pull(self) -> bytes:
         """A page of each stream that has something."""

@@ -11,8 +11,6 @@ import msgspec
 
 from queue_service.events.model import Event
 
-BEAT = b": beat\n\n"
-
 _encode = msgspec.json.Encoder().encode
 
 
@@ -42,3 +40,7 @@ def place(text: str) -> tuple[str, int]:
 
 def _frame(head: str, data: Any) -> bytes:
     return head.encode() + b"data: " + _encode(data) + b"\n\n"
+
+
+# Says only that the connection lives. A browser's EventSource keeps comments to itself, so a page asks for events.
+HEARTBEATS = {"comment": b": beat\n\n", "event": control("heartbeat", {})}

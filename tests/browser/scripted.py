@@ -72,6 +72,7 @@ class Scripted:
         self.connections: list[Connection] = []
         self.history: list[dict[str, Any]] = []
         self.state = "active"
+        self.heartbeat = 15.0
         self._answers: defaultdict[str, deque[Answer]] = defaultdict(deque)
         self._accepted: list[str] = []
         self._handling: set[asyncio.Task[None]] = set()
@@ -147,7 +148,7 @@ class Scripted:
     async def _stream(self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
         connection = Connection(writer, request, f"c{len(self.connections) + 1}")
-        welcome = {"connection_id": connection.id, "heartbeat": 15, "streams": {}}
+        welcome = {"connection_id": connection.id, "heartbeat": self.heartbeat, "streams": {}}
         connection.frame(welcome, event="welcome", retry=20)
         self.connections.append(connection)
         await reader.read()

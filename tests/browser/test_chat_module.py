@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -183,6 +184,45 @@ class TestOpening:
         await client.send("late")
         await client.heard("no receipt for late: 409 This conversation has ended.")
         assert len(server.asked("events")) == 1
+
+
+class TestAConnectionThatDiesWithoutASign:
+    async def test_is_made_anew_when_no_heartbeat_comes_and_goes_on_where_it_was(
+        self, server: Scripted, client: Client
+    ) -> None:
+        server.heartbeat = 0.2
+        await client.open()
+        first = await server.connected()
+        first.event(1)
+        server.heartbeat = 15.0
+        second = await server.connected(2)
+        assert second.request.query == {"heartbeat": ["event"], "cursor": ["s:1"]}
+        second.event(2)
+        await client.heard("delta 2")
+        # The first one is not listened to any more.
+        first.event(9)
+        await client.page.wait_for_function("client.state === 'open'")
+        log = [entry for entry in await client.log() if not entry.startswith("on")]
+        assert log == ["connecting", "open", "delta 1", "reconnecting", "delta 2", "open"]
+
+    async def test_is_kept_for_as_long_as_heartbeats_come(self, server: Scripted, client: Client) -> None:
+        server.heartbeat = 1.0
+        await client.open()
+        connection = await server.connected()
+        await client.heard("open")
+        for _ in range(20):
+            connection.frame({}, event="heartbeat")
+            await asyncio.sleep(0.25)  # the gateway's pace: together longer than the grace
+        assert len(server.connections) == 1
+        assert await client.state() == "open"
+
+    async def test_is_given_up_while_it_is_made(self, server: Scripted, client: Client) -> None:
+        never = server.hold("events")
+        await client.open({"s": 3}, timeout=200)
+        assert (await server.connected()).request.query["cursor"] == ["s:3"]
+        assert len(server.asked("events")) > 1
+        await client.heard("open")
+        never.set()
 
 
 class TestEvents:

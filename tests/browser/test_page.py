@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from queue_service import App, Run, Turn
 from queue_service.db.pool import Connection
 from queue_service.gateway import Gateway, loopback, page
 from tests.browser.conftest import Chat, Site, Visit
+from tests.chaos.proxy import Proxy
 from tests.gateway.served import serving
 from tests.support import one, working
 
@@ -225,6 +227,28 @@ async def test_what_is_written_is_text_and_nothing_else(site: Site, visit: Visit
     await expect(chat.replies).to_have_text([f"You said: {markup}"])
     await expect(chat.mine).to_have_text([markup])
     await expect(chat.page.locator("#log img, #log b")).to_have_count(0)
+
+
+async def test_a_connection_that_dies_without_a_sign_is_noticed_and_costs_the_page_nothing(
+    browser: Browser, app: App
+) -> None:
+    gateway = Gateway(app, authorize=loopback, heartbeat=0.5)
+    async with (
+        serving(app, gateway=gateway, asgi=gateway.asgi(with_page=True)) as served,
+        Proxy(int(served.address.rpartition(":")[2])).open() as proxy,
+    ):
+        shown = await browser.new_page()
+        await shown.goto(proxy.address)
+        await shown.wait_for_function("location.search.includes('stream=')")
+        chat = Chat(shown, app)
+        await expect(chat.connection).to_have_text("Connected")
+        stalling = asyncio.create_task(proxy.stall(3_600))
+        await expect(chat.connection).to_have_text("Reconnecting…")
+        await app.events.append(chat.stream, "happened meanwhile", {})
+        stalling.cancel()
+        await expect(chat.connection).to_have_text("Connected")
+        await expect(chat.page.locator(".line.other")).to_have_text(["happened meanwhile"])
+        await shown.close()
 
 
 async def test_the_page_works_mounted_under_a_prefix(browser: Browser, app: App) -> None:

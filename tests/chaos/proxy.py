@@ -52,11 +52,13 @@ class Proxy:
                 random.choice(pair).write_eof()
 
     async def stall(self, seconds: float) -> None:
-        """Pass nothing on for so long."""
+        """Pass nothing on for so long, or until cancelled."""
         self.faults["stalled"] += len(self._pairs)
         self._flows.clear()
-        await asyncio.sleep(seconds)  # the fault itself
-        self._flows.set()
+        try:
+            await asyncio.sleep(seconds)  # the fault itself
+        finally:
+            self._flows.set()
 
     def _some(self, share: float) -> list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]]:
         return [pair for pair in self._pairs if random.random() < share]

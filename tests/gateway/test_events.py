@@ -50,6 +50,18 @@ class TestAConnection:
                 await say(app, "ann/a", 1)
                 assert await reading
 
+    async def test_hears_it_as_an_event_if_it_asks_for_that(self, app: App) -> None:
+        async with serving(app, heartbeat=0.02) as served, served.client() as client:
+            async with client.connected("?stream=ann/a&heartbeat=event") as (stream, _):
+                heartbeat = await stream.next()
+                assert heartbeat is not None
+                assert (heartbeat.event, heartbeat.id, heartbeat.data) == ("heartbeat", None, {})
+                await say(app, "ann/a", 1)
+                assert await stream.until("message")
+                assert stream.beats == 0
+            refused = await client.get("/api/chat/events?heartbeat=loud")
+            assert (refused.status_code, refused.json()["field"]) == (400, "heartbeat")
+
     async def test_may_watch_nothing_and_stays_open(self, app: App) -> None:
         async with serving(app, heartbeat=0.02) as served, served.client() as client:
             async with client.connected() as (stream, connection_id):

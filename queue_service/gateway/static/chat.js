@@ -9,12 +9,15 @@
 
 import { call, CallFailed } from "./calls.js";
 import { newId, Outbox, OutboxFull } from "./outbox.js";
+import { Pulse } from "./pulse.js";
 import { Track } from "./track.js";
 
 export { CallFailed, OutboxFull };
 
 const ATTEMPTS = 3;
 const PAGE = 1000;
+// So many heartbeats may fail to come before the connection counts as dead.
+const GRACE = 3;
 const ENDED = "This conversation has ended.";
 const DEFAULTS = { base: ".", cap: 100, storageKey: "queue_service.outbox" };
 // In milliseconds. `patience` is how long a message that failed once waits for a connection before it is tried without.
@@ -32,6 +35,8 @@ export class ChatClient {
   #tracks = new Map();
   #tracksChanged = 0;
   #source = null;
+  // A connection can die without a sign, and a browser waits on it for ever.
+  #pulse = new Pulse(() => this.#startLater(null));
   #connection = null;
   // Moves on with every welcome, and whenever a connection is lost: what began before it changes nothing.
   #generation = 0;
@@ -138,20 +143,28 @@ export class ChatClient {
   #start() {
     this.#drop();
     this.#setState(["closed", "connecting"].includes(this.state) ? "connecting" : "reconnecting");
-    const asked = new URLSearchParams();
+    this.#pulse.expect(this.#options.timeout);
+    // As events: EventSource keeps comments to itself.
+    const asked = new URLSearchParams({ heartbeat: "event" });
     for (const { stream, top } of this.#tracks.values()) asked.append("cursor", `${stream}:${top}`);
     const source = (this.#source = new EventSource(this.#url(`chat/events?${asked}`)));
-    const hear = (name, act) => source.addEventListener(name, (frame) => act(JSON.parse(frame.data)));
-    hear("welcome", (told) => this.#welcome(told.connection_id));
+    const hear = (name, act) =>
+      source.addEventListener(name, (frame) => {
+        this.#pulse.heard();
+        act(JSON.parse(frame.data));
+      });
+    hear("welcome", (told) => this.#welcome(told));
+    hear("heartbeat", () => {});
     hear("message", (event) => this.#tracks.get(event.stream)?.receive(event));
     hear("gap", (missing) => this.#tracks.get(missing.stream)?.skip(missing));
     hear("end", (ended) => this.#tracks.get(ended.stream)?.end(ended));
     source.onerror = () => this.#lost(source);
   }
 
-  async #welcome(connection) {
+  async #welcome(told) {
     const generation = ++this.#generation;
-    this.#connection = connection;
+    this.#connection = told.connection_id;
+    this.#pulse.expect(1000 * GRACE * told.heartbeat);
     this.#ready = false;
     let known;
     do {
@@ -187,6 +200,7 @@ export class ChatClient {
   #lost(source) {
     const generation = ++this.#generation;
     this.#ready = false;
+    this.#pulse.expect(this.#options.timeout);
     this.#setState("reconnecting");
     // A source that lost its connection makes another by itself. One that got an answer it did not like gives up, and
     // does not say what the answer was.
@@ -227,6 +241,7 @@ export class ChatClient {
     this.#generation += 1;
     this.#source?.close();
     this.#source = null;
+    this.#pulse.stop();
     this.#ready = false;
     clearTimeout(this.#starting);
   }
