@@ -116,7 +116,7 @@ def new_run(
     if delay is not None and run_at is not None:
         raise ConfigError("delay and run_at both say when. Pass one of them.")
     if run_at is not None:
-        _check_moment(run_at)
+        check_moment(run_at, "run_at")
     text = codec.dumps_object(payload, what="payload", limit=payload_limit)
     if known is not None:
         known.check(payload)
@@ -250,13 +250,13 @@ def _check_integer(value: object, what: str, least: int, most: int) -> None:
         raise ConfigError(f"{what} must be a whole number from {least} to {most}, not {value!r}.")
 
 
-def _check_moment(moment: object) -> None:
+def check_moment(moment: object, what: str) -> None:
     if not isinstance(moment, datetime):
-        raise ConfigError(f"run_at must be a datetime, not {type(moment).__name__}.")
+        raise ConfigError(f"{what} must be a datetime, not {type(moment).__name__}.")
     if moment.utcoffset() is None:
         raise ConfigError(
-            f"run_at={moment.isoformat()} has no time zone, so it names no moment. "
+            f"{what}={moment.isoformat()} has no time zone, so it names no moment. "
             "Use datetime.now(timezone.utc) and the like."
         )
     if not 1900 < moment.year < 8999:
-        raise ConfigError(f"run_at={moment.isoformat()} is too far away. Use a year from 1901 to 8998.")
+        raise ConfigError(f"{what}={moment.isoformat()} is too far away. Use a year from 1901 to 8998.")

@@ -43,11 +43,18 @@ class Queues:
 
     async def pause(self, queue: str, *, until: datetime | timedelta | float | None = None) -> bool:
         """Let no worker claim from this queue until `resume`, or until a time, or for so long (seconds or timedelta, by the
-        database's clock). What is running goes on. False: it was paused already, and for as long."""
+        database's clock). What is running goes on. False: it was paused already, and for as long. Raises ConfigError for a
+        time that has passed, or has no time zone."""
         check_word(queue, "queue", enqueueing.MAX_QUEUE)
-        if until is None or isinstance(until, datetime):
-            return await self._app.fetch(queries.pause(queue, until=until))
-        return await self._app.fetch(queries.pause(queue, lasting=duration(until, "until", positive=True)))
+        if isinstance(until, datetime):
+            enqueueing.check_moment(until, "until")
+            paused = await self._app.fetch(queries.pause(queue, until=until))
+        else:
+            lasting = None if until is None else duration(until, "until", positive=True)
+            paused = await self._app.fetch(queries.pause(queue, lasting=lasting))
+        if paused is None:
+            raise ConfigError(f"until={until} has passed, by the database's clock. Nothing was changed.")
+        return paused
 
     async def resume(self, queue: str) -> bool:
         """False: it was not paused."""

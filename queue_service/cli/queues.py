@@ -3,7 +3,6 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import click
-import msgspec
 
 from queue_service.app import App
 from queue_service.cli import render
@@ -30,7 +29,7 @@ def list_(as_json: bool, database_url: str | None) -> None:
 
     found = read(database_url, body)
     if as_json:
-        click.echo(msgspec.json.encode([{**queue._asdict(), **depth._asdict()} for queue, depth in found]))
+        render.as_json([{**queue._asdict(), **depth._asdict()} for queue, depth in found])
         return
     render.table(
         ("queue", "due", "later", "running", "limits", "first due", "paused", "until"),
@@ -40,7 +39,7 @@ def list_(as_json: bool, database_url: str | None) -> None:
                 render.count(depth.due),
                 render.count(depth.later),
                 depth.running,
-                _limits(queue),
+                limits_of(queue),
                 depth.first_due,
                 queue.paused_at,
                 queue.resumes_at,
@@ -125,7 +124,8 @@ def limit(
     click.echo(f"queue {name}: {'limits set' if changed else 'had these limits already'}")
 
 
-def _limits(queue: Queue) -> str | None:
+def limits_of(queue: Queue) -> str | None:
+    """In few words; None where there are none."""
     parts = [f"{queue.max_running:,} running"] if queue.max_running else []
     parts += [f"{queue.max_running_per_key:,} of a key"] if queue.max_running_per_key else []
     if queue.rate and queue.period:

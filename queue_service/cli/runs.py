@@ -12,6 +12,7 @@ from queue_service.app import App
 from queue_service.app.history import RETRIABLE
 from queue_service.cli import render
 from queue_service.cli.options import DURATION, command, json_option, load_app, read, with_app
+from queue_service.cli.queues import limits_of
 from queue_service.errors import ConfigError, RunUnknown
 from queue_service.queues import queries as queues
 from queue_service.roster import queries as roster
@@ -118,9 +119,9 @@ def show(run_id: int, as_json: bool, database_url: str | None) -> None:
 
 
 class Surroundings(NamedTuple):
-    """What a run depends on: since when its queue is paused, the workers, and the turn it works on, with its deadline."""
+    """What a run depends on: its queue, the workers, and the turn it works on, with its deadline."""
 
-    paused_at: datetime | None
+    queue: queues.Queue | None
     workers: Sequence[roster.Worker]
     turn: tuple[str, str, datetime] | None
 
@@ -134,10 +135,10 @@ def why(run_id: int, as_json: bool, database_url: str | None) -> None:
 
     async def body(app: App) -> tuple[Run | None, Surroundings]:
         run = await app.get(run_id)
-        paused = {queue.name: queue.paused_at for queue in await app.fetch(queues.listed())}
+        known = {queue.name: queue for queue in await app.fetch(queues.listed())}
         workers = await app.fetch(roster.listed(app.settings.lease))
         turn = await app.fetch(turns.of_run(run_id))
-        return run, Surroundings(paused.get(run.queue) if run else None, workers, turn)
+        return run, Surroundings(known.get(run.queue) if run else None, workers, turn)
 
     run, around = read(database_url, body)
     if run is None:
@@ -175,7 +176,8 @@ def retry(
     if run_ids:
         if chosen or dry_run or as_json:
             raise ConfigError(
-                "Name runs by their ids, or choose them with --state, --queue, --task and --since; not both."
+                "Name runs by their ids, or choose them with --state, --queue, --task and --since; not both. "
+                "--limit, --dry-run and --json are for those that are chosen."
             )
         _each(
             run_ids, database_url, lambda app: app.retry, done="queued again", otherwise="has not failed, or is unknown"
@@ -249,15 +251,20 @@ def _queued(run: Run, around: Surroundings) -> str:
 
 
 def _taken_up_by(run: Run, around: Surroundings) -> str:
-    if around.paused_at is not None:
-        since = render.ago(around.paused_at)
+    queue = around.queue
+    if queue is not None and queue.paused_at is not None:
+        until = "" if queue.resumes_at is None else f" until {_when(queue.resumes_at)}"
+        since = f"{render.ago(queue.paused_at)}{until}"
         return f"queue {run.queue} was paused {since}: `queue-service queues resume {run.queue}` goes on with it"
     serving = [worker for worker in around.workers if worker.is_alive and run.queue in worker.queues]
     if not serving:
         start = f"queue-service worker -a module:app -q {run.queue}"
         return f"no live worker works on queue {run.queue}: start one with `{start}`"
     count = "a free place of the worker" if len(serving) == 1 else f"a free place of the {len(serving)} workers"
-    return f"waits for {count} on queue {run.queue}, and for one that knows task {run.task}"
+    lane = "" if run.ordering_key is None else f"its turn in lane {run.ordering_key}, for "
+    limits = queue and limits_of(queue)
+    room = f"room in the limits of the queue ({limits}), for " if limits else ""
+    return f"waits for {lane}{room}{count} on queue {run.queue}, and for one that knows task {run.task}"
 
 
 def _running(run: Run, around: Surroundings) -> str:

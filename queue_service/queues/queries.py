@@ -32,9 +32,9 @@ class Limits(NamedTuple):
     burst: int | None
 
 
-def pause(name: str, *, until: datetime | None = None, lasting: timedelta | None = None) -> Query[bool]:
-    """False if it was paused already, and until the same time."""
-    return SQL.query("pause", found, name=name, until=until, lasting=lasting)
+def pause(name: str, *, until: datetime | None = None, lasting: timedelta | None = None) -> Query[bool | None]:
+    """False if it was paused already, and until the same time; None if that time has passed, and nothing was changed."""
+    return SQL.query("pause", scalar, name=name, until=until, lasting=lasting)
 
 
 def resume(name: str) -> Query[bool]:

@@ -7,15 +7,24 @@ queues.paused_at is not null and coalesce(queues.resumes_at, 'infinity') > (sele
 (queues.rate, queues.period, queues.burst) is not distinct from (excluded.rate, excluded.period, excluded.burst)
 
 -- name: pause
--- Claims find nothing in this queue until it is resumed, or until a time, or for so long. Row: whether this changed anything.
+-- Claims find nothing in this queue until it is resumed, or until a time, or for so long. Row: whether this changed anything;
+-- null for a time that has passed, which would end a pause that there is.
 -- writes: queues
-insert into queue_service.queues (name, paused_at, resumes_at)
-select %(name)s, moment.now, coalesce(%(until)s::timestamptz, moment.now + %(lasting)s::interval)
-  from (select clock_timestamp() as now offset 0) as moment
-    on conflict (name) do update
-   set paused_at = case when {paused} then queues.paused_at else excluded.paused_at end, resumes_at = excluded.resumes_at
- where ({paused}) is not true or queues.resumes_at is distinct from excluded.resumes_at
-returning true
+with moment as materialized (
+    select clock.now, coalesce(%(until)s::timestamptz, clock.now + %(lasting)s::interval) as until
+      from (select clock_timestamp() as now offset 0) as clock
+), stored as (
+    insert into queue_service.queues (name, paused_at, resumes_at)
+    select %(name)s, moment.now, moment.until
+      from moment
+     where (moment.until > moment.now) is not false
+        on conflict (name) do update
+       set paused_at = case when {paused} then queues.paused_at else excluded.paused_at end,
+           resumes_at = excluded.resumes_at
+     where ({paused}) is not true or queues.resumes_at is distinct from excluded.resumes_at
+    returning true
+)
+select case when (moment.until > moment.now) is not false then exists (select from stored) end from moment
 
 -- name: resume
 -- Row: whether this changed anything.

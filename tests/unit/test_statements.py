@@ -87,8 +87,8 @@ def test_a_statement_nobody_wrote_is_a_key_error() -> None:
 
 
 def test_a_query_carries_its_text_and_parameters() -> None:
-    query = Statements("queue_service.queues").query("pause", nothing, name="mail")
-    assert query.text.startswith("insert into queue_service.queues")
+    query = Statements("queue_service.queues").query("resume", nothing, name="mail")
+    assert query.text.startswith("with before as materialized (")
     assert query.params == {"name": "mail"}
 
 

@@ -14,6 +14,7 @@ from queue_service import Outcome, Run, RunState, Turn, TurnFailure
 from queue_service.cli import markers
 from queue_service.cli.runs import Surroundings, awaited, turn_of
 from queue_service.errors import ConfigError, PayloadRefused
+from queue_service.queues.queries import Queue
 from queue_service.roster.queries import Worker
 from queue_service.turns.model import MAX_REASON, SENTENCES, Ending, Marker, failed, known_code, replied
 from queue_service.turns.queries import COUNT_LIMIT, Tally
@@ -64,8 +65,9 @@ def worker(**fields: Any) -> Worker:
     return Worker(**given | fields)
 
 
-def around(*workers: Worker, paused_at: datetime | None = None) -> Surroundings:
-    return Surroundings(paused_at, workers, None)
+def around(*workers: Worker, **of_queue: Any) -> Surroundings:
+    nothing = dict.fromkeys(Queue._fields)
+    return Surroundings(Queue(**{**nothing, "name": "mail", **of_queue}), workers, None)
 
 
 class TestAFailure:
@@ -231,6 +233,19 @@ class TestWhatIsSaidOfARun:
     def test_whose_queue_is_paused(self) -> None:
         said = awaited(run(), around(worker(), paused_at=since(hours=2)))
         assert "queue mail was paused 2h ago: `queue-service queues resume mail` goes on with it." in said
+
+    def test_whose_queue_is_paused_until_a_time(self) -> None:
+        said = awaited(run(), around(worker(), paused_at=since(hours=2), resumes_at=since(minutes=-4.01)))
+        assert "queue mail was paused 2h ago until " in said
+        assert "(in 4m): `queue-service queues resume mail` goes on with it." in said
+
+    def test_that_has_a_lane_and_a_queue_with_limits(self) -> None:
+        said = awaited(run(ordering_key="ada"), around(worker(), max_running=3))
+        assert (
+            "waits for its turn in lane ada, for room in the limits of the queue (3 running), for a free place" in said
+        )
+        assert "lane" not in awaited(run(), around(worker()))
+        assert "limits" not in awaited(run(), around(worker()))
 
     def test_that_is_scheduled_and_expires(self) -> None:
         said = awaited(run(run_at=since(hours=-2.01), expires_at=since(hours=-3.01)), around())
