@@ -45,6 +45,16 @@ def parse_path(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
+def one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        word = text.strip().lower()
+        if word not in words:
+            raise ConfigError(f"Write one of {', '.join(words)}.")
+        return word
+
+    return parse
+
+
 def default_data_dir() -> Path:
     """Where the embedded cluster lives unless told otherwise."""
     if os.name == "posix" and os.geteuid() == 0:
@@ -80,8 +90,8 @@ class Settings:
     read_timeout: timedelta = _setting(
         timedelta(seconds=2), parse_duration, "longest a command may look for what it is to show"
     )
-    log_level: str = _setting("info", str, "debug, info, warning or error")
-    log_format: str = _setting("auto", str, "auto, console or json")
+    log_level: str = _setting("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error")
+    log_format: str = _setting("auto", one_of("auto", "console", "json"), "auto, console or json")
 
     def __post_init__(self) -> None:
         for name in ("pool_size", "payload_limit", "max_losses"):

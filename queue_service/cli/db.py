@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import click
 
@@ -12,8 +15,10 @@ from queue_service.cli import render
 from queue_service.cli.options import command, json_option, run
 from queue_service.db import embedded, schema, url
 from queue_service.db.cluster import Cluster
-from queue_service.db.pool import connect
+from queue_service.db.pool import Connection, connect
 from queue_service.errors import ConfigError, SchemaMismatch
+
+T = TypeVar("T")
 
 
 @click.group()
@@ -53,10 +58,12 @@ def current(as_json: bool, database_url: str | None) -> None:
 @db.command()
 @command
 def check(database_url: str | None) -> None:
-    """Compare the tables in the database with those this version expects. Exits with 1 where they differ."""
+    """Compare the tables in the database with those this version expects. Exits with 1 where they differ, and with 4
+    where the schema is at another revision."""
     from alembic.util import CommandError
 
     with _Reached(database_url) as conninfo:
+        _look(conninfo, schema.require)
         try:
             schema.check(conninfo)
         except CommandError as different:
@@ -112,11 +119,14 @@ def psql(arguments: tuple[str, ...], database_url: str | None) -> None:
         program = cluster.psql()
     else:
         cluster, program = None, ["psql", *([target.conninfo] if target.conninfo else [])]
+    # Ctrl-C is psql's: it gives up a query or a line with it, and goes on. (A function, since psql would inherit SIG_IGN.)
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         sys.exit(subprocess.run([*program, *arguments], check=False).returncode)
     except FileNotFoundError:
         raise ConfigError("psql is not installed. Install the Postgres client programs.") from None
     finally:
+        signal.signal(signal.SIGINT, before)
         if cluster is not None:
             cluster.leave()
 
@@ -150,10 +160,14 @@ def _cluster(database_url: str | None) -> Cluster:
 
 
 def _current(conninfo: str) -> str | None:
-    async def body() -> str | None:
+    return _look(conninfo, schema.current)
+
+
+def _look(conninfo: str, look: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:
+    async def body() -> T:
         conn = await connect(conninfo)
         try:
-            return await schema.current(conn)
+            return await look(conn)
         finally:
             await conn.close()
 

@@ -51,36 +51,44 @@ def enqueue(
         raise TaskUnknown(task, app.tasks)
     given = {name: value for name, value in options.items() if value is not None}
     if payload == "-":
-        ids = with_app(app, lambda opened: _many(opened, task, sys.stdin, given))
-        render.as_json({"count": len(ids)}) if as_json else click.echo(f"enqueued {len(ids):,} runs")
+        count = with_app(app, lambda opened: _many(opened, task, sys.stdin, given))
+        render.as_json({"count": count}) if as_json else click.echo(f"enqueued {count:,} runs")
         return
     value = _parse(payload or "{}", "The payload")
     run_id = with_app(app, lambda opened: opened.enqueue(task, value, **given))
     render.as_json({"id": run_id}) if as_json else click.echo(f"enqueued run {run_id}")
 
 
-async def _many(app: App, task: str, lines: IO[str], options: dict[str, Any]) -> list[int]:
+async def _many(app: App, task: str, lines: IO[str], options: dict[str, Any]) -> int:
     shared = {name: value for name, value in options.items() if name != "on_conflict"}
-    payloads = _payloads(lines)
-    ids: list[int] = []
-    with render.progress("enqueueing", None) as advance:
-        while batch := list(islice(payloads, BATCH)):
-            ids += await app.enqueue_many(task, batch, **shared)
-            advance(len(batch))
-    return ids
+    numbered = _payloads(lines)
+    count = last = 0
+    try:
+        with render.progress("enqueueing", None) as advance:
+            while batch := list(islice(numbered, BATCH)):
+                stored = await app.enqueue_many(task, [payload for _, payload in batch], **shared)
+                count, last = count + len(stored), batch[-1][0]
+                advance(len(stored))
+    except BaseException:
+        if count:
+            click.echo(
+                f"The lines up to {last:,} are enqueued, {count:,} runs: leave them out the next time.", err=True
+            )
+        raise
+    return count
 
 
-def _payloads(lines: IO[str]) -> Iterator[dict[str, Any]]:
+def _payloads(lines: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _parse(line, f"Line {number}")
+            yield number, _parse(line, f"Line {number}")
 
 
 def _parse(text: str, what: str) -> dict[str, Any]:
     try:
         value = loads(text.encode())
     except ValueError as refused:
-        raise PayloadRefused(f"{what} is not JSON: {refused}. Nothing of it was enqueued.") from None
+        raise PayloadRefused(f"{what} is not JSON: {refused}.") from None
     if not isinstance(value, dict):
         raise PayloadRefused(f'{what} must be a JSON object such as {{"path": "a.txt"}}, not {type(value).__name__}.')
     return value

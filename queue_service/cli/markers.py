@@ -27,7 +27,7 @@ def markers() -> None:
 @click.option("--deployment", default=None, show_envvar=True)
 @click.option("--stream", default=None, show_envvar=True)
 @click.option("--platform", default=None, show_envvar=True)
-@click.option("--organization", "organization_id", default=None, show_envvar=True)
+@click.option("--organization-id", default=None, show_envvar=True)
 @click.option("--overdue", is_flag=True, show_envvar=True, help="Only those whose deadline has passed.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_envvar=True)
 @json_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import os
@@ -103,8 +104,16 @@ def command(function: F) -> F:
             if debug:
                 traceback.print_exc()
             raise Failure(error) from None
-        except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            # Whoever reads what is printed may stop doing so; click ends without a word then.
             raise
+        except pg.InsufficientPrivilege as refused:
+            if debug:
+                traceback.print_exc()
+            raise click.ClickException(
+                f"The database does not allow it: {str(refused).splitlines()[0]}. Connect as the user that migrated it, "
+                "who owns the schema queue_service; to migrate, as one that may create a schema."
+            ) from None
         except Exception as error:
             if debug:
                 raise
@@ -140,7 +149,7 @@ def load_app(path: str | None, database_url: str | None, **settings: Any) -> App
 
 def _imported(path: str) -> App:
     module_name, _, attribute = path.partition(":")
-    if not attribute:
+    if not attribute or not module_name or module_name.startswith("."):
         raise ConfigError(f"-a {path} names no App. Write module:app, such as `-a myproject.queue:app`.")
     # Like `python -m`: a project is used from its own directory without being installed.
     sys.path.insert(0, os.getcwd())  # noqa: PTH109
@@ -162,11 +171,14 @@ def _imported(path: str) -> App:
 
 def run(call: Coroutine[Any, Any, T]) -> T:
     """Run to the end, on uvloop where it is installed."""
-    try:
+    on_loop: Callable[[Coroutine[Any, Any, T]], T] = asyncio.run
+    with contextlib.suppress(ImportError):
         import uvloop
-    except ImportError:
-        return asyncio.run(call)
-    return uvloop.run(call)
+
+        on_loop = uvloop.run
+    # Not while the ImportError is handled: it would be the context of whatever is raised in here, and begin the traceback
+    # that is stored with each run that fails.
+    return on_loop(call)
 
 
 def read(database_url: str | None, body: Callable[[App], Coroutine[Any, Any, T]]) -> T:

@@ -11,7 +11,7 @@ from queue_service.cli import render
 from queue_service.cli.options import DURATION, app_option, command, json_option, load_app, read, with_app
 from queue_service.codec import loads
 from queue_service.cron import zone
-from queue_service.errors import PayloadRefused
+from queue_service.errors import PayloadRefused, TaskUnknown
 from queue_service.schedules.model import Misfire, Schedule
 from queue_service.settings import format_duration
 
@@ -142,13 +142,15 @@ def add(
 ) -> None:
     """Store a schedule NAME that enqueues TASK with PAYLOAD, a JSON object; one that has this name is changed.
 
-    With -a the task's own queue is used, and the payload is held against its parameters.
+    With -a the task must be one of the App's, its own queue is used, and the payload is held against its parameters.
     """
     try:
         value = loads(payload or "{}")
     except ValueError as refused:
         raise PayloadRefused(f"The payload is not JSON: {refused}. Nothing was stored.") from None
     app = load_app(app_path, database_url)
+    if app_path is not None and task not in app.tasks:
+        raise TaskUnknown(task, app.tasks)
     stored = with_app(app, lambda opened: opened.schedules.put(name, task, value, **options))
     click.echo(f"schedule {name}: {'added' if stored else 'is like this already' if stored is None else 'changed'}")
 

@@ -92,7 +92,7 @@ def translated() -> Iterator[None]:
         raise SchemaMismatch(None, HEAD) from missing
     except (psycopg.OperationalError, psycopg.InterfaceError, pg.ReadOnlySqlTransaction) as lost:
         raise DatabaseUnavailable(
-            f"The database cannot be reached: {_first_line(lost)}. Is the server up, and the address right?"
+            f"The database cannot be reached: {_first_line(lost)}. Is the server up, and the database URL right?"
         ) from lost
 
 

@@ -80,6 +80,8 @@ def _run(conninfo: str, verb: str, *arguments: str) -> None:
         if unknown[1] in arguments:
             raise ConfigError(f"There is no revision {unknown[1]!r}. This version goes up to {HEAD}.") from None
         raise SchemaMismatch(unknown[1], HEAD, newer=True) from None
+    except sqlalchemy.exc.ProgrammingError as refused:
+        raise (refused.orig if isinstance(refused.orig, pg.InsufficientPrivilege) else refused) from None
     except sqlalchemy.exc.OperationalError as lost:
         raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost
 

@@ -65,7 +65,7 @@ class TestList:
         q.turns.arm(turn("m2", deployment="other", stream="there", platform="slack", organization_id="acme"))
         lapse(database, "m2")
         narrowed = [
-            ["--deployment", "other"], ["--stream", "there"], ["--platform", "slack"], ["--organization", "acme"],
+            ["--deployment", "other"], ["--stream", "there"], ["--platform", "slack"], ["--organization-id", "acme"],
             ["--overdue"], ["--limit", "1"],
         ]  # fmt: skip
         for options in narrowed:

@@ -55,6 +55,8 @@ class TestAdd:
         assert found is not None
         assert found.every == timedelta(minutes=15)
         assert "cannot be called so" in said(invoke("schedules", "add", "x", "double", *arguments), 2)
+        unknown = said(invoke("schedules", "add", "x", "doubel", "--every", "15m", "-a", TASKS), 2)
+        assert "Did you mean 'double'?" in unknown
 
     @pytest.mark.parametrize(
         ("options", "sentence"),
