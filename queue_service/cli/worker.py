@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections import Counter
 from typing import Any
 
 import click
@@ -76,7 +77,7 @@ def worker(
     app = load_app(app_path, database_url, **{"pool_size": 1, **settings})
     if not app.tasks:
         raise ConfigError(f"The App at {app_path} has no tasks. Import the modules that define them where the App is.")
-    wanted = dict(_queue(text) for text in queues) or dict.fromkeys(
+    wanted = _queues(queues) or dict.fromkeys(
         sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
     )
     made = Worker(app, wanted, name=name, processes=processes, health_port=health_port, health_host=health_host)
@@ -102,6 +103,14 @@ async def _work(worker: Worker, *, once: bool) -> Tally:
     shown = ", ".join(f"{queue} ({concurrency} at once)" for queue, concurrency in worker.queues.items())
     click.echo(f"working on {shown}. Ctrl-C stops.", err=True)
     return await worker.run(once=once)
+
+
+def _queues(texts: tuple[str, ...]) -> dict[str, int]:
+    queues = [_queue(text) for text in texts]
+    twice = [name for name, count in Counter(name for name, _ in queues).items() if count > 1]
+    if twice:
+        raise ConfigError(f"-q names queue {twice[0]} twice. Name it once, with its concurrency.")
+    return dict(queues)
 
 
 def _queue(text: str) -> tuple[str, int]:

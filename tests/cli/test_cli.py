@@ -796,6 +796,10 @@ def test_a_concurrency_that_makes_no_sense_is_refused(database: str, queue: str)
     assert "Traceback" not in finished.stderr
 
 
+def test_a_queue_that_is_named_twice_is_refused(invoke: Invoke) -> None:
+    assert "queue a twice" in said(invoke("worker", "-a", TASKS, "--once", "-q", "a", "-q", "b", "-q", "a:3"), 2)
+
+
 def test_a_worker_takes_its_app_from_the_working_directory(database: str, tmp_path: Path) -> None:
     (tmp_path / "my_tasks.py").write_text(
         textwrap.dedent(
