@@ -123,6 +123,15 @@ class _Child:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopped.set)
         die_with_parent()
+        try:
+            await self._serve()
+        finally:
+            # A supervisor says `stop` and sends SIGTERM. Who has ended by the one is not to be killed by the other, in the
+            # midst of what the program does at its end: without a loop, a signal would be met by its default.
+            loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    async def _serve(self) -> None:
         async with _pipes() as (lines, self._out):
             await self._say(Ready())
             beating = asyncio.create_task(self._beats())

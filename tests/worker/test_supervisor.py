@@ -548,6 +548,25 @@ async def test_a_child_in_python_answers_fails_and_stops_in_good_order(app: App,
     assert "RuntimeError" in json.dumps(outcomes[1].body)
 
 
+async def test_a_child_that_ends_because_it_was_told_to_is_not_killed_by_the_signal_that_says_so_too(
+    tmp_path: Path,
+) -> None:
+    program = "\n".join([
+        AGENT, "import pathlib, time", "print('over', flush=True)",
+        f"while not pathlib.Path({str(tmp_path / 'go_on')!r}).exists(): time.sleep(0.01)",
+    ])  # fmt: skip
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdin is not None and child.stderr is not None
+    child.stdin.write(b'{"type":"stop"}\n')
+    assert await child.stderr.readline() == b"over\n"
+    child.terminate()
+    (tmp_path / "go_on").touch()
+    await child.communicate()
+    assert child.returncode == 0
+
+
 def test_a_supervisor_works_on_the_other_event_loop_too(database: str) -> None:
     async def crash() -> str:
         async with App(database) as app, Supervisor(app, "d", CHILD) as child:
