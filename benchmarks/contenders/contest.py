@@ -134,13 +134,12 @@ class Contest:
         return {"rate": count / (score.last - score.first), "rss": used.ru_maxrss / 1024}
 
     async def share(self) -> dict[str, float]:
-        """Handle what there is, until there has been nothing for a second. Times are those of the clock on the wall."""
+        """Handle what there is, until there has been nothing for a second, and nothing is left to anybody. Times are those
+        of the clock on the wall."""
         score = Score(0)
         async with self._contender.work(score, queues=1):
-            while not score.count or time.perf_counter() < score.last + 1:
+            while time.perf_counter() < score.last + 1 or await self._contender.left():
                 await asyncio.sleep(0.1)
-                if not score.count and not await self._contender.left():
-                    break
         wall = time.time() - time.perf_counter()
         return {"count": score.count, "first": score.first + wall, "last": score.last + wall}
 

@@ -76,10 +76,7 @@ export class Contest {
   async share() {
     const score = new Score(0);
     await this.#contender.begin(score.handled, 1);
-    while (!score.count || now() < score.last + 1000) {
-      await sleep(100);
-      if (!score.count && !(await this.#contender.left())) break;
-    }
+    while ((score.count && now() < score.last + 1000) || (await this.#contender.left())) await sleep(100);
     await this.#contender.end();
     const wall = (at) => (performance.timeOrigin + at) / 1000;
     return { count: score.count, first: wall(score.first), last: wall(score.last) };
