@@ -111,8 +111,8 @@ async def conn(session: Callable[[], Awaitable[Connection]]) -> Connection:
 
 @pytest.fixture
 async def app(database: str) -> AsyncIterator[App]:
-    """An open App, without tasks, whose clocks are quick: leases of 1 s, polls and sweeps each 100 ms."""
-    quick = {"LEASE": "1s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "DRAIN_TIMEOUT": "5s"}
+    """An open App, without tasks, whose clocks are quick: leases of 3 s, polls and sweeps each 100 ms."""
+    quick = {"LEASE": "3s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "DRAIN_TIMEOUT": "5s"}
     settings = load({f"QUEUE_SERVICE_{name}": value for name, value in quick.items()})
     async with App(database, settings=settings) as opened:
         yield opened

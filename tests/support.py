@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from queue_service import App, Run, Worker
 from queue_service.db.execute import fetch
@@ -102,6 +106,23 @@ async def refusing(conn: Connection, table: str, what: str) -> AsyncIterator[Non
         yield
     finally:
         await conn.execute(f"alter table queue_service.{table} drop constraint refused".encode())
+
+
+def free_port() -> int:
+    """For a server that is to be found where it was when it is started again. Not one of those that the system gives to
+    connections and servers which name none: it would be somebody else's by then."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended, and at most waits for a parent to hear of it."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def local_programs() -> Path:

@@ -277,9 +277,9 @@ async def test_a_batch_that_ends_is_not_taken_for_a_speed() -> None:
     async def index(runs: list[Run]) -> None: ...
 
     async with bench.executing() as executor:
-        executor._measured = (time.monotonic() - 0.01, 0)
         executor.offer([bench.held(Lease(1, 0), "index", n) for n in range(100)])
         await eventually(lambda: len(bench.outcomes) == 100)
+        executor._measured = (time.monotonic() - 0.01, 0)
         assert executor.wanted() == 100
         assert executor._ahead == 0
 
@@ -770,4 +770,4 @@ async def test_a_batch_that_blocks_the_event_loop_is_reported_by_a_run_of_it(
     ids = await enqueued_all(app, "hog", 3)
     await Worker(app, {"default": 1}).run(once=True)
     reports = [record.__dict__ for record in caplog.records if "loop is blocked" in record.message]
-    assert [(report["task"], report["run_id"]) for report in reports] == [("hog", ids[0])]
+    assert [report["run_id"] for report in reports if report["task"] is not None] == [ids[0]]

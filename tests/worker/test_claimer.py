@@ -19,8 +19,8 @@ RUNNING = "select count(*) from queue_service.runs where state = 'running'"
 
 @pytest.fixture
 async def patient(database: str) -> AsyncIterator[App]:
-    """An App that would look for runs twice in a minute, and must be told of them to be quicker."""
-    slow = {f"QUEUE_SERVICE_{name}": "30s" for name in ("POLL_INTERVAL", "SWEEP_INTERVAL", "LEASE")}
+    """An App that would look for runs once in an hour, and must be told of them to be quicker."""
+    slow = {f"QUEUE_SERVICE_{name}": "1h" for name in ("POLL_INTERVAL", "SWEEP_INTERVAL", "LEASE")}
     async with App(database, settings=load(slow)) as opened:
         yield opened
 
@@ -76,7 +76,7 @@ async def test_two_workers_share_a_backlog_of_slow_runs(app: App, conn: Connecti
         assert dict(held) == {first.id: 3, second.id: 3}
         release.set()
         await eventually(lambda: one(conn, "select count(*) = 20 from queue_service.finished_runs"))
-        assert first.tally.succeeded + second.tally.succeeded == 20
+        await eventually(lambda: first.tally.succeeded + second.tally.succeeded == 20)
 
 
 async def test_what_was_claimed_ahead_of_handlers_that_stalled_is_handed_back(app: App, conn: Connection) -> None:
@@ -164,9 +164,9 @@ async def test_a_notice_wakes_an_idle_worker_long_before_it_would_poll(patient: 
         await listening(conn)
         for n in range(5):
             await patient.enqueue("note", {"n": n}, priority=n)
-            await eventually(lambda: len(begun) == n + 1, within=10)  # noqa: B023
+            await eventually(lambda: len(begun) == n + 1)  # noqa: B023
         await patient.enqueue_many("note", [{"n": n} for n in range(5, 105)])
-        await eventually(lambda: len(begun) == 105, within=10)
+        await eventually(lambda: len(begun) == 105)
 
 
 async def test_a_freed_slot_takes_the_next_run_without_a_poll(patient: App) -> None:
@@ -179,7 +179,7 @@ async def test_a_freed_slot_takes_the_next_run_without_a_poll(patient: App) -> N
 
     await patient.enqueue_many("note", [{"n": n} for n in range(200)])
     async with working(patient, {"default": 1}):
-        await eventually(lambda: len(begun) == 200, within=20)
+        await eventually(lambda: len(begun) == 200, within=60)
     assert begun == list(range(200))
 
 
@@ -193,7 +193,7 @@ async def test_many_queues_are_claimed_from_together(app: App, conn: Connection)
     names = [f"q{n}" for n in range(100)]
     for name in names:
         await app.enqueue_many("note", [{"n": n} for n in range(3)], queue=name)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         tally = await Worker(app, dict.fromkeys(names, 5)).run(once=True)
     assert tally.succeeded == 300
     assert 0 < len(leases) < 30
@@ -280,10 +280,10 @@ async def test_after_its_listener_was_lost_a_worker_looks_everywhere(patient: Ap
                 "where datname = current_database() and application_name = 'queue_service listener'"
             )
             await enqueued(conn, "note", payload='{"n": 1}')
-        await eventually(lambda: begun == [0, 1], within=15)
+        await eventually(lambda: begun == [0, 1], within=30)
         await listening(conn)
         await patient.enqueue("note", {"n": 2})
-        await eventually(lambda: begun == [0, 1, 2], within=15)
+        await eventually(lambda: begun == [0, 1, 2])
 
 
 async def test_notices_that_make_no_sense_are_ignored(app: App, conn: Connection) -> None:
@@ -329,7 +329,7 @@ async def test_a_paused_queue_is_not_worked_and_resuming_wakes_it(patient: App, 
         assert run is not None
         assert (run.state, run.attempt) == (RunState.QUEUED, 0)
         assert await patient.queues.resume("default")
-        await eventually(lambda: begun[-1:] == ["paused"], within=10)
+        await eventually(lambda: begun[-1:] == ["paused"])
 
 
 async def test_pausing_lets_what_is_running_end_and_once_does_not_wait_for_the_rest(app: App) -> None:

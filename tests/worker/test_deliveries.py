@@ -17,14 +17,14 @@ import pytest
 
 from queue_service import App, Event, Retry, Run, Turn, TurnFailure, Worker
 from queue_service.db.pool import Connection
-from queue_service.deliveries import NOT_MINE, TRIES, Answer, Deliveries, Delivery
+from queue_service.deliveries import NOT_MINE, PAUSE, TRIES, Answer, Deliveries, Delivery
 from queue_service.errors import ConfigError
 from queue_service.settings import load
 from tests.support import eventually, one, rows, working
 
 QUEUE = {"thread_response": 5}
-QUICK = {"LEASE": "1s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
-PATIENT = {"LEASE": "30s", "POLL_INTERVAL": "30s", "SWEEP_INTERVAL": "30s"}
+QUICK = {"LEASE": "3s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
+PATIENT = {"LEASE": "1h", "POLL_INTERVAL": "1h", "SWEEP_INTERVAL": "1h"}
 CHAT = Turn(deployment="dep-1", message_id="m1", stream="conv-1", platform="chat", channel_id="c1", user_id="u1")
 LIVE = "select state, attempt, failures, reserved_for, extract(epoch from run_at - clock_timestamp())::float8 from queue_service.runs"
 OTHERS = (
@@ -155,6 +155,12 @@ def error_of(run: Run) -> str:
     return str(run.error["message"])
 
 
+@pytest.fixture
+def long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute for each second between two tries, so that none comes while a test looks."""
+    monkeypatch.setattr("queue_service.deliveries.PAUSE", 60 * PAUSE)
+
+
 # Who renders
 
 
@@ -197,14 +203,19 @@ async def test_a_renderer_that_says_not_mine_uses_no_attempt(replica: Make, conn
 
 async def test_a_deferred_delivery_is_for_its_owner_to_claim_first(replica: Make, conn: Connection) -> None:
     here, there = await replica(), await replica()
-    await ended(here.app)
-    await there.deliveries.connect("chat", "c1")
-    await here.work()
-    await here.work()
-    assert len(here.screen.asked) == 1
+    async with working(here.app, QUEUE):
+        await here.app.queues.pause("thread_response")
+        await ended(here.app)
+        await there.deliveries.connect("chat", "c1")
+        await here.app.queues.resume("thread_response")
+        await eventually(lambda: here.screen.asked)
+        # It goes on with what comes behind it, and leaves this one alone.
+        await ended(here.app, named("m2", channel_id=None))
+        await eventually(lambda: here.screen.shown)
+    assert [delivery.message_id for _, delivery in here.screen.asked] == ["m1", "m2"]
     await there.work()
     assert there.screen.ids == ["m1"]
-    assert await rows(conn, ENDED) == [("succeeded", 2, 0)]
+    assert await rows(conn, f"{ENDED} and payload ->> 'message_id' = 'm1'") == [("succeeded", 2, 0)]
 
 
 async def test_the_owner_hears_at_once_of_a_deferred_delivery(replica: Make, conn: Connection) -> None:
@@ -220,7 +231,7 @@ async def test_the_owner_hears_at_once_of_a_deferred_delivery(replica: Make, con
         await there.deliveries.connect("chat", "c1")
         await here.work()
         assert len(here.screen.asked) == 1
-        await eventually(lambda: there.screen.ids == ["m1"], within=5)
+        await eventually(lambda: there.screen.ids == ["m1"])
 
 
 async def test_an_owner_that_claims_nothing_loses_its_precedence_after_a_second(
@@ -229,23 +240,27 @@ async def test_an_owner_that_claims_nothing_loses_its_precedence_after_a_second(
     here, there = await replica(), await replica()
     await there.deliveries.connect("chat", "c1")
     here.screen.answer = lambda _: None
-    await ended(here.app)
-    await here.work()
-    assert here.screen.asked == []
-    await make_due(conn)
-    await here.work()
-    assert here.screen.ids == ["m1"]
+    async with working(here.app, QUEUE):
+        await ended(here.app)
+        # What comes behind it is claimed before it.
+        await ended(here.app, named("m2", channel_id=None))
+        await eventually(lambda: here.screen.shown)
+        assert here.screen.ids == ["m2"]
+        await make_due(conn)
+        await eventually(lambda: here.screen.ids == ["m2", "m1"])
 
 
+@pytest.mark.usefixtures("long_pause")
 async def test_without_an_owner_a_delivery_is_anyones_a_second_later(one_replica: Replica, conn: Connection) -> None:
     await ended(one_replica.app)
     await conn.execute("update queue_service.runs set reserved_for = %s", [one_replica.app.identity])
     await one_replica.work()
     ((state, attempt, failures, owner, due_in),) = await rows(conn, LIVE)
     assert (state, attempt, failures, owner) == ("queued", 1, 0, None)
-    assert 0.5 < due_in <= 1
+    assert 30 < due_in <= 60
 
 
+@pytest.mark.usefixtures("long_pause")
 async def test_an_owner_whose_own_renderer_says_not_mine_does_not_spin(one_replica: Replica, conn: Connection) -> None:
     await one_replica.deliveries.connect("chat", "c1")
     one_replica.screen.answer = lambda _: NOT_MINE
@@ -253,22 +268,23 @@ async def test_an_owner_whose_own_renderer_says_not_mine_does_not_spin(one_repli
     await one_replica.work()
     ((state, attempt, _, owner, due_in),) = await rows(conn, LIVE)
     assert (state, attempt, owner) == ("queued", 1, None)
-    assert due_in > 0.5
+    assert due_in > 30
 
 
 # The last try
 
 
+@pytest.mark.usefixtures("long_pause")
 async def test_thirty_tries_a_second_apart_and_the_last_one_renders(one_replica: Replica, conn: Connection) -> None:
     await ended(one_replica.app)
     for attempt in range(1, TRIES):
         await one_replica.work()
         ((state, tried, failures, _, due_in),) = await rows(conn, LIVE)
-        assert (state, tried, failures, due_in > 0.5) == ("queued", attempt, 0, True)
+        assert (state, tried, failures, due_in > 30) == ("queued", attempt, 0, True)
         await make_due(conn)
     assert one_replica.screen.shown == []
     await one_replica.work()
-    assert TRIES == 30
+    assert (TRIES, PAUSE) == (30, 1)
     assert [delivery.last for _, delivery in one_replica.screen.asked] == [False] * 29 + [True]
     assert one_replica.screen.ids == ["m1"]
     assert await rows(conn, ENDED) == [("succeeded", 30, 0)]
@@ -377,7 +393,8 @@ async def test_a_renderer_that_raises_is_tried_again_with_the_usual_wait(
     await one_replica.work()
     ((state, attempt, failures, owner, due_in),) = await rows(conn, LIVE)
     assert (state, attempt, failures, owner) == ("queued", 1, 1, None)
-    assert 1 < due_in <= 2
+    assert due_in <= 2
+    assert await one(conn, "select run_at > created_at + interval '1.5 s' from queue_service.runs")
 
 
 async def test_how_often_a_renderer_may_raise_can_be_said(replica: Make, conn: Connection) -> None:
@@ -454,7 +471,7 @@ async def test_what_is_sent_is_reserved_for_the_owner_and_told_at_once(replica: 
     async with working(there.app, QUEUE):
         await listening(conn)
         await here.deliveries.send(CHAT, Event(stream="conv-1", seq=seq, kind="delta", body={}))
-        await eventually(lambda: there.screen.ids == ["m1"], within=5)
+        await eventually(lambda: there.screen.ids == ["m1"])
     assert await rows(conn, ENDED) == [("succeeded", 1, 0)]
 
 
@@ -542,7 +559,7 @@ async def test_a_connection_is_renewed_for_as_long_as_its_process_lives(replica:
     expiry = "select expires_at from queue_service.connections"
     first = await one(conn, expiry)
     # More than its whole lease was added.
-    await eventually(lambda: one(conn, f"select ({expiry}) > %s", first + timedelta(seconds=1.2)), within=5)
+    await eventually(lambda: one(conn, f"select ({expiry}) > %s", first + timedelta(seconds=3.2)), within=30)
     assert here.deliveries.holds("chat", "c1")
     assert here.lost == []
 
@@ -646,7 +663,7 @@ asyncio.run(main())
 
 async def test_a_killed_owner_delays_a_delivery_and_no_more(replica: Make, database: str, conn: Connection) -> None:
     here: Replica = await replica()
-    environment = {**os.environ, "QUEUE_SERVICE_LEASE": "1s"}
+    environment = {**os.environ, "QUEUE_SERVICE_LEASE": "3s"}
     owner = await asyncio.create_subprocess_exec(
         sys.executable, "-c", OWNER, database, stdout=subprocess.PIPE, env=environment
     )
@@ -658,6 +675,6 @@ async def test_a_killed_owner_delays_a_delivery_and_no_more(replica: Make, datab
     await ended(here.app)
     assert await one(conn, "select reserved_for is not null from queue_service.runs")
     async with working(here.app, QUEUE):
-        await eventually(lambda: here.deliveries.connect("chat", "c1"))
+        await eventually(lambda: here.deliveries.connect("chat", "c1"), within=30)
         await eventually(lambda: here.screen.ids == ["m1"])
     assert await rows(conn, "select state, failures from queue_service.finished_runs") == [("succeeded", 0)]

@@ -10,7 +10,6 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service import App, Run, RunState, Worker
@@ -18,7 +17,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.settings import load
-from tests.support import enqueued, eventually, listening, one, rows, working
+from tests.support import enqueued, eventually, is_gone, listening, one, rows, working
 from tests.worker import tasks_for_tests
 from tests.worker.conftest import Start, short_then_slow
 
@@ -203,7 +202,7 @@ async def hearing(request: pytest.FixtureRequest, database: str) -> AsyncIterato
     """An App with one of the two ways to hear of a cancellation, and whether it is by notices."""
     by_notice = request.param.startswith("slow")
     names = ("LEASE", "POLL_INTERVAL", "SWEEP_INTERVAL", "DRAIN_TIMEOUT")
-    pace = dict.fromkeys(names, "10m") if by_notice else dict.fromkeys(names[:3], "200ms")
+    pace = dict.fromkeys(names, "10m") if by_notice else {"LEASE": "3s", **dict.fromkeys(names[1:3], "200ms")}
     async with App(database, settings=load({f"QUEUE_SERVICE_{name}": value for name, value in pace.items()})) as app:
         yield app, by_notice
 
@@ -234,7 +233,7 @@ async def test_a_run_is_cancelled_while_its_worker_stops(
         return pids.exists() and pids.read_text() != "" if where == "in a process" else begun.is_set()
 
     def has_stopped() -> bool:
-        return not psutil.pid_exists(int(pids.read_text().split()[0])) if where == "in a process" else stopped.is_set()
+        return is_gone(int(pids.read_text().split()[0])) if where == "in a process" else stopped.is_set()
 
     app.tasks.add(tasks_for_tests.burn)
     payload = {"path": str(pids)} if where == "in a process" else {}

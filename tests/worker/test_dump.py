@@ -129,7 +129,7 @@ async def test_a_batch_is_told_of_once(app: App, caplog: pytest.LogCaptureFixtur
 async def test_a_thread_that_was_given_up_is_told_of_with_its_run(app: App, caplog: pytest.LogCaptureFixture) -> None:
     release = threading.Event()
 
-    @app.task(timeout=0.1)
+    @app.task(timeout=0.5)
     def stays() -> None:
         release.wait()
 

@@ -33,9 +33,7 @@ class Desk:
             self.finisher.put(each, Ending(each.run.claim, RunState.SUCCEEDED))
 
     async def written(self, count: int) -> None:
-        await eventually(
-            lambda: one(self._conn, "select count(*) = %s from queue_service.finished_runs", count), within=5
-        )
+        await eventually(lambda: one(self._conn, "select count(*) = %s from queue_service.finished_runs", count))
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ async def test_an_outage_of_the_database_is_not_ready_and_live(own_cluster: Clus
 async def test_an_outage_is_no_stuck_loop_however_long_it_takes(
     own_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "STUCK", 2.0)
+    monkeypatch.setattr(health, "STUCK", 4.0)
     monkeypatch.setattr("queue_service.worker.claimer.MAX_PAUSE", 0.5)
     settings = load({"QUEUE_SERVICE_POLL_INTERVAL": "100ms"})
     async with App(own_cluster.conninfo, settings=settings) as app, probed(app) as (worker, asked):
@@ -134,7 +134,7 @@ async def test_an_outage_is_no_stuck_loop_however_long_it_takes(
         await eventually(lambda: claimer.lost_since is not None)
         lost = claimer.lost_since
         assert lost is not None
-        while asyncio.get_running_loop().time() < lost + 3.0:
+        while asyncio.get_running_loop().time() < lost + 5.0:
             assert (await asked("/livez")).status == 200
         assert claimer.lost_since == lost
         await asyncio.to_thread(own_cluster.start)
@@ -262,7 +262,7 @@ async def test_a_blocked_event_loop_answers_nothing(
 ) -> None:
     worker = await observe(database)
     async with App(database) as app:
-        await app.enqueue("grind", {"path": str(tmp_path / "grind"), "rounds": 12_000_000})
+        await app.enqueue("grind", {"path": str(tmp_path / "grind"), "rounds": 24_000_000})
         await eventually((tmp_path / "grind").exists)
         with pytest.raises(TimeoutError):
             await ask(worker.url, "/livez", timeout=0.5)
@@ -271,13 +271,13 @@ async def test_a_blocked_event_loop_answers_nothing(
         )
         assert "ended" not in (tmp_path / "grind").read_text()
         assert (code, "event loop may be blocked" in said) == (1, True), said
-    assert (await worker.says("/livez", 200)).body["status"] == "ok"
+    assert (await worker.says("/livez", 200, within=90)).body["status"] == "ok"
 
 
 async def test_a_claim_loop_that_is_stuck_is_neither_live_nor_ready(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "STUCK", 0.5)
     async with probed(app) as (worker, asked):
         assert (await asked("/livez")).status == 200
+        monkeypatch.setattr(health, "STUCK", 0.5)
         assert worker._parts is not None
         claimer, release = worker._parts.claimer, asyncio.Event()
         monkeypatch.setattr(claimer, "_pass", lambda _longest: release.wait())
@@ -315,13 +315,14 @@ async def test_a_worker_that_takes_long_to_stop_is_not_stuck(app: App, monkeypat
         begun.set()
         await release.wait()
 
-    monkeypatch.setattr(health, "STUCK", 0.2)
     async with probed(app) as (worker, asked):
         await app.enqueue("hold", {})
         await begun.wait()
         worker.stop()
+        monkeypatch.setattr(health, "STUCK", 0.2)
         assert worker._parts is not None
         claimer = worker._parts.claimer
+        await eventually(lambda: claimer.is_stopping)
         await eventually(lambda: time.monotonic() - claimer.last_pass > 1.0)
         assert (await asked("/livez")).status == 200
         assert (await asked("/readyz")).status == 503

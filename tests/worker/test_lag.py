@@ -28,7 +28,7 @@ async def test_a_handler_that_blocks_for_longer_than_its_lease_is_reported_once_
 ) -> None:
     @app.task
     async def hog() -> str:
-        time.sleep(4)  # noqa: ASYNC251  # what a handler should not do; leases last 1 s here
+        time.sleep(4)  # noqa: ASYNC251  # what a handler should not do; leases last 3 s here
         return "through"
 
     caplog.set_level("INFO")
@@ -37,7 +37,7 @@ async def test_a_handler_that_blocks_for_longer_than_its_lease_is_reported_once_
         await eventually(lambda: any("turns again" in record.message for record in caplog.records))
         assert worker.tally.lost == 0
     assert (run.state, run.attempt, run.losses) == (RunState.SUCCEEDED, 1, 0)
-    (report,) = reports(caplog)
+    (report,) = [each for each in reports(caplog) if each["task"] is not None]
     assert (report["levelname"], report["task"], report["run_id"]) == ("WARNING", "hog", run.id)
     assert "time.sleep(4)" in report["stack"]
     assert await one(conn, "select coalesce(sum(losses), 0) from queue_service.finished_runs") == 0
@@ -55,7 +55,8 @@ async def test_handlers_that_block_one_after_the_other_are_each_named(
 
     run_ids = await app.enqueue_many("hog", [{"n": n} for n in range(2)])
     await Worker(app, {"default": 1}).run(once=True)
-    assert [report["run_id"] for report in reports(caplog)] == run_ids
+    # Besides them, the machine may be slow to start a worker.
+    assert [report["run_id"] for report in reports(caplog) if report["task"] == "hog"] == run_ids
 
 
 async def test_each_time_that_the_loop_is_blocked_is_reported(

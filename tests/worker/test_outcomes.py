@@ -31,7 +31,7 @@ class Holder:
 
 
 async def ended(app: App, run_id: int) -> Run:
-    return await app.wait(run_id, timeout=15)
+    return await app.wait(run_id, timeout=30)
 
 
 async def executed(app: App, run_id: int, concurrency: int = 10) -> Run:
@@ -363,7 +363,7 @@ async def test_whatever_a_handler_raises_is_its_runs_failure_and_the_worker_live
         assert len(message(run)) < 10_000
         assert "\x00" not in message(run)
         assert after.result == "well"
-        assert (worker.tally.succeeded, worker.tally.failed) == (1, 1)
+        await eventually(lambda: (worker.tally.succeeded, worker.tally.failed) == (1, 1))
 
 
 async def test_a_handler_that_raises_before_it_waits_fails_too(app: App) -> None:
@@ -478,7 +478,7 @@ async def test_a_sync_handler_over_its_timeout_fails_and_its_late_return_changes
         run = await ended(app, run_id)
         release.set()
         await eventually(returned.is_set)
-        assert (worker.tally.failed, worker.tally.succeeded, worker.tally.lost) == (1, 0, 0)
+        await eventually(lambda: (worker.tally.failed, worker.tally.succeeded, worker.tally.lost) == (1, 0, 0))
     assert (run.state, reason(run)) == (RunState.FAILED, "timeout")
 
 
@@ -506,7 +506,7 @@ async def test_a_sync_handler_abandoned_by_its_timeout_does_not_stand_in_the_way
 async def test_a_given_up_thread_is_reported_with_what_it_is_doing(app: App, caplog: pytest.LogCaptureFixture) -> None:
     release = threading.Event()
 
-    @app.task(timeout=0.05, retry=NEVER_AGAIN)
+    @app.task(timeout=0.5, retry=NEVER_AGAIN)
     def dawdle_for_long() -> None:
         release.wait(60)
 
@@ -619,7 +619,7 @@ async def test_a_handler_in_a_thread_sees_that_it_should_stop(app: App, conn: Co
     seen: list[tuple[int, bool]] = []
     stopped = threading.Event()
 
-    @app.task(timeout=0.2 if why == "over its time" else None, retry=NEVER_AGAIN)
+    @app.task(timeout=1 if why == "over its time" else None, retry=NEVER_AGAIN)
     def poll(run: Run) -> None:
         if run.attempt == 1:
             seen.append((run.id, run.cancelled))
@@ -660,7 +660,7 @@ async def test_an_async_handler_sees_why_it_is_cancelled_and_so_do_threads_it_st
         release.wait(20)
         seen.append(run.cancelled)
 
-    @app.task(timeout=0.05, retry=NEVER_AGAIN)
+    @app.task(timeout=0.5, retry=NEVER_AGAIN)
     async def delegate(run: Run) -> None:
         try:
             await asyncio.to_thread(in_thread, run)
@@ -687,7 +687,7 @@ async def test_a_handler_that_goes_on_after_its_time_can_still_be_cancelled(app:
 
     async with working(app, {"default": 1}):
         run_id = await app.enqueue("stubborn", {})
-        await asyncio.wait_for(late.wait(), 8)
+        await asyncio.wait_for(late.wait(), 30)
         await app.cancel(run_id)
         assert (await ended(app, run_id)).state is RunState.CANCELLED
 
@@ -818,7 +818,7 @@ async def test_a_run_that_expired_never_starts_and_ends_expired(app: App, conn: 
 @pytest.fixture
 def patient() -> dict[str, str]:
     """Clocks so slow that only notices can be quick."""
-    return {f"QUEUE_SERVICE_{name}": "60s" for name in ("LEASE", "POLL_INTERVAL", "SWEEP_INTERVAL")}
+    return {f"QUEUE_SERVICE_{name}": "1h" for name in ("LEASE", "POLL_INTERVAL", "SWEEP_INTERVAL")}
 
 
 async def test_cancelling_a_running_run_cancels_its_handler_at_once(database: str, patient: dict[str, str]) -> None:
@@ -835,10 +835,10 @@ async def test_cancelling_a_running_run_cancels_its_handler_at_once(database: st
 
         async with working(app):
             run_id = await app.enqueue("wait_for_ever", {})
-            await asyncio.wait_for(started.wait(), 8)
+            await asyncio.wait_for(started.wait(), 30)
             assert await app.cancel(run_id)
-            await asyncio.wait_for(stopped.wait(), 8)
-            run = await app.wait(run_id, timeout=8)
+            await asyncio.wait_for(stopped.wait(), 30)
+            run = await app.wait(run_id, timeout=30)
     assert (run.state, reason(run), run.failures) == (RunState.CANCELLED, "cancelled", 0)
 
 
@@ -852,7 +852,7 @@ async def test_a_request_to_cancel_is_found_without_its_notice(app: App, conn: C
 
     async with working(app):
         run_id = await app.enqueue("wait_for_ever", {})
-        await asyncio.wait_for(started.wait(), 8)
+        await asyncio.wait_for(started.wait(), 30)
         await conn.execute("update queue_service.runs set cancel_requested = true where id = %s", [run_id])
         run = await ended(app, run_id)
     assert run.state is RunState.CANCELLED
@@ -892,7 +892,7 @@ async def test_a_slot_serves_on_after_its_run_was_cancelled(app: App) -> None:
         for _ in range(3):
             started.clear()
             run_id = await app.enqueue("wait_for_ever", {}, timeout=60)
-            await asyncio.wait_for(started.wait(), 8)
+            await asyncio.wait_for(started.wait(), 30)
             await app.cancel(run_id)
             assert (await ended(app, run_id)).state is RunState.CANCELLED
             after = await ended(app, await app.enqueue("healthy", {}, timeout=10))
@@ -915,7 +915,7 @@ async def test_a_handler_that_ends_well_in_spite_of_a_cancellation_keeps_its_res
 
     async with working(app, {"default": 1}):
         run_id = await app.enqueue("stubborn", {})
-        await asyncio.wait_for(started.wait(), 8)
+        await asyncio.wait_for(started.wait(), 30)
         await app.cancel(run_id)
         run = await ended(app, run_id)
         # Its cancellation is not left standing: it would break the next timeout in that slot.
@@ -948,7 +948,7 @@ async def test_a_run_that_fails_after_it_was_asked_to_cancel_is_not_tried_again(
 
     async with working(app) as worker:
         run_id = await app.enqueue("stumble", {}, retry_delay=0)
-        await asyncio.wait_for(started.wait(), 8)
+        await asyncio.wait_for(started.wait(), 30)
         # In one go, so that the request can be seen by nobody before the failure is written.
         await conn.execute("update queue_service.runs set cancel_requested = true where id = %s", [run_id])
         go_on.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,9 @@ async def test_many_reports_of_many_runs_are_one_statement_each_period(
             await asyncio.sleep(0.01)  # the handler's work, for about a second
 
     await app.enqueue_many("index", [{}] * 20)
+    begun = time.monotonic()
     await Worker(app, {"default": 20}).run(once=True)
-    assert 2 <= len(batches) <= 10
+    assert 2 <= len(batches) <= (time.monotonic() - begun) / reports.PERIOD + 1
     assert max(batches) == 20
 
 
@@ -192,7 +194,7 @@ async def test_a_handler_whose_run_is_not_its_own_any_more_is_told(app: App) -> 
     answers: list[bool] = []
     over = threading.Event()
 
-    @app.task(timeout=0.1, retry=Retry(max_attempts=1))
+    @app.task(timeout=1, retry=Retry(max_attempts=1))
     def index(run: Run) -> None:
         answers.append(run.progress(0.1))
         over.wait(20)
@@ -234,7 +236,7 @@ async def test_a_run_that_is_locked_keeps_no_other_waiting_and_goes_next(app: Ap
     async with handler.transaction():
         assert await fetch(handler, queries.hold(table.runs[1].claim))
         table.put(0.1, 0.2, 0.3)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(9):
             await table.reports.once()
         assert await values(app, table) == [0.1, None, 0.3]
         table.put(0.5)

@@ -93,7 +93,7 @@ async def test_a_crash_whose_ending_is_refused_is_told_and_tried_until_it_is_tak
             await given(app, child, ["exit", 3])
             await eventually(lambda: len(told(caplog, "trying again")) >= 2)
             assert await app.turns.is_live("d", "m")
-        assert (await asyncio.wait_for(child.wait(), 10)).message_ids == ["m"]
+        assert (await asyncio.wait_for(child.wait(), 30)).message_ids == ["m"]
     assert set(told(caplog, "trying again")) == {"ERROR"}
     assert await rows(conn, ENDINGS) == [("m", "error")]
 
@@ -126,7 +126,7 @@ async def test_a_stop_that_cannot_store_what_was_said_before_tells_so_and_ends_n
     async with refusing(conn, "events", "kind = 'reply'"):
         await given(app, child, ["reply", {}])
         await eventually(lambda: told(caplog, "trying again"))
-        await asyncio.wait_for(child.stop(), 10)
+        await asyncio.wait_for(child.stop(), 30)
         assert told(caplog, "gave up what a child left") == ["ERROR"]
     assert await app.turns.is_live("d", "m")
     assert await rows(conn, ENDINGS) == []

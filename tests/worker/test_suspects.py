@@ -223,7 +223,7 @@ def _unfinished_at_deaths(lines: list[list[str]]) -> list[int]:
 
 
 def _start(database: str) -> subprocess.Popen[bytes]:
-    paces = ["--lease", "500ms", "--poll-interval", "50ms", "--sweep-interval", "50ms", "--log-level", "error"]
+    paces = ["--lease", "2s", "--poll-interval", "50ms", "--sweep-interval", "50ms", "--log-level", "error"]
     command = [
         sys.executable,
         "-m",

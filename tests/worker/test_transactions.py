@@ -81,6 +81,12 @@ async def shut(conn: Connection) -> AsyncIterator[None]:
         await conn.execute("select pg_advisory_unlock(7)")
 
 
+def not_disturbing(database: str) -> App:
+    """An App whose workers extend no lease and sweep none for an hour, so that tests can."""
+    slow = {"LEASE": "1h", "SWEEP_INTERVAL": "1h", "POLL_INTERVAL": "100ms"}
+    return App(database, settings=load({f"QUEUE_SERVICE_{name}": value for name, value in slow.items()}))
+
+
 class TestTogether:
     async def test_what_a_handler_wrote_and_its_ending_are_one(
         self, app: App, conn: Connection, caplog: pytest.LogCaptureFixture
@@ -281,7 +287,7 @@ class TestRolledBack:
     async def test_what_interrupts_the_block(self, app: App, conn: Connection, why: str) -> None:
         inside = asyncio.Event()
 
-        @app.task(retry=ONCE, timeout=0.1 if why == "over its time" else None)
+        @app.task(retry=ONCE, timeout=2 if why == "over its time" else None)
         async def spend(run: Run) -> None:
             async with run.transaction() as mine:
                 await mine.execute(WRITE, [run.id, run.attempt])
@@ -344,6 +350,12 @@ class TestRolledBack:
 
 
 class TestLost:
+    @pytest.fixture
+    async def app(self, database: str) -> AsyncIterator[App]:
+        """One whose worker neither sweeps nor extends anything meanwhile."""
+        async with not_disturbing(database) as opened:
+            yield opened
+
     async def test_a_zombie_commits_nothing_and_is_told(self, app: App, conn: Connection) -> None:
         told: list[BaseException] = []
 
@@ -421,7 +433,7 @@ class TestLost:
     async def test_a_thread_that_was_given_up_commits_nothing(self, app: App, conn: Connection) -> None:
         go_on, outcomes = threading.Event(), list[BaseException]()
 
-        @app.task(retry=ONCE, timeout=0.1)
+        @app.task(retry=ONCE, timeout=2)
         def spend(run: Run) -> None:
             try:
                 with run.transaction() as mine:
@@ -475,7 +487,7 @@ class TestAfterwards:
         async with working(app) as worker, App(database, settings=rarely) as waiter:
             run_id = await app.enqueue("spend", {}, delay=0.5)
             assert (await waiter.wait(run_id, timeout=20)).state is RunState.SUCCEEDED
-            assert worker.tally.succeeded == 1
+            await eventually(lambda: worker.tally.succeeded == 1)
             await eventually(lambda: is_settled(conn))
             heard.set()
 
@@ -526,7 +538,7 @@ class TestAfterwards:
     async def test_what_a_handler_does_then_is_dropped(
         self, app: App, conn: Connection, caplog: pytest.LogCaptureFixture, what: str
     ) -> None:
-        @app.task(timeout=0.2)
+        @app.task(timeout=2 if what == "is over its time" else None)
         async def spend(run: Run) -> Any:
             transaction = run.transaction()
             async with transaction as mine:
@@ -661,7 +673,7 @@ class TestInDoubt:
         await conn.execute(GATE)
         after: list[str] = []
 
-        @app.task(retry=ONCE, timeout=0.3)
+        @app.task(retry=ONCE, timeout=2)
         async def spend(run: Run) -> None:
             async with run.transaction() as mine:
                 await mine.execute(WRITE, [run.id, run.attempt])
@@ -671,7 +683,7 @@ class TestInDoubt:
         async with shut(conn):
             working_off = asyncio.create_task(Worker(app).run(once=True))
             await eventually(lambda: one(conn, "select exists (select from pg_locks where not granted and objid = 7)"))
-            await asyncio.sleep(0.5)  # its time is over meanwhile
+            await asyncio.sleep(2.2)  # its time is over meanwhile
         tally = await working_off
         assert (await app.wait(run_id, timeout=5)).state is RunState.SUCCEEDED
         assert (tally.succeeded, tally.failed) == (1, 0)
@@ -766,6 +778,11 @@ class TestRefused:
 
 
 class TestAssertHeld:
+    @pytest.fixture
+    async def app(self, database: str) -> AsyncIterator[App]:
+        async with not_disturbing(database) as opened:
+            yield opened
+
     async def test_nobody_takes_the_run_before_the_commit(
         self, app: App, conn: Connection, session: Open, database: str
     ) -> None:

@@ -28,11 +28,11 @@ class Told(NamedTuple):
         return checks
 
 
-async def ask(url: str, path: str, *, verb: str = "GET", timeout: float = 10.0) -> Told:
+async def ask(url: str, path: str, *, verb: str = "GET", timeout: float = 60.0) -> Told:
     return await asyncio.to_thread(asked, url, path, verb=verb, timeout=timeout)
 
 
-def asked(url: str, path: str, *, verb: str = "GET", timeout: float = 10.0) -> Told:
+def asked(url: str, path: str, *, verb: str = "GET", timeout: float = 60.0) -> Told:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout)
     try:
         connection.request(verb, path)
