@@ -10,7 +10,7 @@ import pytest
 from queue_service.client import ChatClient
 from tests.client.server import Gateway, serving
 
-QUICK = {"first_pause": 0.01, "longest_pause": 0.05, "answer_timeout": 5.0}
+QUICK = {"first_pause": 0.01, "longest_pause": 0.05, "answer_timeout": 20.0}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from queue_service.client import ChatClient, Event
 async def take(chat: ChatClient, number: int) -> list[Event]:
     """The next so many events, or fewer if the client has ended."""
     taken: list[Event] = []
-    async with asyncio.timeout(20), aclosing(chat.events()) as events:
+    async with asyncio.timeout(60), aclosing(chat.events()) as events:
         async for event in events:
             taken.append(event)
             if len(taken) == number:

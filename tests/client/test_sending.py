@@ -169,7 +169,7 @@ class TestRetries:
         assert (await chat.send("s", {"text": "hi"})).seq == 1
 
     async def test_an_answer_that_does_not_come_is_none(self, gateway: Gateway, client: Make) -> None:
-        chat = client(answer_timeout=0.5)
+        chat = client(answer_timeout=1.0)
         await chat.connect()
         gateway.next["send"].append(Answer(hold=asyncio.Event()))
         assert (await chat.send("s", {"text": "hi"})).seq == 1

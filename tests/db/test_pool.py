@@ -263,6 +263,6 @@ async def test_a_cancellation_that_comes_with_the_connection_is_not_lost(pool: P
     with pytest.raises(asyncio.CancelledError):
         await waiting
     # Nor is the connection that it was given.
-    async with asyncio.timeout(5), pool.connection():
+    async with asyncio.timeout(20), pool.connection():
         pass
     await pool._give(held.pop())

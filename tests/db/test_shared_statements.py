@@ -18,7 +18,8 @@ Session = Callable[[], Awaitable[Connection]]
 
 MARKER = "select from queue_service.turn_markers where message_id = 'held' for update"
 STREAM = "select from queue_service.streams where stream = 'held' for no key update"
-SOON = 2.0
+# Sooner than whoever waits for a lock gives up.
+SOON = 8.0
 
 
 @asynccontextmanager

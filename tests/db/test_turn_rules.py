@@ -33,7 +33,7 @@ ENDERS: dict[str, Callable[[App], Awaitable[object]]] = {
     "death": lambda app: app.turns.fail_deployment("dep-1", DIED),
     "rejection": lambda app: app.turns.reject("dep-1", "m1", "Not here."),
     "sweep": lambda app: app.turns.sweep(),
-    "waiter": lambda app: app.turns.wait("dep-1", "m1", timeout=1),
+    "waiter": lambda app: app.turns.wait("dep-1", "m1", timeout=10),
 }
 every_ender = pytest.mark.parametrize("name", ENDERS)
 

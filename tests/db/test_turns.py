@@ -602,7 +602,7 @@ class TestADischarge:
 
     async def test_is_found_by_whoever_waits_where_its_notice_is_lost(self, app: App, conn: Connection) -> None:
         await armed(app)
-        waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=1.5))
+        waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=10))
         await eventually(lambda: app.opened.fanout._listener.connected)
         await conn.execute("delete from queue_service.turn_markers")
         await conn.execute("update queue_service.turn_outcomes set kind = 'discharged', ended_at = clock_timestamp()")
@@ -613,7 +613,7 @@ class TestWaiting:
     async def test_for_a_turn_that_has_ended_answers_at_once(self, app: App) -> None:
         await armed(app)
         await app.turns.commit_reply("dep-1", ["m1"], {"text": "hi"})
-        assert await app.turns.wait("dep-1", "m1", timeout=0.5) == await ended(app)
+        assert await app.turns.wait("dep-1", "m1", timeout=5) == await ended(app)
 
     async def test_is_over_when_another_replica_ends_the_turn(self, app: App, database: str) -> None:
         await armed(app)
@@ -626,15 +626,15 @@ class TestWaiting:
         assert body["text"] == "hi"
 
     async def test_with_no_worker_anywhere_ends_with_the_deadline(self, app: App) -> None:
-        await app.turns.arm(turn(), admission=0.3)
         began = time.monotonic()
+        await app.turns.arm(turn(), admission=0.3)
         outcome = await app.turns.wait("dep-1", "m1", timeout=10)
-        assert (outcome.code, 0.25 < time.monotonic() - began < 3) == ("worker_unresponsive", True)
+        assert (outcome.code, time.monotonic() - began >= 0.3) == ("worker_unresponsive", True)
         assert outcome.body is not None
         assert outcome.body["reason"] == "No worker took it up within 00:00:00.3."
 
     async def test_goes_on_while_somebody_gives_signs_of_life(self, app: App, conn: Connection) -> None:
-        await app.turns.arm(turn(), admission=0.3, execution=60)
+        await app.turns.arm(turn(), admission=2, execution=60)
         waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=10))
         await eventually(lambda: app.opened.fanout._tails)
         deadline = (await only(app)).deadline

@@ -47,7 +47,7 @@ class Stream:
 
     async def next(self) -> Frame | None:
         """The next frame; None where the response has ended."""
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             frame: Frame | None = None
             async for line in self.lines:
                 if not line:
@@ -136,7 +136,7 @@ class Served:
     @asynccontextmanager
     async def client(self, user: str = "ann", *, prefix: str = "") -> AsyncIterator[Client]:
         limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=self.address + prefix, timeout=20, limits=limits) as http:
+        async with httpx2.AsyncClient(base_url=self.address + prefix, timeout=60, limits=limits) as http:
             yield Client(http, user)
 
 

@@ -57,9 +57,9 @@ async def scheduler(app: App) -> Told:
 
 
 async def overdue(conn: Connection, by: timedelta, name: str | None = None) -> None:
-    """Let the next slots have come so long ago, on a full minute."""
+    """Let the next slots have come so long ago, on a full hour. On a full minute, another one would often come meanwhile."""
     await conn.execute(
-        "update queue_service.schedules set next_at = date_trunc('minute', clock_timestamp()) - %s where name = %s or %s",
+        "update queue_service.schedules set next_at = date_trunc('hour', clock_timestamp()) - %s where name = %s or %s",
         [by, name, name is None],
     )
 
@@ -78,7 +78,7 @@ class TestOnce:
         self, app: App, scheduler: Told, conn: Connection
     ) -> None:
         for name, queue in [("a", "default"), ("b", "default"), ("c", "other")]:
-            await app.schedules.put(name, "report", cron="* * * * *", queue=queue)
+            await app.schedules.put(name, "report", cron="@hourly", queue=queue)
         await app.schedules.put("later", "report", cron="@yearly")
         for name in "abc":
             await overdue(conn, timedelta(0), name)
@@ -88,11 +88,11 @@ class TestOnce:
         assert await scheduler.once() == 0
 
     async def test_more_than_a_batch_is_fired_in_batches(self, app: App, scheduler: Told, conn: Connection) -> None:
-        await app.schedules.put("s", "report", cron="* * * * *")
+        await app.schedules.put("s", "report", cron="@hourly")
         count = 2 * BATCH + 1
         await conn.execute(
             "insert into queue_service.schedules (name, task, queue, payload, cron, next_at) "
-            "select 's' || n, 'report', 'default', '{}', '* * * * *', clock_timestamp() from generate_series(2, %s) as n",
+            "select 's' || n, 'report', 'default', '{}', '@hourly', clock_timestamp() from generate_series(2, %s) as n",
             [count],
         )
         await overdue(conn, timedelta(0))
@@ -102,17 +102,17 @@ class TestOnce:
 
     async def test_many_schedulers_give_each_slot_one_run(self, app: App, conn: Connection) -> None:
         for n in range(20):
-            await app.schedules.put(f"s{n}", "report", cron="* * * * *", misfire="all")
-        await overdue(conn, timedelta(minutes=9))
+            await app.schedules.put(f"s{n}", "report", cron="@hourly", misfire="all")
+        await overdue(conn, timedelta(hours=9))
         counts = await asyncio.gather(*(Told(app).once() for _ in range(8)))
         told = await rows(conn, "select metadata ->> 'schedule', metadata ->> 'slot' from queue_service.runs")
         assert sum(counts) == len(told) == len(set(told))
-        # A minute may have begun meanwhile.
+        # An hour may have begun meanwhile.
         assert 200 <= len(told) <= 220
 
     async def test_a_paused_schedule_is_passed_over(self, app: App, scheduler: Told, conn: Connection) -> None:
-        await app.schedules.put("s", "report", cron="* * * * *")
-        await overdue(conn, timedelta(minutes=5))
+        await app.schedules.put("s", "report", cron="@hourly")
+        await overdue(conn, timedelta(hours=5))
         await app.schedules.pause("s")
         assert await scheduler.once() == 0
         await app.schedules.resume("s")
@@ -121,10 +121,11 @@ class TestOnce:
 
 class TestThePause:
     async def test_is_until_the_next_slot(self, app: App, scheduler: Told, conn: Connection) -> None:
+        scheduler._poll_interval = timedelta(hours=1)
         await app.schedules.put("s", "report", cron="@yearly")
-        await conn.execute("update queue_service.schedules set next_at = clock_timestamp() + interval '60 ms'")
+        await conn.execute("update queue_service.schedules set next_at = clock_timestamp() + interval '1 min'")
         await scheduler.once()
-        assert timedelta(0) < scheduler.pause <= timedelta(milliseconds=60)
+        assert timedelta(0) < scheduler.pause <= timedelta(minutes=1)
 
     async def test_is_the_poll_interval_at_most(self, app: App, scheduler: Told) -> None:
         await scheduler.once()
@@ -145,7 +146,7 @@ class TestWhatCannotFire:
         self, app: App, scheduler: Told, conn: Connection, caplog: pytest.LogCaptureFixture
     ) -> None:
         for name in ("a", "bad", "c"):
-            await app.schedules.put(name, name, cron="* * * * *")
+            await app.schedules.put(name, name, cron="@hourly")
         async with refusing(conn, "runs", "task = 'bad'"):
             for _ in range(3):
                 await overdue(conn, timedelta(0), "a")
@@ -166,7 +167,7 @@ class TestWhatCannotFire:
         self, app: App, scheduler: Told, conn: Connection, caplog: pytest.LogCaptureFixture, change: str
     ) -> None:
         for name in ("bad", "good"):
-            await app.schedules.put(name, "report", cron="* * * * *")
+            await app.schedules.put(name, "report", cron="@hourly")
         await conn.execute(f"update queue_service.schedules set {change} where name = 'bad'".encode())
         await overdue(conn, timedelta(0))
         assert await scheduler.once() == 1

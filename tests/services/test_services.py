@@ -102,7 +102,7 @@ async def test_a_worker_begins_before_what_is_old_is_pruned(app: App, conn: Conn
     async with conn.transaction(force_rollback=True):
         await conn.execute("lock table queue_service.turn_outcomes in access exclusive mode")
         async with working(app):
-            assert (await app.wait(run_id, timeout=5)).state is RunState.SUCCEEDED
+            assert (await app.wait(run_id, timeout=20)).state is RunState.SUCCEEDED
 
 
 class TestPruner:
