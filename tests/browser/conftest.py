@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import pytest
 from playwright.async_api import Browser, ConsoleMessage, Locator, Page, async_playwright, expect
 
 from queue_service import App
-from tests.support import eventually
+from tests.support import eventually, free_port
 
 QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")
 FLAGS = ["--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in QUIET)]
@@ -27,7 +26,7 @@ COMMANDS = {
     "worker": ["worker", "-a", "tests.browser.tasks_for_tests:app", "-q", "agent:10"],
 }
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=40_000)
 
 
 @pytest.fixture
@@ -51,8 +50,7 @@ class Site:
         self._database = database
         self._logs = logs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
 
     @property
     def address(self) -> str:
@@ -60,12 +58,12 @@ class Site:
 
     async def start(self, *names: str, **settings: str) -> None:
         """Returns once the gateway can be reached."""
-        paces = {"LEASE": "1s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "GATEWAY_PORT": str(self._port)}
+        paces = {"LEASE": "5s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "GATEWAY_PORT": str(self._port)}
         env = {f"QUEUE_SERVICE_{name}": value for name, value in (paces | settings).items()}
         for name in names:
             self._running[name] = self._started(name, env)
         if "gateway" in names:
-            await eventually(self._answers, within=30)
+            await eventually(self._answers, within=60)
 
     def kill(self, name: str) -> None:
         process = self._running.pop(name)

@@ -62,7 +62,7 @@ class Client:
     async def heard(self, *entries: str) -> list[str]:
         """The log, once all of these are in it."""
         await self.page.wait_for_function(
-            "(all) => all.every((each) => log.includes(each))", arg=entries, timeout=20_000
+            "(all) => all.every((each) => log.includes(each))", arg=entries, timeout=40_000
         )
         return await self.log()
 

@@ -135,7 +135,7 @@ async def test_messages_that_were_not_sent_survive_a_reload(site: Site, visit: V
 
 
 async def test_a_worker_that_dies_shows_its_error(site: Site, visit: Visit, conn: Connection) -> None:
-    await site.start("gateway", "worker", EXECUTION="1s")
+    await site.start("gateway", "worker", EXECUTION="3s")
     chat = await visit()
     await chat.say("one (wait) two")
     await expect(chat.growing).to_contain_text("You said: one")
@@ -274,7 +274,7 @@ async def test_the_page_works_mounted_under_a_prefix(browser: Browser, app: App)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1100, 800), ("phone", 390, 780)])
 async def test_the_page_fits(site: Site, visit: Visit, scheme: str, name: str, width: int, height: int) -> None:
-    await site.start("gateway", "worker", EXECUTION="2s")
+    await site.start("gateway", "worker", EXECUTION="4s")
     chat = await visit("/?stream=trip-to-lisbon", color_scheme=scheme, viewport={"width": width, "height": height})
 
     async def shot(moment: str) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from queue_service import App, Run, Turn
 from queue_service.client import ChatClient, Event, Receipt
 from queue_service.db.pool import Connection
 from tests.chaos.proxy import Proxy
-from tests.support import eventually, one, rows
+from tests.support import eventually, free_port, one, rows
 
 SECONDS = float(os.environ.get("QUEUE_SERVICE_CHAOS_SECONDS", "10"))
 CLIENTS, STREAMS = 50, 25
@@ -111,13 +110,6 @@ class Person:
         return bool(self.seen) and self.seen[-1].seq >= head
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
 async def harm(proxies: list[Proxy], gateways: list[Process], workers: list[Process], until: float) -> Counter[str]:
     done: Counter[str] = Counter()
     while time.monotonic() < until:
@@ -160,7 +152,7 @@ async def party(database: str, tmp_path: Path) -> AsyncIterator[Party]:
     ]
     try:
         for port in ports:
-            await eventually(lambda: serves(port), within=30)  # noqa: B023
+            await eventually(lambda: serves(port), within=60)  # noqa: B023
         yield ports, gateways, workers
     finally:
         for each in [*gateways, *workers]:

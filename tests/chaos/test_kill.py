@@ -33,7 +33,7 @@ class Process:
 
     def __init__(self, database: str, number: int) -> None:
         self.name = f"worker {number}"
-        paces = ["--lease", "1s", "--poll-interval", "100ms", "--sweep-interval", "200ms", "--max-losses", "100"]
+        paces = ["--lease", "2s", "--poll-interval", "100ms", "--sweep-interval", "200ms", "--max-losses", "100"]
         command = [sys.executable, "-m", "queue_service", "worker", "-a", "tests.worker.tasks_for_tests:app"]
         more = ["-q", "default:8", "--name", self.name, "--database-url", database, "--log-level", "error"]
         self._process = subprocess.Popen([*command, *paces, *more], stderr=subprocess.DEVNULL, env={**os.environ})

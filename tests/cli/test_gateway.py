@@ -46,7 +46,7 @@ def refused(database: str, *arguments: str, **env: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "queue_service", "gateway", *arguments],
         env={**os.environ, "QUEUE_SERVICE_DATABASE_URL": database, **env},
-        stderr=subprocess.PIPE, text=True, timeout=30, check=False,
+        stderr=subprocess.PIPE, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
@@ -80,7 +80,7 @@ def test_says_goodbye_and_ends_within_its_grace_with_streams_open(start: Start, 
         assert client.status == 200
         assert b"welcome" in client.readline() + client.readline() + client.readline()
     child.send_signal(signal.SIGTERM)
-    assert child.wait(8) == 0
+    assert child.wait(30) == 0
     for client in clients:
         assert b"event: goodbye" in client.read()
 

@@ -39,14 +39,14 @@ def address(request: pytest.FixtureRequest, database: str) -> Iterator[str]:
             assert line.startswith("http"), served.stderr.read()
             address = line.strip().removesuffix("/docs").rstrip("/")
             # Answered once it has started, and has made its table.
-            assert httpx2.get(f"{address}/runs/1").status_code == 404
+            assert httpx2.get(f"{address}/runs/1", timeout=60).status_code == 404
             yield address
         finally:
             served.kill()
 
 
 async def test_an_order_is_committed_with_its_run(address: str, app: App, conn: Connection) -> None:
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(timeout=60) as client:
         taken = await client.post(f"{address}/orders", json=ADA)
         assert taken.status_code == 201, taken.text
         run = await assert_enqueued(app, "confirm", ADA, count=1)
@@ -58,7 +58,7 @@ async def test_an_order_is_committed_with_its_run(address: str, app: App, conn: 
 
 async def test_an_order_that_is_rolled_back_leaves_no_run(address: str, app: App, conn: Connection) -> None:
     await conn.execute("insert into orders values (1, 'bob@example.org')")
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(timeout=60) as client:
         # The run is enqueued before the database finds that the number is taken.
         refused = await client.post(f"{address}/orders", json=ADA)
     assert refused.status_code == 409, refused.text
@@ -69,7 +69,7 @@ async def test_an_order_that_is_rolled_back_leaves_no_run(address: str, app: App
 async def test_a_payload_the_task_does_not_take_is_refused_before_anything_is_stored(
     address: str, app: App, conn: Connection
 ) -> None:
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(timeout=60) as client:
         refused = await client.post(f"{address}/orders", json={"number": 1, "colour": "red"})
     assert refused.status_code >= 400
     await refute_enqueued(app, "confirm")

@@ -18,7 +18,8 @@ from queue_service.db import schema
 
 REPOSITORY = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.slow
+# The first test builds and installs the wheel, too.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
