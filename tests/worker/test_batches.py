@@ -351,7 +351,7 @@ async def test_a_run_that_lost_its_worker_is_handled_alone(app: App, conn: Conne
 
 
 async def test_a_list_says_of_each_run_what_becomes_of_it(app: App) -> None:
-    @app.task(batch=10)
+    @app.task(batch=10, retry=Retry(base=60))
     async def index(runs: list[Run]) -> list[Any]:
         return [{"n": 0}, None, Snooze(3_600), Cancel("not wanted"), ValueError("broken"), RetryLater(3_600), object()]
 
@@ -415,7 +415,7 @@ async def test_a_word_alone_is_for_all_of_them(app: App, conn: Connection, word:
 async def test_no_run_ends_by_an_answer_that_is_in_doubt(
     app: App, conn: Connection, answer: Callable[[list[Run]], Any], says: str
 ) -> None:
-    @app.task(batch=10)
+    @app.task(batch=10, retry=Retry(base=60))
     async def index(runs: list[Run]) -> Any:
         return answer(runs)
 
@@ -594,7 +594,7 @@ async def test_a_batch_that_fails_leaves_a_run_that_was_cancelled_in_it_cancelle
 async def test_a_batch_over_its_time_fails_as_one(app: App, conn: Connection) -> None:
     cancelled: list[list[bool]] = []
 
-    @app.task(batch=10, timeout=0.05)
+    @app.task(batch=10, timeout=0.05, retry=Retry(base=60))
     async def index(runs: list[Run]) -> None:
         try:
             await asyncio.Event().wait()
@@ -609,7 +609,7 @@ async def test_a_batch_over_its_time_fails_as_one(app: App, conn: Connection) ->
 
 
 async def test_a_run_with_a_time_of_its_own_does_not_end_the_others(app: App) -> None:
-    @app.task(batch=10, timeout=60)
+    @app.task(batch=10, timeout=60, retry=Retry(base=60))
     async def index(runs: list[Run]) -> list[str]:
         hurried = next(run for run in runs if run.timeout)
         await eventually(lambda: hurried.cancelled)
