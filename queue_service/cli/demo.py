@@ -31,6 +31,8 @@ from queue_service.settings import Settings, parse_duration
 
 LEASE = "2s"
 PATIENCE = 300.0
+# A handful of files takes a worker some milliseconds, in which it has to be caught.
+TRIES = 20
 
 
 @dataclass
@@ -104,11 +106,9 @@ def _scratch() -> Path:
 async def _demo(conninfo: str, files: Sequence[str]) -> Verdict:
     settings = Settings(lease=parse_duration(LEASE))
     async with App(conninfo, settings=settings) as app:
-        ids = await app.enqueue_many("checksum", [{"path": path} for path in files], queue="demo")
-        click.echo(f"enqueued {len(ids):,} runs, ids {ids[0]} to {ids[-1]}")
         workers = [_start_worker(conninfo, "doomed")]
         try:
-            await _stop_holding(app, workers[0], "doomed")
+            ids = await _enqueued_and_stopped(app, files, workers[0], "doomed")
             workers.append(_start_worker(conninfo, "survivor"))
             held = await _held_by(app, "doomed")
             workers[0].kill()
@@ -141,21 +141,34 @@ def _start_worker(conninfo: str, name: str) -> subprocess.Popen[bytes]:
     )
 
 
-async def _stop_holding(app: App, worker: subprocess.Popen[bytes], name: str) -> None:
-    """SIGSTOP the worker at a moment when it holds claims, so that what it holds cannot change until it is killed."""
+async def _enqueued_and_stopped(
+    app: App, files: Sequence[str], worker: subprocess.Popen[bytes], name: str
+) -> Sequence[int]:
+    """The ids of runs, some of which are held by a worker that was stopped, so that what it holds cannot change until it
+    is killed."""
+    for _ in range(TRIES):
+        ids = await app.enqueue_many("checksum", [{"path": path} for path in files], queue="demo")
+        if await _stop_holding(app, worker, name):
+            click.echo(f"enqueued {len(ids):,} runs, ids {ids[0]} to {ids[-1]}")
+            return ids
+    raise QueueServiceError("The worker was done before it could be killed. Name a directory with more files.")
+
+
+async def _stop_holding(app: App, worker: subprocess.Popen[bytes], name: str) -> bool:
+    """SIGSTOP the worker at a moment when it holds claims. False: all was done before."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         _check_alive(worker)
         if await _held_by(app, name):
             worker.send_signal(signal.SIGSTOP)
             if await _held_by(app, name):
-                return
+                return True
             worker.send_signal(signal.SIGCONT)
         depth = await app.fetch(queries.depth("demo"))
         if not depth.due + depth.running:
-            break
+            return False
         await asyncio.sleep(0.001)
-    raise QueueServiceError("The worker was done before it could be killed. Name a directory with more files.")
+    raise QueueServiceError(f"The worker claimed nothing within {PATIENCE:g} s.")
 
 
 async def _held_by(app: App, name: str) -> int:
