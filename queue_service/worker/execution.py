@@ -49,15 +49,18 @@ class Execution(msgspec.Struct, eq=False):
             self.timer = asyncio.get_running_loop().call_later(limit.total_seconds(), self.interrupt, Cause.TIMED_OUT)
 
     def interrupt(self, cause: Cause) -> None:
-        # A handler that goes on after its time can still be stopped for another reason.
+        # A handler that goes on after its time can still be stopped for another reason, and one that goes on after any of
+        # them must not keep a worker from ending.
         if self.cause is None or self.cause is Cause.TIMED_OUT:
             self.cause = cause
             self.held.run.stop()
             if self.counting is not None:
                 self.counting.discard(self.held)
-            # The others of its batch go on.
-            if not self.counting:
-                self.task.cancel()
+        elif cause is not Cause.DRAINED:
+            return
+        # The others of its batch go on.
+        if not self.counting:
+            self.task.cancel()
 
 
 def told(execution: Execution, outcome: Outcome) -> Outcome | None:

@@ -163,6 +163,33 @@ async def test_a_handler_that_ends_well_while_it_is_being_cancelled_keeps_its_re
     assert (run.state, run.result) == (RunState.SUCCEEDED, "tidied up")
 
 
+@pytest.mark.parametrize("why", ["cancelled", "lost"])
+async def test_a_handler_that_goes_on_after_it_was_stopped_does_not_keep_its_worker_from_ending(
+    app: App, conn: Connection, why: str
+) -> None:
+    begun, tidying = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def tidies_up_for_ever() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            tidying.set()
+            await asyncio.Event().wait()
+
+    run_id = await app.enqueue("tidies_up_for_ever", {})
+    async with working(app) as worker:
+        await asyncio.wait_for(begun.wait(), 8)
+        if why == "cancelled":
+            assert await app.cancel(run_id)
+        else:
+            await conn.execute("delete from queue_service.leases")
+        await asyncio.wait_for(tidying.wait(), 8)
+        worker.stop(now=True)
+    assert (worker.tally.cancelled, worker.tally.lost) == ((1, 0) if why == "cancelled" else (0, 0))
+
+
 async def test_stop_may_come_from_another_thread(app: App) -> None:
     worker = Worker(app)
     running = asyncio.create_task(worker.run())
