@@ -2,7 +2,8 @@
 
 A handler that blocks the worker's loop therefore loses nothing. Only the database's word ends a lease: while it cannot
 be reached nobody can sweep either, and when it is back, whoever comes first decides. A lease is first extended a third
-of its length after it was made, so that short runs cost nothing here.
+of its length after it was made, so that short runs cost nothing here. A request to cancel whose notice was lost, or came
+before the answer to the claim, is found at the next poll.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Keeper:
         worker_id: int,
         *,
         lease: timedelta,
+        poll_interval: timedelta,
         on_lost: Callable[[Collection[int]], None],
         on_cancel: Callable[[Collection[int]], None],
     ) -> None:
@@ -41,6 +43,7 @@ class Keeper:
         self._leases = leases
         self._worker_id = worker_id
         self._lease = lease
+        self._poll = poll_interval.total_seconds()
         self._on_lost = on_lost
         self._on_cancel = on_cancel
         self._stop = threading.Event()
@@ -86,13 +89,16 @@ class Keeper:
         return ids - held
 
     async def _keep(self, loop: asyncio.AbstractEventLoop) -> None:
-        pause = self._lease.total_seconds() / 6
+        beat = self._lease.total_seconds() / 6
+        pause, next_beat = min(beat, self._poll), 0.0
         lost_database = False
         while not self._stop.is_set():
             try:
-                lost = await self.once()
-                if lost:
-                    loop.call_soon_threadsafe(self._on_lost, lost)
+                if (now := time.monotonic()) >= next_beat:
+                    lost = await self.once()
+                    if lost:
+                        loop.call_soon_threadsafe(self._on_lost, lost)
+                    next_beat = now + beat
                 asked = await self._cancel_requests()
                 if asked:
                     loop.call_soon_threadsafe(self._on_cancel, asked)

@@ -168,8 +168,9 @@ class _Parts:
             poll_interval=settings.poll_interval,
         )
         self._keeper = Keeper(
-            app.conninfo, leases, worker_id, lease=settings.lease, on_lost=self._lose, on_cancel=self._cancel
-        )
+            app.conninfo, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
+            on_lost=self._lose, on_cancel=self._cancel,
+        )  # fmt: skip
         self.seats = Seats(app, self.executors, worker_id=worker_id, settings=settings)
         self._lag = LagWatch(self._run_of)
         self._maintenance = Maintenance(app, settings)

@@ -842,19 +842,26 @@ async def test_cancelling_a_running_run_cancels_its_handler_at_once(database: st
     assert (run.state, reason(run), run.failures) == (RunState.CANCELLED, "cancelled", 0)
 
 
-async def test_a_request_to_cancel_is_found_without_its_notice(app: App, conn: Connection) -> None:
-    started = asyncio.Event()
+@pytest.mark.parametrize("slow", ["LEASE", "POLL_INTERVAL"])
+async def test_a_request_to_cancel_is_found_without_its_notice(database: str, conn: Connection, slow: str) -> None:
+    paces = {"QUEUE_SERVICE_LEASE": "3s", "QUEUE_SERVICE_POLL_INTERVAL": "100ms"}
+    async with App(database, settings=load(paces | {f"QUEUE_SERVICE_{slow}": "1h"})) as app:
+        started, stopped = asyncio.Event(), asyncio.Event()
 
-    @app.task
-    async def wait_for_ever() -> None:
-        started.set()
-        await asyncio.Event().wait()
+        @app.task
+        async def wait_for_ever() -> None:
+            started.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
 
-    async with working(app):
-        run_id = await app.enqueue("wait_for_ever", {})
-        await asyncio.wait_for(started.wait(), 30)
-        await conn.execute("update queue_service.runs set cancel_requested = true where id = %s", [run_id])
-        run = await ended(app, run_id)
+        async with working(app):
+            run_id = await app.enqueue("wait_for_ever", {})
+            await asyncio.wait_for(started.wait(), 30)
+            await conn.execute("update queue_service.runs set cancel_requested = true where id = %s", [run_id])
+            await asyncio.wait_for(stopped.wait(), 30)
+            run = await ended(app, run_id)
     assert run.state is RunState.CANCELLED
 
 
