@@ -58,14 +58,18 @@ select set_config('statement_timeout', '30s', false),
 _TRIES = 3
 
 
-async def connect(conninfo: str, *, application: str = "queue_service") -> Connection:
-    """A fresh connection with our session settings. Raises DatabaseUnavailable."""
+async def connect(
+    conninfo: str, *, application: str = "queue_service", lock_timeout: timedelta | None = None
+) -> Connection:
+    """A fresh connection with our session settings, but for what is given. Raises DatabaseUnavailable."""
     with translated():
         conn = await psycopg.AsyncConnection.connect(options(conninfo, application), autocommit=True)
         try:
             # `connect_timeout` ends with the handshake; a server that stops right after it would be waited for for ever.
             async with asyncio.timeout(DEADLINE):
                 await _configure(conn)
+                if lock_timeout is not None:
+                    await _set(conn, "lock_timeout", lock_timeout)
         except TimeoutError:
             await conn.close()
             raise DatabaseUnavailable(f"The database did not answer within {DEADLINE:g} s.") from None
@@ -81,6 +85,11 @@ def options(conninfo: str, application: str = "queue_service") -> str:
 
 async def _configure(conn: Connection) -> None:
     await conn.execute(_SESSION)
+
+
+async def _set(conn: Connection, setting: str, duration: timedelta) -> None:
+    milliseconds = f"{duration / timedelta(milliseconds=1):.0f}"
+    await conn.execute("select set_config(%s, %s, false)", [setting, milliseconds])
 
 
 def none_free() -> DatabaseUnavailable:
@@ -144,8 +153,7 @@ class Pool:
     async def _configure(self, conn: Connection) -> None:
         await _configure(conn)
         if self._timeout is not None:
-            milliseconds = f"{self._timeout / timedelta(milliseconds=1):.0f}"
-            await conn.execute("select set_config('statement_timeout', %s, false)", [milliseconds])
+            await _set(conn, "statement_timeout", self._timeout)
 
     async def _take(self) -> Connection:
         conn, self._parked = self._parked, None
@@ -180,14 +188,15 @@ class Wire:
     caller knows whether repeating it is right.
     """
 
-    def __init__(self, conninfo: str, *, application: str) -> None:
+    def __init__(self, conninfo: str, *, application: str, lock_timeout: timedelta | None = None) -> None:
         self._conninfo = conninfo
         self._application = application
+        self._lock_timeout = lock_timeout
         self._conn: Connection | None = None
 
     async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
         if self._conn is None or self._conn.closed:
-            self._conn = await connect(self._conninfo, application=self._application)
+            self._conn = await connect(self._conninfo, application=self._application, lock_timeout=self._lock_timeout)
         try:
             return await _persistently(self._conn, query, deadline)
         except DatabaseUnavailable:

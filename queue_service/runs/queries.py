@@ -196,6 +196,17 @@ def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] 
     return SQL.query("finish", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
+def busy(claims: Collection[Claim]) -> Query[set[Done]]:
+    """Those that are held, but an ending of which would wait for another session."""
+    ordered = sorted(claims)
+    return SQL.query(
+        "busy",
+        _done,
+        ids=array_literal([claim.run_id for claim in ordered]),
+        attempts=array_literal([claim.attempt for claim in ordered]),
+    )
+
+
 def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
     """The claims that were still held and whose runs are queued again (or `cancelled`, where that had been asked)."""
     ordered = sorted(returns, key=_claim_of)

@@ -516,6 +516,27 @@ select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
   from gone
 returning id, attempt
 
+-- name: busy
+-- Of these claims, those that are held, but whose run or lane another session has locked: their endings would wait for it.
+-- Rows: the claims.
+with mine as materialized (
+    select runs.id, runs.attempt, runs.queue, runs.ordering_key from queue_service.runs where {held}
+), unlocked as materialized (
+    select runs.id from queue_service.runs where {held} order by runs.id for update skip locked
+), passable as materialized (
+    select lane.queue, lane.ordering_key
+      from mine
+     cross join lateral (
+        select lanes.queue, lanes.ordering_key from queue_service.lanes
+         where lanes.queue = mine.queue and lanes.ordering_key = mine.ordering_key
+           for update skip locked
+     ) as lane
+)
+select mine.id, mine.attempt from mine
+ where mine.id not in (select unlocked.id from unlocked)
+    or mine.ordering_key is not null
+       and (mine.queue, mine.ordering_key) not in (select passable.queue, passable.ordering_key from passable)
+
 -- name: give_back
 -- Return claimed runs to their queue: after a delay, or to their old place where there is none. One asked to be
 -- cancelled meanwhile ends so instead. One row for each claim that was still held. An outcome is an object of delay (in

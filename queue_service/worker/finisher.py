@@ -1,6 +1,8 @@
 """Writes how claimed runs ended, many in one statement, and keeps trying until the database has taken it.
 
-A lost claim is logged and counted, not raised: someone else already owns that run's ending.
+A lost claim is logged and counted, not raised: someone else already owns that run's ending. A run that another session
+has locked, or whose lane it has, is set aside until that lets go. A transaction that stays open must not hold up other
+endings, nor the keeper, which waits for the leases that a statement here has locked.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from psycopg import errors as pg
 
 from queue_service import codec
 from queue_service.db.execute import REFUSED
@@ -28,6 +32,8 @@ MAX_BATCH = 500
 # ten handlers. One that came alone has a caller who waits, as likely as not, and who then asks for the next.
 FEW, REST = 50, 0.005
 FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
+# Seconds until what was set aside is looked at again.
+AGAIN = 1.0
 
 
 @dataclass(slots=True)
@@ -48,6 +54,7 @@ class Tally:
 
 @dataclass(slots=True)
 class _Batch:
+    taken: Sequence[tuple[Held, Outcome | None]]
     endings: list[Ending] = field(default_factory=list)
     returns: list[Return] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
@@ -78,6 +85,10 @@ class Finisher:
         self._worker_id = worker_id
         # Without an outcome, only the lease is still to be let go of.
         self._pending: list[tuple[Held, Outcome | None]] = []
+        # Set aside, and whether it is time to look at them again.
+        self._busy: list[tuple[Held, Outcome | None]] = []
+        self._is_due = False
+        self._alarm: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._closing = False
@@ -107,17 +118,19 @@ class Finisher:
 
     @property
     def is_idle(self) -> bool:
-        return not self._pending and not self._writing
+        return not self._pending and not self._busy and not self._writing
 
     async def run(self) -> None:
-        while not (self._closing and not self._pending):
+        while not (self._closing and not self._pending and not self._busy):
             await self._wake.wait()
             self._wake.clear()
+            if self._is_due:
+                self._is_due = False
+                taken, self._busy = self._busy[:MAX_BATCH], self._busy[MAX_BATCH:]
+                await self._write(self._batch(taken), is_doubtful=True)
             while self._pending:
                 taken, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
-                self._writing = True
-                await self._write(self._batch(taken))
-                self._writing = False
+                await self._write(self._batch(taken), is_doubtful=bool(self._busy))
                 if 1 < len(taken) < FEW:
                     await self._rest()
 
@@ -136,7 +149,7 @@ class Finisher:
             self._is_resting = False
 
     def _batch(self, taken: Sequence[tuple[Held, Outcome | None]]) -> _Batch:
-        batch = _Batch()
+        batch = _Batch(taken)
         for held, outcome in taken:
             if isinstance(outcome, Ending):
                 batch.endings.append(outcome)
@@ -151,12 +164,18 @@ class Finisher:
                 batch.freed.append(held.lease.id)
         return batch
 
-    async def _write(self, batch: _Batch) -> None:
-        pause = FIRST_PAUSE
+    async def _write(self, batch: _Batch, *, is_doubtful: bool = False) -> None:
+        """Write it, but for what has to be set aside. Where that `is_doubtful`, it is looked at first."""
+        self._writing, pause = True, FIRST_PAUSE
         while True:
             try:
+                if is_doubtful:
+                    await self._set_aside(batch)
                 await self._write_once(batch)
             except DatabaseUnavailable as lost:
+                if isinstance(lost.__cause__, pg.LockNotAvailable) and not is_doubtful:
+                    is_doubtful = True
+                    continue
                 if not batch.uncertain:
                     log.warning("cannot write endings; trying until it works", runs=_size(batch), why=str(lost))
                 batch.uncertain = True
@@ -168,7 +187,27 @@ class Finisher:
                 self._leases.release(batch.freed)
                 if batch.laned or batch.limited:
                     self._free(batch.laned, batch.limited)
+                self._writing = False
                 return
+
+    async def _set_aside(self, batch: _Batch) -> None:
+        """What another session keeps from being written. Its leases stay, too."""
+        outcomes: list[Outcome] = [*batch.endings, *batch.returns]
+        busy = await self._wire.fetch(queries.busy([each.claim for each in outcomes]))
+        batch.endings = [each for each in batch.endings if each.claim not in busy]
+        batch.returns = [each for each in batch.returns if each.claim not in busy]
+        for held, outcome in batch.taken:
+            if held.run.claim in busy:
+                held.lease.outstanding += 1
+                self._busy.append((held, outcome))
+        kept = {held.lease.id for held, _ in self._busy}
+        batch.freed = [lease_id for lease_id in batch.freed if lease_id not in kept]
+        if self._busy and self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_later(AGAIN, self._look_again)
+
+    def _look_again(self) -> None:
+        self._alarm, self._is_due = None, True
+        self._wake.set()
 
     async def _write_once(self, batch: _Batch) -> None:
         # The leases go with the last statement, when all that they held has been dealt with.

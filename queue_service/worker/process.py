@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
+from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -48,6 +49,8 @@ MAX_CONCURRENCY = 100_000
 MAX_PORT = 65_535
 # A worker that ends does not wait for a server that is gone only to strike its own name out.
 LEAVE_DEADLINE = 2.0
+# How long endings wait for what another session has locked, before those that need it are set aside.
+PATIENCE = timedelta(seconds=1)
 
 
 class Worker:
@@ -152,7 +155,9 @@ class _Parts:
         # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
         self._claimable = sorted(app.tasks)
         self._claiming = Wire(app.conninfo, application="queue_service claimer")
-        self._finishing = Wire(app.conninfo, application="queue_service finisher")
+        # The keeper waits for it, and must come in time.
+        patience = min(PATIENCE, settings.lease / 6)
+        self._finishing = Wire(app.conninfo, application="queue_service finisher", lock_timeout=patience)
         leases = Leases()
         self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free)
         self._app = app

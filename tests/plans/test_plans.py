@@ -183,6 +183,15 @@ def test_a_batch_is_ended_by_id(stage: Stage, conn: Sync, write: str) -> None:
         assert plan.pages <= 200 + 40 * len(claims)
 
 
+def test_what_another_session_has_locked_is_found_by_id(stage: Stage, conn: Sync) -> None:
+    claims, _ = claims_of(conn, 200)
+    plan = done(conn, queries.busy(claims))
+    assert_by_index(plan, "runs_pkey")
+    assert plan.visited <= 2 * len(claims)
+    if stage.holds:
+        assert plan.pages <= 200 + 40 * len(claims)
+
+
 def test_reports_are_stored_by_id(stage: Stage, conn: Sync) -> None:
     claims, _ = claims_of(conn, 200)
     plan = done(conn, queries.report(dict.fromkeys(claims, '{"value":0.5}')))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
 
 import pytest
 
+from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, Wire
-from queue_service.runs.model import Ending, RunState
+from queue_service.runs import queries
+from queue_service.runs.model import Ending, NewRun, Return, RunState
 from queue_service.worker import finisher
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.leases import Held, Leases
-from tests.support import claimed, enqueued, eventually, one
+from tests.support import claimed, enqueued, eventually, one, rows
 
 
 class Desk:
@@ -40,7 +43,8 @@ class Desk:
 async def desk(conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
     """One that would let others come for an hour."""
     monkeypatch.setattr(finisher, "REST", 3_600.0)
-    wire = Wire(database, application="test")
+    monkeypatch.setattr(finisher, "AGAIN", 0.05)
+    wire = Wire(database, application="test", lock_timeout=timedelta(milliseconds=100))
     made = Desk(conn, wire)
     running = asyncio.create_task(made.finisher.run())
     yield made
@@ -90,3 +94,70 @@ async def test_an_ending_that_makes_room_is_written_at_once(desk: Desk, how: str
     desk.end(*second)
     desk.end(room)
     await desk.written(5)
+
+
+@pytest.mark.parametrize("how", ["ends", "goes back"])
+@pytest.mark.parametrize("what", ["run", "lane"])
+async def test_what_another_session_has_locked_holds_up_no_other(
+    desk: Desk,
+    conn: Connection,
+    session: Callable[[], Awaitable[Connection]],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    how: str,
+) -> None:
+    monkeypatch.setattr(finisher, "REST", 0.0)
+    (first,), (second,) = await desk.held(1, key="a"), await desk.held(1, key="b")
+    both = await desk.held(2)
+    other = await session()
+    await other.execute("begin")
+    if what == "run":
+        assert await fetch(other, queries.hold(first.run.claim))
+    else:
+        await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a0")))
+    # Of two leases that the batch would let go of, one has a run that has to wait; and so has one of two runs.
+    for held in (first, second, *both):
+        ending = Ending(held.run.claim, RunState.SUCCEEDED)
+        desk.finisher.put(held, Return(held.run.claim) if held is first and how == "goes back" else ending)
+    await desk.written(3)
+    # Looked at several times meanwhile, and without waiting.
+    for number, held in enumerate(await desk.held(3)):
+        desk.end(held)
+        await desk.written(4 + number)
+    assert not desk.finisher.is_idle
+    assert await rows(conn, "select id from queue_service.leases") == [(first.lease.id,)]
+    await other.execute("commit")
+    await eventually(lambda: desk.finisher.is_idle)
+    assert await rows(conn, "select id from queue_service.leases") == []
+    assert await one(conn, "select count(*) from queue_service.runs where state = 'running'") == 0
+    tally = desk.finisher.tally
+    assert (tally.succeeded, tally.returned, tally.lost) == ((7, 0, 0) if how == "ends" else (6, 1, 0))
+
+
+async def test_a_worker_that_stops_waits_for_what_it_has_set_aside(
+    desk: Desk, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    (held,) = await desk.held(1)
+    other = await session()
+    await other.execute("begin")
+    assert await fetch(other, queries.hold(held.run.claim))
+    desk.end(held)
+    await eventually(lambda: desk.finisher._busy)
+    desk.finisher.close()
+    await other.execute("commit")
+    await desk.written(1)
+    assert desk.finisher.tally.succeeded == 1
+
+
+async def test_a_claim_that_is_lost_while_it_is_set_aside_is_told_of(
+    desk: Desk, conn: Connection, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    (held,) = await desk.held(1)
+    other = await session()
+    await other.execute("begin")
+    await other.execute("delete from queue_service.runs where id = %s", [held.run.id])
+    desk.end(held)
+    await eventually(lambda: desk.finisher._busy)
+    await other.execute("commit")
+    await eventually(lambda: desk.finisher.is_idle)
+    assert (desk.finisher.tally.succeeded, desk.finisher.tally.lost) == (0, 1)

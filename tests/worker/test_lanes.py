@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import pytest
@@ -164,3 +165,34 @@ async def test_a_drained_worker_hands_its_lanes_to_another(app: App, database: s
         async with asyncio.timeout(60):
             await Worker(other, {"default": 5}).run(once=True)
     assert begun == ids
+
+
+async def test_an_enqueue_that_is_not_committed_holds_up_its_lane_and_loses_no_other_run(
+    app: App, conn: Connection, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def head() -> None:
+        begun.set()
+        await go.wait()
+
+    @app.task
+    async def other() -> None: ...
+
+    run_id = await app.enqueue("head", {}, ordering_key="a")
+    user = await session()
+    async with working(app, {"default": 5}):
+        await asyncio.wait_for(begun.wait(), 8)
+        await user.execute("begin")
+        await app.enqueue("head", {}, ordering_key="a", conn=user)
+        go.set()
+        # For longer than a lease.
+        for _ in range(15):
+            other_id = await app.enqueue("other", {})
+            assert (await app.wait(other_id, timeout=5)).attempt == 1
+            await asyncio.sleep(0.1)  # so that it takes that long
+        assert await one(conn, "select state from queue_service.runs where id = %s", run_id) == "running"
+        await user.execute("commit")
+        done = await app.wait(run_id, timeout=8)
+    assert (done.state, done.losses) == (RunState.SUCCEEDED, 0)
