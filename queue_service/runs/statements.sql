@@ -277,7 +277,8 @@ select id, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(
 
 -- name: enqueue_all
 -- Store runs of several callers, none of which has a singleton key: then nothing is waited for. `runs` is a JSON array of
--- objects. Rows: their ids, in the order of the array.
+-- objects. Rows: their ids, in the order of the array. They are stored by lane, so that two such statements lock the lanes
+-- they share in one order, and cannot deadlock.
 -- writes: runs
 with asked as materialized (
     select nextval('queue_service.runs_id_seq') as id, asked.*,
@@ -295,6 +296,7 @@ with asked as materialized (
     select id, queue, task, payload, priority, due, due + expires_in, ordering_key, max_attempts, retry_delay, timeout,
            metadata, organization_id
       from asked
+     order by queue, ordering_key, id
 )
 select id from asked order by place
 

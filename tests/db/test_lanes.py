@@ -322,3 +322,20 @@ class TestRace:
         await eventually(lambda: blocked(conn, b))
         await a.execute("commit" if commit else "rollback")
         assert await waiting == ("requested" if commit else "cancelled")
+
+    async def test_two_statements_that_enqueue_into_the_same_lanes(
+        self, conn: Connection, session: Session, commit: bool
+    ) -> None:
+        a, b, c = await session(), await session(), await session()
+        await a.execute("begin")
+        await laned(a, "m")
+        news = [NewRun("noop", "default", "{}", ordering_key=key) for key in "zmazm"]
+        there = asyncio.create_task(fetch(b, queries.enqueue_all(news)))
+        await eventually(lambda: blocked(conn, b))
+        and_back = asyncio.create_task(fetch(c, queries.enqueue_all(news[::-1])))
+        await eventually(lambda: blocked(conn, c))
+        await a.execute("commit" if commit else "rollback")
+        # Neither is a deadlock, which the server notices after a second only; and each lane keeps the order of the calls.
+        ids = [*(await there), *(await and_back)]
+        assert ids == sorted(ids)
+        assert len(ids) == 10
