@@ -214,9 +214,14 @@ def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[in
     return SQL.query("give_back", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
-def sweep(*, limit: int, max_losses: int) -> Query[list[Swept]]:
-    """What was taken from lapsed leases. `limit` counts leases, each of which holds what one claim took."""
-    return SQL.query("sweep", _swept, limit=limit, max_losses=max_losses)
+def sweep(*, limit: int, max_losses: int, but: Collection[int] = ()) -> Query[list[Swept]]:
+    """What was taken from lapsed leases, `but` these. `limit` counts leases, each of which holds what one claim took."""
+    return SQL.query("sweep", _swept, limit=limit, max_losses=max_losses, but=array_literal(sorted(but)))
+
+
+def busy_leases(*, limit: int) -> Query[set[int]]:
+    """Lapsed leases that a sweep would have to wait for, since another session has a run of theirs locked, or its lane."""
+    return SQL.query("busy_leases", _id_set, limit=limit)
 
 
 def expire(*, limit: int) -> Query[list[int]]:

@@ -178,6 +178,27 @@ free as materialized (
             select heads.place from heads where (heads.is_due and heads.is_ours) is not true))
 )
 
+-- define: unlocked
+unlocked as materialized (
+    select runs.id from queue_service.runs
+     where runs.id = any(array(select mine.id from mine)) and runs.state = 'running'
+     order by runs.id
+       for update skip locked
+), passable as materialized (
+    select lane.queue, lane.ordering_key
+      from mine
+     cross join lateral (
+        select lanes.queue, lanes.ordering_key from queue_service.lanes
+         where lanes.queue = mine.queue and lanes.ordering_key = mine.ordering_key
+           for update skip locked
+     ) as lane
+)
+
+-- define: locked
+mine.id not in (select unlocked.id from unlocked)
+    or mine.ordering_key is not null
+       and (mine.queue, mine.ordering_key) not in (select passable.queue, passable.ordering_key from passable)
+
 -- define: suspect
 runs.losses > 0 and runs.run_at <= (select clock_timestamp()) and (runs.ordering_key || '') is null
        and runs.state = 'queued' and runs.queue || '' = any(%(queues)s::text[]) and runs.task = any(%(tasks)s::text[])
@@ -523,21 +544,8 @@ returning id, attempt
 -- Rows: the claims.
 with mine as materialized (
     select runs.id, runs.attempt, runs.queue, runs.ordering_key from queue_service.runs where {held}
-), unlocked as materialized (
-    select runs.id from queue_service.runs where {held} order by runs.id for update skip locked
-), passable as materialized (
-    select lane.queue, lane.ordering_key
-      from mine
-     cross join lateral (
-        select lanes.queue, lanes.ordering_key from queue_service.lanes
-         where lanes.queue = mine.queue and lanes.ordering_key = mine.ordering_key
-           for update skip locked
-     ) as lane
-)
-select mine.id, mine.attempt from mine
- where mine.id not in (select unlocked.id from unlocked)
-    or mine.ordering_key is not null
-       and (mine.queue, mine.ordering_key) not in (select passable.queue, passable.ordering_key from passable)
+), {unlocked}
+select mine.id, mine.attempt from mine where {locked}
 
 -- name: give_back
 -- Return claimed runs to their queue: after a delay, or to their old place where there is none. One asked to be
@@ -586,7 +594,7 @@ union all
 select id, attempt from cancelled
 
 -- name: sweep
--- Take the leases that have lapsed, at most `limit` of them, and with them the runs they held. Each goes back to its
+-- Take the leases that have lapsed, at most `limit` of them `but` these, and with them the runs they held. Each goes back to its
 -- place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at `max_losses`, and at the first
 -- loss if its task is among those that the lease says are not to be begun twice.
 -- Rows: run id, its state now, its queue and priority. The guard stands in the DELETE: an extend that commits first wins.
@@ -594,7 +602,7 @@ select id, attempt from cancelled
 with lapsed as materialized (
     delete from queue_service.leases
      where id = any(array(select id from queue_service.leases
-                           where expires_at < (select clock_timestamp())
+                           where expires_at < (select clock_timestamp()) and id <> all(%(but)s::bigint[])
                            order by expires_at limit %(limit)s for update skip locked))
        and expires_at < clock_timestamp()
     returning id, worker_id, run_ids, final_tasks
@@ -631,15 +639,42 @@ with lapsed as materialized (
 )
 select id, state, queue, priority from queued union all select id, state, queue, priority from ended
 
+-- name: busy_leases
+-- Of the leases that have lapsed, at most `limit` of them, those that hold a run which another session has locked, or the
+-- lane of which it has: a sweep would wait for it. Rows: lease ids.
+with lapsed as materialized (
+    select id, run_ids from queue_service.leases
+     where expires_at < (select clock_timestamp())
+     order by expires_at limit %(limit)s
+), mine as materialized (
+    select runs.id, runs.lease_id, runs.queue, runs.ordering_key from queue_service.runs
+     where runs.id = any(array(select unnest(lapsed.run_ids) from lapsed))
+       and runs.lease_id = any(array(select lapsed.id from lapsed)) and runs.state = 'running'
+), {unlocked}
+select distinct mine.lease_id from mine where {locked}
+
 -- name: expire
--- End queued runs whose time to start has passed, at most `limit` of them. Rows: run ids. The guard is spelt with
--- coalesce, or the index on expires_at could serve the outer look by id, and would be walked from end to end.
+-- End queued runs whose time to start has passed, at most `limit` of them; those of a lane that another session has locked
+-- are left for later. Rows: run ids. The guard is spelt with coalesce, or the index on expires_at could serve the outer look
+-- by id, and would be walked from end to end.
 -- writes: runs, finished_runs
-with gone as (
+with late as materialized (
+    select id, queue, ordering_key from queue_service.runs
+     where expires_at < (select clock_timestamp()) and state = 'queued'
+     order by expires_at limit %(limit)s for update skip locked
+), passable as materialized (
+    select late.id from late where late.ordering_key is null
+    union all
+    select late.id
+      from late
+     cross join lateral (
+        select from queue_service.lanes
+         where lanes.queue = late.queue and lanes.ordering_key = late.ordering_key
+           for update skip locked
+     ) as lane
+), gone as (
     delete from queue_service.runs
-     where id = any(array(select id from queue_service.runs
-                           where expires_at < (select clock_timestamp()) and state = 'queued'
-                           order by expires_at limit %(limit)s for update skip locked))
+     where id = any(array(select passable.id from passable))
        and state = 'queued' and coalesce(expires_at, 'infinity') < clock_timestamp()
     returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
               priority, 'expired', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,

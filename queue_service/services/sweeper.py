@@ -2,7 +2,7 @@
 started in time.
 
 Runs in every worker and wherever someone waits, without a leader: each statement is bounded, and what one replica is
-taking the others step over.
+taking the others step over. What a transaction of somebody's has locked is left until that ends, and holds up nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import psycopg
+from psycopg import errors as pg
 
 from queue_service.db import channels
 from queue_service.db.query import Query
@@ -27,6 +28,8 @@ log = get_logger(__name__)
 # Leases hold up to some four thousand runs each; the statement must stay well inside its deadline.
 LEASES = 5
 RUNS = 1_000
+# Lapsed leases among which the ones that cannot be taken are looked for.
+LOOK = 100
 TURNS = 2_000
 # Turns that are tried one by one where a batch of them is refused.
 SINGLES = 100
@@ -51,6 +54,8 @@ class Sweeper:
         self._max_losses = max_losses
         self._grace = grace.total_seconds()
         self._disturbed = False
+        # Leases that another transaction keeps from being taken, as far as is known.
+        self._busy: Collection[int] = ()
         self._resume_at = 0.0
         # For how long the oldest turn was overdue when the last pass was over: None is as it should be.
         self.oldest_overdue: timedelta | None = None
@@ -103,7 +108,9 @@ class Sweeper:
 
     async def _sweep(self) -> tuple[int, int]:
         requeued = ended = 0
-        while swept := await self._fetch(queries.sweep(limit=LEASES, max_losses=self._max_losses)):
+        if self._busy:
+            self._busy = await self._fetch(queries.busy_leases(limit=LOOK))
+        while swept := await self._sweep_runs():
             back = [run for run in swept if not run.state.finished]
             over = [run for run in swept if run.state.finished]
             requeued, ended = requeued + len(back), ended + len(over)
@@ -113,6 +120,25 @@ class Sweeper:
                 + ([channels.about_runs(channels.FINISHED, [run.run_id for run in over])] if over else [])
             )
         return requeued, ended
+
+    async def _sweep_runs(self) -> list[queries.Swept]:
+        try:
+            return await self._take()
+        except DatabaseUnavailable as lost:
+            if not isinstance(lost.__cause__, pg.LockNotAvailable):
+                raise
+        self._busy = await self._fetch(queries.busy_leases(limit=LOOK))
+        log.warning(
+            "runs of a lost worker cannot be taken over yet: a transaction has them locked, or their lanes",
+            leases=len(self._busy),
+        )
+        return await self._take()
+
+    async def _take(self) -> list[queries.Swept]:
+        swept: list[queries.Swept] = await self._fetch(
+            queries.sweep(limit=LEASES, max_losses=self._max_losses, but=self._busy)
+        )
+        return swept
 
     async def _expire(self) -> int:
         count = 0

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from queue_service import App, RunState
+from queue_service import App, RunState, Turn
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.execute import fetch
@@ -13,6 +14,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import queries
+from queue_service.runs.model import NewRun
 from queue_service.services.sweeper import LEASES, RUNS, TURNS, Sweeper, Swept
 from tests.support import claimed, enqueued, lapse, one, rows
 
@@ -152,3 +154,58 @@ class TestAfterAnOutage:
         await claimed(conn)
         await lapse(conn)
         assert await told.sweeper.once() == Swept(1, 0, 0)
+
+
+@pytest.mark.parametrize("what", ["run", "lane"])
+async def test_what_a_transaction_has_locked_is_left_until_it_ends_and_holds_up_nothing_else(
+    app: App, conn: Connection, session: Callable[[], Awaitable[Connection]], what: str
+) -> None:
+    impatient, other = await session(), await session()
+    await impatient.execute("set lock_timeout = '100ms'")
+    asked: list[Query[Any]] = []
+
+    async def ask(query: Query[Any]) -> Any:
+        asked.append(query)
+        return await fetch(impatient, query)
+
+    sweeper = Sweeper(ask, lambda _notices: None, max_losses=3)
+    first = await enqueued(conn, ordering_key="a")
+    ((run, _),) = await claimed(conn, laned=True)
+    for _ in range(LEASES):
+        await enqueued(conn)
+        await claimed(conn)
+    await lapse(conn)
+    await conn.execute("update queue_service.leases set expires_at = expires_at - interval '1 h' where id = 1")
+    await app.turns.arm(Turn(deployment="d", message_id="m", stream="s"))
+    await conn.execute("update queue_service.turn_markers set deadline = clock_timestamp() - interval '1 s'")
+    await other.execute("begin")
+    if what == "run":
+        assert await fetch(other, queries.hold(run.claim))
+    else:
+        await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a")))
+    assert await sweeper.once() == Swept(LEASES, 0, 0, 1)
+    assert await one(conn, "select state from queue_service.runs where id = %s", first) == "running"
+    # Known from then on: there is no more waiting for it.
+    await enqueued(conn, queue="other")
+    await claimed(conn, queue="other")
+    await conn.execute("update queue_service.leases set expires_at = clock_timestamp() where id <> 1")
+    asked.clear()
+    assert await sweeper.once() == Swept(1, 0, 0)
+    assert len([query for query in asked if "max_losses" in query.params]) == 2
+    await other.execute("commit")
+    assert await sweeper.once() == Swept(1, 0, 0)
+    assert await one(conn, "select count(*) from queue_service.leases") == 0
+
+
+async def test_a_run_that_expired_in_a_lane_that_is_locked_is_left_and_holds_up_nothing_else(
+    told: Told, conn: Connection, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    other = await session()
+    for key in ("a", "b", None):
+        await enqueued(conn, ordering_key=key, expires_in=timedelta(hours=1))
+    await conn.execute("update queue_service.runs set expires_at = clock_timestamp()")
+    await other.execute("begin")
+    await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a")))
+    assert await told.sweeper.once() == Swept(0, 0, 2)
+    await other.execute("commit")
+    assert await told.sweeper.once() == Swept(0, 0, 1)
