@@ -79,6 +79,8 @@ class Claimer:
         self._next_scan = 0.0
         self._earliest_scan = 0.0
         self._next_suspect = 0.0
+        # Queues without a free slot, when suspects of some of them were due.
+        self._awaited: set[str] = set()
         self.last_pass = time.monotonic()
         # Since when claims do not go through.
         self.lost_since: float | None = None
@@ -147,6 +149,9 @@ class Claimer:
         self.last_pass = now = time.monotonic()
         if now >= max(self._next_scan, self._earliest_scan):
             await self._scan(now)
+            return False
+        if any(self._executors[queue].wanted() > 0 for queue in self._awaited):
+            await self._claim_suspects()
             return False
         busy = False
         for limited in (False, True):
@@ -281,15 +286,19 @@ class Claimer:
         """Run those that lost a worker, one at a time and alone; ordinary runs then get at least as long a turn."""
         begun = time.monotonic()
         self._next_suspect = begun + self._poll
-        if not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._claimant.tasks)):
+        free = self._with_room()
+        full, self._awaited = self._executors.keys() - free, set()
+        if not await self._is_suspect_due(free):
+            # For one whose queue has no free slot nobody is kept waiting: its turn comes when there is one.
+            if full and await self._is_suspect_due(full):
+                self._awaited = full
             return
         await self._until_idle(PATIENCE)
         for _ in range(SUSPECTS):
             if self._stopping:
                 return
             self.last_pass = time.monotonic()
-            free = [queue for queue, executor in self._executors.items() if executor.wanted() > 0]
-            claimed = await self._wire.fetch(queries.claim_suspect(free, self._claimant))
+            claimed = await self._wire.fetch(queries.claim_suspect(self._with_room(), self._claimant))
             if not claimed:
                 break
             run, _ = claimed[0]
@@ -298,6 +307,12 @@ class Claimer:
             await self._until_idle(PROBATION)
         now = time.monotonic()
         self._next_suspect = now + max(self._poll, now - begun)
+
+    def _with_room(self) -> list[str]:
+        return [queue for queue, executor in self._executors.items() if executor.wanted() > 0]
+
+    async def _is_suspect_due(self, queues: Collection[str]) -> bool:
+        return await self._wire.fetch(queries.suspect_is_due(queues, self._claimant.tasks))
 
     async def _until_idle(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -319,7 +334,7 @@ class Claimer:
         await self._look_everywhere()
         if self._hopeful or self._freed:
             return False
-        return not await self._wire.fetch(queries.suspect_is_due(list(self._executors), self._claimant.tasks))
+        return not await self._is_suspect_due(self._executors.keys())
 
     async def _sleep(self, seconds: float) -> None:
         self._wake.clear()

@@ -9,8 +9,11 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
+
 from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
+from queue_service.worker import claimer
 from tests.support import enqueued, eventually, one, rows, working
 
 
@@ -237,3 +240,35 @@ def _start(database: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [*command, *paces, "--database-url", database], env={**os.environ}, stderr=subprocess.DEVNULL
     )
+
+
+async def test_a_suspect_that_waits_for_a_slot_of_its_queue_holds_up_no_other_queue(
+    app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claimer, "PATIENCE", 60.0)
+    release, started, done = asyncio.Event(), asyncio.Event(), 0
+
+    @app.task
+    async def ordinary() -> None:
+        started.set()
+        await release.wait()
+
+    @app.task(queue="other")
+    async def other() -> None:
+        nonlocal done
+        done += 1
+        await asyncio.sleep(0.01)  # the handler's work
+
+    await app.enqueue("ordinary", {})
+    async with working(app, {"default": 1, "other": 1}):
+        await asyncio.wait_for(started.wait(), 10)
+        (run_id,) = await suspects(conn, "ordinary", 1)
+        await app.enqueue_many("other", [{}] * 1_000)
+        await eventually(lambda: done >= 300, within=30)
+        # It comes before those that wait for the slot with it.
+        later = await app.enqueue("ordinary", {})
+        release.set()
+        run, behind = await app.wait_many([run_id, later], timeout=15)
+    assert run.claimed_at is not None
+    assert behind.claimed_at is not None
+    assert run.claimed_at < behind.claimed_at
