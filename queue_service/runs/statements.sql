@@ -159,8 +159,12 @@ free as materialized (
     select locked.id, heads.queue
       from heads
      cross join lateral (
+        -- It may have been replaced since; that it was claimed and put off would show in its lane's row.
         select runs.id from queue_service.runs
-         where runs.id = heads.id and runs.state = 'queued' limit 1 for update skip locked
+         where runs.id = heads.id and runs.state = 'queued' and runs.run_at <= (select clock_timestamp())
+           and runs.task = any(%(tasks)s::text[])
+           and (runs.queue, runs.ordering_key) is not distinct from (heads.queue, heads.ordering_key)
+         limit 1 for update skip locked
      ) as locked
      where heads.is_due and heads.is_ours
 ), later as (

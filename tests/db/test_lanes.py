@@ -339,3 +339,32 @@ class TestRace:
         ids = [*(await there), *(await and_back)]
         assert ids == sorted(ids)
         assert len(ids) == 10
+
+
+@pytest.mark.usefixtures("sound")
+@pytest.mark.parametrize(
+    "by", [{"ordering_key": "other"}, {"delay": timedelta(hours=1)}, {"task": "unknown"}], ids=["lane", "time", "task"]
+)
+async def test_a_head_that_was_replaced_since_a_claim_began_to_look_is_left_alone(
+    conn: Connection, session: Session, by: dict[str, Any]
+) -> None:
+    slow = await session()
+    # Its clock stops it once it has its snapshot.
+    await conn.execute(
+        "create schema slow; create function slow.clock_timestamp() returns timestamptz language plpgsql as $$ begin "
+        "perform pg_advisory_xact_lock_shared(1); return pg_catalog.clock_timestamp(); end $$"
+    )
+    await slow.execute("set search_path = slow, pg_catalog")
+    await laned(conn, "other")
+    assert len(await heads(conn)) == 1
+    first = await laned(conn, "k", singleton_key="only")
+    second = await laned(conn, "k")
+    await conn.execute("select pg_advisory_lock(1)")
+    claiming = asyncio.create_task(heads(slow))
+    await eventually(lambda: one(conn, "select count(*) > 0 from pg_locks where locktype = 'advisory' and not granted"))
+    fields: dict[str, Any] = {"task": "noop", "singleton_key": "only", "ordering_key": "k"} | by
+    assert await fetch(conn, queries.replace(NewRun(queue="default", payload="{}", **fields))) == first
+    await conn.execute("select pg_advisory_unlock(1)")
+    assert await claiming == []
+    # One of a task that nobody here knows keeps its place.
+    assert [run.id for run in await heads(conn)] == ([] if "task" in by else [second])
