@@ -159,7 +159,7 @@ free as materialized (
     select locked.id, heads.queue
       from heads
      cross join lateral (
-        -- It may have been replaced since; that it was claimed and put off would show in its lane's row.
+        -- It may have been replaced since. That it was claimed and put off would show in the row of its lane.
         select runs.id from queue_service.runs
          where runs.id = heads.id and runs.state = 'queued' and runs.run_at <= (select clock_timestamp())
            and runs.task = any(%(tasks)s::text[])

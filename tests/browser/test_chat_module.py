@@ -190,11 +190,12 @@ class TestAConnectionThatDiesWithoutASign:
     async def test_is_made_anew_when_no_heartbeat_comes_and_goes_on_where_it_was(
         self, server: Scripted, client: Client
     ) -> None:
-        server.heartbeat = 0.2
+        server.heartbeat = 1.0
         await client.open()
         first = await server.connected()
-        first.event(1)
         server.heartbeat = 15.0
+        await client.heard("open")
+        first.event(1)
         second = await server.connected(2)
         assert second.request.query == {"heartbeat": ["event"], "cursor": ["s:1"]}
         second.event(2)
@@ -218,7 +219,7 @@ class TestAConnectionThatDiesWithoutASign:
 
     async def test_is_given_up_while_it_is_made(self, server: Scripted, client: Client) -> None:
         never = server.hold("events")
-        await client.open({"s": 3}, timeout=200)
+        await client.open({"s": 3}, timeout=2_000)
         assert (await server.connected()).request.query["cursor"] == ["s:3"]
         assert len(server.asked("events")) > 1
         await client.heard("open")
