@@ -180,13 +180,7 @@ def report(reports: Mapping[Claim, str]) -> Query[set[Done]]:
     """Store how far runs are, as JSON text for each. The claims that are missing were lost, or another session has their
     runs locked."""
     claims = sorted(reports)
-    return SQL.query(
-        "report",
-        _done,
-        ids=array_literal([claim.run_id for claim in claims]),
-        attempts=array_literal([claim.attempt for claim in claims]),
-        reports=_json_array([reports[claim] for claim in claims]),
-    )
+    return SQL.query("report", _done, **_named(claims), reports=_json_array([reports[claim] for claim in claims]))
 
 
 def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
@@ -198,13 +192,7 @@ def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] 
 
 def busy(claims: Collection[Claim]) -> Query[set[Done]]:
     """Those that are held, but an ending of which would wait for another session."""
-    ordered = sorted(claims)
-    return SQL.query(
-        "busy",
-        _done,
-        ids=array_literal([claim.run_id for claim in ordered]),
-        attempts=array_literal([claim.attempt for claim in ordered]),
-    )
+    return SQL.query("busy", _done, **_named(sorted(claims)))
 
 
 def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
@@ -318,11 +306,17 @@ def _batch(
     claims: Sequence[Claim], outcomes: Sequence[str], worker_id: int, freed: Collection[int]
 ) -> dict[str, object]:
     return {
-        "ids": array_literal([claim.run_id for claim in claims]),
-        "attempts": array_literal([claim.attempt for claim in claims]),
+        **_named(claims),
         "outcomes": _json_array(outcomes),
         "worker_id": worker_id,
         "leases": array_literal(sorted(freed)),
+    }
+
+
+def _named(claims: Sequence[Claim]) -> dict[str, str]:
+    return {
+        "ids": array_literal([claim.run_id for claim in claims]),
+        "attempts": array_literal([claim.attempt for claim in claims]),
     }
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -821,47 +821,38 @@ def patient() -> dict[str, str]:
     return {f"QUEUE_SERVICE_{name}": "1h" for name in ("LEASE", "POLL_INTERVAL", "SWEEP_INTERVAL")}
 
 
+async def cancelled(app: App, cancel: Callable[[int], Awaitable[object]]) -> Run:
+    """A run whose handler would wait for ever: what became of it once `cancel` had stopped that."""
+    started, stopped = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def wait_for_ever() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    async with working(app):
+        run_id = await app.enqueue("wait_for_ever", {})
+        await asyncio.wait_for(started.wait(), 30)
+        await cancel(run_id)
+        await asyncio.wait_for(stopped.wait(), 30)
+        return await ended(app, run_id)
+
+
 async def test_cancelling_a_running_run_cancels_its_handler_at_once(database: str, patient: dict[str, str]) -> None:
     async with App(database, settings=load(patient)) as app:
-        started, stopped = asyncio.Event(), asyncio.Event()
-
-        @app.task
-        async def wait_for_ever() -> None:
-            started.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                stopped.set()
-
-        async with working(app):
-            run_id = await app.enqueue("wait_for_ever", {})
-            await asyncio.wait_for(started.wait(), 30)
-            assert await app.cancel(run_id)
-            await asyncio.wait_for(stopped.wait(), 30)
-            run = await app.wait(run_id, timeout=30)
+        run = await cancelled(app, app.cancel)
     assert (run.state, reason(run), run.failures) == (RunState.CANCELLED, "cancelled", 0)
 
 
 @pytest.mark.parametrize("slow", ["LEASE", "POLL_INTERVAL"])
 async def test_a_request_to_cancel_is_found_without_its_notice(database: str, conn: Connection, slow: str) -> None:
+    ask = "update queue_service.runs set cancel_requested = true where id = %s"
     paces = {"QUEUE_SERVICE_LEASE": "3s", "QUEUE_SERVICE_POLL_INTERVAL": "100ms"}
     async with App(database, settings=load(paces | {f"QUEUE_SERVICE_{slow}": "1h"})) as app:
-        started, stopped = asyncio.Event(), asyncio.Event()
-
-        @app.task
-        async def wait_for_ever() -> None:
-            started.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                stopped.set()
-
-        async with working(app):
-            run_id = await app.enqueue("wait_for_ever", {})
-            await asyncio.wait_for(started.wait(), 30)
-            await conn.execute("update queue_service.runs set cancel_requested = true where id = %s", [run_id])
-            await asyncio.wait_for(stopped.wait(), 30)
-            run = await ended(app, run_id)
+        run = await cancelled(app, lambda run_id: conn.execute(ask, [run_id]))
     assert run.state is RunState.CANCELLED
 
 
