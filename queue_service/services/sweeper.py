@@ -129,7 +129,8 @@ class Sweeper:
                 raise
         self._busy = await self._fetch(queries.busy_leases(limit=LOOK))
         log.warning(
-            "runs of a lost worker cannot be taken over yet: a transaction has them locked, or their lanes",
+            "runs of a lost worker cannot be taken over yet: a transaction has them locked, or their lanes. Find it in "
+            "pg_stat_activity, by its xact_start",
             leases=len(self._busy),
         )
         return await self._take()

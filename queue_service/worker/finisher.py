@@ -113,6 +113,8 @@ class Finisher:
 
     def close(self) -> None:
         self._closing = True
+        if self._busy:
+            log.warning("stopping waits for endings that a transaction holds up", runs=len(self._busy))
         self._wake.set()
         self._hurry.set()
 
@@ -175,6 +177,10 @@ class Finisher:
             except DatabaseUnavailable as lost:
                 if isinstance(lost.__cause__, pg.LockNotAvailable) and not is_doubtful:
                     is_doubtful = True
+                    log.warning(
+                        "a transaction has runs locked that ended here, or their lanes; their endings wait for it. Find it "
+                        "in pg_stat_activity, by its xact_start"
+                    )
                     continue
                 if not batch.uncertain:
                     log.warning("cannot write endings; trying until it works", runs=_size(batch), why=str(lost))

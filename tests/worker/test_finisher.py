@@ -134,8 +134,8 @@ async def test_what_another_session_has_locked_holds_up_no_other(
     assert (tally.succeeded, tally.returned, tally.lost) == ((7, 0, 0) if how == "ends" else (6, 1, 0))
 
 
-async def test_a_worker_that_stops_waits_for_what_it_has_set_aside(
-    desk: Desk, session: Callable[[], Awaitable[Connection]]
+async def test_a_worker_that_stops_waits_for_what_it_has_set_aside_and_says_so(
+    desk: Desk, session: Callable[[], Awaitable[Connection]], caplog: pytest.LogCaptureFixture
 ) -> None:
     (held,) = await desk.held(1)
     other = await session()
@@ -147,6 +147,9 @@ async def test_a_worker_that_stops_waits_for_what_it_has_set_aside(
     await other.execute("commit")
     await desk.written(1)
     assert desk.finisher.tally.succeeded == 1
+    found, waits = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "pg_stat_activity" in found
+    assert "stopping waits" in waits
 
 
 async def test_a_claim_that_is_lost_while_it_is_set_aside_is_told_of(

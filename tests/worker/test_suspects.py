@@ -40,7 +40,7 @@ async def test_a_suspect_runs_alone(app: App, conn: Connection) -> None:
         running.add("suspect")
         for _ in range(20):
             company.append(running - {"suspect"})
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # the handler's work
         running.discard("suspect")
 
     await app.enqueue_many("ordinary", [{"n": n} for n in range(1_000)])
