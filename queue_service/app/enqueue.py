@@ -1,20 +1,14 @@
-"""What an enqueue accepts, and the steps it takes.
-
-The steps are generators that yield what they want from the database and are sent the answer, so that one description
-serves our pool, the caller's own transaction, async and sync.
-"""
+"""What an enqueue accepts, and the steps it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from queue_service import codec
 from queue_service.db import channels
-from queue_service.db.borrowed import AsyncFetching, SyncBorrowed
-from queue_service.db.query import Query
+from queue_service.db.steps import Copy, Steps
 from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, nearest
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
@@ -31,52 +25,10 @@ SHARED = frozenset(
 )  # fmt: skip
 POLICIES = ("return", "replace", "raise")
 
-T = TypeVar("T")
-
 MAX_QUEUE = 128
 MAX_TASK = 256
 # A holder that ends between our insert and our look at it makes us try again; this many in a row is no coincidence.
 TRIES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Rows in COPY's text format, for `statement`."""
-
-    statement: str
-    data: str
-
-
-Step = Query[Any] | Copy
-Steps = Generator[Step, Any, T]
-
-
-async def drive(steps: Steps[T], run: AsyncFetching) -> T:
-    try:
-        step = next(steps)
-        while True:
-            answer = await (run.copy(step.statement, step.data) if isinstance(step, Copy) else run.fetch(step))
-            step = steps.send(answer)
-    except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]
-
-
-def drive_sync(steps: Steps[T], run: SyncBorrowed) -> T:
-    try:
-        step = next(steps)
-        while True:
-            if isinstance(step, Copy):
-                run.copy(step.statement, step.data)
-                step = steps.send(None)
-            else:
-                step = steps.send(run.fetch(step))
-    except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]
-
-
-async def drive_any(query: Query[T], run: AsyncFetching | SyncBorrowed) -> T:
-    """One query on a caller's connection, whichever kind it is."""
-    return await run.fetch(query) if run.is_async else run.fetch(query)
 
 
 def new_run(
@@ -150,9 +102,9 @@ def of_turn(
     """The run that works on a turn, as the statements about turns take it, and the notice of it."""
     if refused := options.keys() & {"singleton_key", "on_conflict"}:
         raise ConfigError(f"A turn's run has no {min(refused)}: the turn itself is what is unique about it.")
-    told = {**(metadata or {}), "turn": {**turn.fields(payload_limit), "metadata": dict(turn.metadata)}}
+    with_turn = {**(metadata or {}), "turn": {**turn.fields(payload_limit), "metadata": dict(turn.metadata)}}
     new = new_run(
-        tasks, payload_limit, task, payload, metadata=told, **{"organization_id": turn.organization_id, **options}
+        tasks, payload_limit, task, payload, metadata=with_turn, **{"organization_id": turn.organization_id, **options}
     )
     return {name: getattr(new, name) for name in NewRun.__slots__ if name != "singleton_key"}, notice(new)
 
@@ -190,12 +142,12 @@ def check_policy(on_conflict: str) -> None:
         raise ConfigError(f"on_conflict must be one of {', '.join(POLICIES)}.{nearest(str(on_conflict), POLICIES)}")
 
 
-def enqueue(new: NewRun, on_conflict: OnConflict, told: channels.Notice | None) -> Steps[int]:
+def enqueue(new: NewRun, on_conflict: OnConflict, notice: channels.Notice | None) -> Steps[int]:
     """Store one run; the id of it, or of the live run that holds its singleton key, as `on_conflict` asks. The notice
     goes out when the transaction commits."""
     store = queries.replace if on_conflict == "replace" else queries.enqueue
     for _ in range(TRIES):
-        run_id = yield store(new, told)
+        run_id = yield store(new, notice)
         if run_id is not None:
             return int(run_id)
         assert new.singleton_key is not None
@@ -209,7 +161,7 @@ def enqueue(new: NewRun, on_conflict: OnConflict, told: channels.Notice | None) 
     raise DatabaseUnavailable(f"Singleton key {new.singleton_key!r} changed hands {TRIES} times while we looked at it.")
 
 
-def enqueue_many(first: NewRun, payloads: Sequence[str], told: channels.Notice | None) -> Steps[list[int]]:
+def enqueue_many(first: NewRun, payloads: Sequence[str], notice: channels.Notice | None) -> Steps[list[int]]:
     """Copy many runs in, all alike but for their payloads; their ids, in order. One statement, so all or none."""
     if not payloads:
         return []
@@ -227,8 +179,8 @@ def enqueue_many(first: NewRun, payloads: Sequence[str], told: channels.Notice |
     middle = "\t".join(_escaped(str(value)) for value in said.values())
     rows = [f"{run_id}\t{middle}\t{_escaped(payload)}\n" for run_id, payload in zip(ids, payloads, strict=True)]
     yield Copy(f"copy queue_service.runs (id, {', '.join(said)}, payload) from stdin", "".join(rows))
-    if told is not None:
-        yield channels.notify([told], alone=False)
+    if notice is not None:
+        yield channels.notify([notice], alone=False)
     return list(ids)
 
 

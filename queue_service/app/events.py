@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from queue_service import codec
-from queue_service.app.enqueue import drive_any
+from queue_service.app.core import Core
 from queue_service.db import channels
-from queue_service.db.borrowed import borrow
 from queue_service.errors import ConfigError, StreamEnded
 from queue_service.events import queries
 from queue_service.events.model import Event, Stream, StreamState, check_kind
 from queue_service.events.queries import NewEvent
 from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.words import check_word
-
-if TYPE_CHECKING:
-    from queue_service.app.app import App
 
 MAX_READ = 1_000
 TRIM_BATCH = 5_000
@@ -27,8 +23,8 @@ TRIM_BATCH = 5_000
 class Events:
     """Durable streams of events, one for each conversation. The order of `seq` is the order of commits, without gaps."""
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self._appending: Combiner[Sequence[NewEvent], Sequence[int | None]] = Combiner(
             self._append, name="append", weigh=lambda events: sum(len(event.body) for event in events)
         )
@@ -53,7 +49,7 @@ class Events:
         if conn is None:
             seqs = await self._appending(new)
         else:
-            seqs = await drive_any(queries.append(new, tell=True), borrow(conn))
+            seqs = await self._core.fetch(queries.append(new, tell=True), conn)
         stored = [seq for seq in seqs if seq is not None]
         if len(stored) < len(new):
             raise StreamEnded(stream)
@@ -62,11 +58,11 @@ class Events:
     async def read(self, stream: str, *, after: int = 0, limit: int = 200) -> list[Event]:
         """Up to `limit` events after a cursor, in order. A jump in `seq` is where events were trimmed."""
         _check_range(after, limit)
-        return await self._app.fetch(queries.read(stream, after=after, limit=limit))
+        return await self._core.fetch(queries.read(stream, after=after, limit=limit))
 
     async def head(self, stream: str) -> int:
         """The seq of the latest event; 0 for a stream without any."""
-        found = await self._app.fetch(queries.stream(stream))
+        found = await self._core.fetch(queries.stream(stream))
         return 0 if found is None else found.head
 
     async def follow(self, stream: str, *, after: int = 0) -> AsyncGenerator[Event, None]:
@@ -76,7 +72,7 @@ class Events:
         Ends when the stream has ended and all of it was given. Survives outages of the database while it waits.
         """
         _check_range(after, 1)
-        opened = self._app.opened
+        opened = self._core.opened
         # Who follows a conversation waits for its endings, and needs no worker to be alive for them.
         with opened.sweeping():
             async with contextlib.aclosing(opened.fanout.follow(stream, after)) as events:
@@ -85,7 +81,7 @@ class Events:
 
     async def stream(self, stream: str) -> Stream | None:
         """A stream's head and state; None for one that does not exist yet."""
-        return await self._app.fetch(queries.stream(stream))
+        return await self._core.fetch(queries.stream(stream))
 
     async def set_state(self, stream: str, state: StreamState | str) -> int:
         """Put a stream into a state (see StreamState), creating it where it does not exist. Returns its head.
@@ -98,13 +94,13 @@ class Events:
             known = StreamState(state)
         except ValueError:
             raise ConfigError(f"{state!r} is no state of a stream. Use one of {', '.join(StreamState)}.") from None
-        return await self._app.fetch(queries.set_state(stream, known))
+        return await self._core.fetch(queries.set_state(stream, known))
 
     async def trim(self, stream: str, *, upto: int) -> int:
         """Delete the events up to a seq, except endings, which stay for as long as their turns are remembered. Returns how
         many went. A reader who comes for them later is told of the gap."""
         count = 0
-        while cut := await self._app.fetch(queries.trim(stream, upto=upto, limit=TRIM_BATCH)):
+        while cut := await self._core.fetch(queries.trim(stream, upto=upto, limit=TRIM_BATCH)):
             count += cut
             if cut < TRIM_BATCH:
                 break
@@ -112,13 +108,13 @@ class Events:
 
     def _new(self, stream: str, kind: str, body: Any) -> NewEvent:
         check_kind(kind)
-        return NewEvent(stream, kind, codec.dumps(body, what="body", limit=self._app.settings.payload_limit))
+        return NewEvent(stream, kind, codec.dumps(body, what="body", limit=self._core.settings.payload_limit))
 
     async def _append(self, calls: Sequence[Sequence[NewEvent]]) -> Sequence[Sequence[int | None] | Busy]:
         flat = [event for call in calls for event in call]
-        notifier = self._app.opened.notifier
-        tell = notifier.may_ride(channels.EVENTS)
-        seqs = await self._app.fetch(queries.append_free(flat, tell=tell))
+        notifier = self._core.opened.notifier
+        tell = notifier.try_reserve(channels.EVENTS)
+        seqs = await self._core.fetch(queries.append_free(flat, tell=tell))
         if not tell:
             heads = {event.stream: seq for event, seq in zip(flat, seqs, strict=True) if seq}
             notifier.send(channels.appended(heads))

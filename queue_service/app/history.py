@@ -27,7 +27,7 @@ class Retried(NamedTuple):
     skipped: int
 
 
-Told = Callable[[Retried], object]
+OnProgress = Callable[[Retried], object]
 
 
 def chosen(state: str, queue: str | None, task: str | None, since: datetime | timedelta | float | None) -> Filter:
@@ -41,7 +41,7 @@ def chosen(state: str, queue: str | None, task: str | None, since: datetime | ti
     return Filter(RunState(state), queue, task, since=since)
 
 
-async def retry(opened: Opened, runs: Filter, *, limit: int | None, told: Told) -> Retried:
+async def retry(opened: Opened, runs: Filter, *, limit: int | None, on_progress: OnProgress) -> Retried:
     """Move them, the oldest first."""
     done = Retried(0, 0)
     place: Place | None = Place()
@@ -51,12 +51,12 @@ async def retry(opened: Opened, runs: Filter, *, limit: int | None, told: Told) 
         opened.notifier.send(list(batch.notices))
         done = Retried(done.runs + batch.moved, done.skipped + batch.found - batch.moved)
         if batch.found:
-            told(done)
+            on_progress(done)
         place = _following(batch)
     return done
 
 
-async def count(opened: Opened, runs: Filter, *, limit: int | None, told: Told) -> Retried:
+async def count(opened: Opened, runs: Filter, *, limit: int | None, on_progress: OnProgress) -> Retried:
     """How many there are to be moved, as far as COUNT_LIMIT."""
     most = COUNT_LIMIT if limit is None else min(limit, COUNT_LIMIT)
     done = Retried(0, 0)
@@ -65,7 +65,7 @@ async def count(opened: Opened, runs: Filter, *, limit: int | None, told: Told) 
         batch = await opened.fetch(walks.count_many(runs, place, limit=most - done.runs))
         done = Retried(done.runs + batch.found, 0)
         if batch.found:
-            told(done)
+            on_progress(done)
         place = _following(batch)
     return done
 

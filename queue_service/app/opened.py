@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
-from queue_service.db import channels, embedded, schema
+from queue_service.db import channels, embedded, revision, schema
 from queue_service.db.cluster import Cluster
 from queue_service.db.execute import translated
 from queue_service.db.listener import Listener
@@ -64,14 +64,14 @@ class Opened:
     @classmethod
     async def at(cls, database: Server | EmbeddedCluster, settings: Settings) -> Opened:
         """Connect and check the schema. Blocking work (starting a server, migrating) is done in a thread."""
-        conninfo, cluster = await asyncio.to_thread(reach, database)
+        conninfo, cluster = await asyncio.to_thread(embedded.reach, database)
         try:
             opened = cls(conninfo, settings, cluster)
             conn = await connect(conninfo)
             try:
-                if cluster is not None and await schema.current(conn) is None:
+                if cluster is not None and await revision.current(conn) is None:
                     await asyncio.to_thread(schema.upgrade, conninfo)
-                await schema.require(conn)
+                await revision.require(conn)
             finally:
                 await conn.close()
             await opened.pool.open()
@@ -134,14 +134,6 @@ class Opened:
             raise ConfigError(
                 "This App was opened on another event loop. Open another one here, or use `app.sync` from threads."
             )
-
-
-def reach(database: Server | EmbeddedCluster) -> tuple[str, Cluster | None]:
-    """The connection string; for an embedded cluster also the cluster, started, with us as one of its users."""
-    if isinstance(database, Server):
-        return database.conninfo, None
-    cluster = embedded.cluster(database.path)
-    return cluster.use(), cluster
 
 
 def _report(sweeping: asyncio.Task[None]) -> None:

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
 
 from queue_service.app import enqueue as enqueueing
+from queue_service.app.core import Core
 from queue_service.db import channels
 from queue_service.db.execute import fetch
 from queue_service.errors import ConfigError
@@ -18,9 +18,6 @@ from queue_service.queues.queries import Limits, Queue
 from queue_service.runs import queries as runs
 from queue_service.tasks import duration
 from queue_service.words import check_word
-
-if TYPE_CHECKING:
-    from queue_service.app.app import App
 
 log = get_logger(__name__)
 
@@ -34,12 +31,12 @@ MOST = 1_000_000
 class Queues:
     """Queues need not be made: one is there as soon as a run names it."""
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, core: Core) -> None:
+        self._core = core
 
     async def list(self) -> list[Queue]:
         """The queues that hold runs, and those about which something was set."""
-        return await self._app.fetch(queries.listed())
+        return await self._core.fetch(queries.listed())
 
     async def pause(self, queue: str, *, until: datetime | timedelta | float | None = None) -> bool:
         """Let no worker claim from this queue until `resume`, or until a time, or for so long (seconds or timedelta, by the
@@ -48,29 +45,29 @@ class Queues:
         check_word(queue, "queue", enqueueing.MAX_QUEUE)
         if isinstance(until, datetime):
             enqueueing.check_moment(until, "until")
-            paused = await self._app.fetch(queries.pause(queue, until=until))
+            paused = await self._core.fetch(queries.pause(queue, until=until))
         else:
             lasting = None if until is None else duration(until, "until", positive=True)
-            paused = await self._app.fetch(queries.pause(queue, lasting=lasting))
+            paused = await self._core.fetch(queries.pause(queue, lasting=lasting))
         if paused is None:
             raise ConfigError(f"until={until} has passed, by the database's clock. Nothing was changed.")
         return paused
 
     async def resume(self, queue: str) -> bool:
         """False: it was not paused."""
-        resumed = await self._app.fetch(queries.resume(queue))
+        resumed = await self._core.fetch(queries.resume(queue))
         if resumed:
-            self._app.notify([channels.enqueued(queue, 0)])
+            self._core.notify([channels.enqueued(queue, 0)])
         return resumed
 
-    async def purge(self, queue: str, *, told: Callable[[int], object] | None = None) -> int:
+    async def purge(self, queue: str, *, on_progress: Callable[[int], object] | None = None) -> int:
         """Forget all that is queued in this queue, now or for later; what is running goes on. Returns how many runs went.
-        It is done in batches, and `told` is called with the count after each."""
+        It is done in batches, and `on_progress` is called with the count after each."""
         count = 0
-        while gone := await self._app.fetch(runs.purge(queue, limit=PURGE_BATCH)):
+        while gone := await self._core.fetch(runs.purge(queue, limit=PURGE_BATCH)):
             count += gone
-            if told is not None:
-                told(count)
+            if on_progress is not None:
+                on_progress(count)
         return count
 
     async def limit(
@@ -106,11 +103,11 @@ class Queues:
         changed = await self._store(queue, limits)
         await self._widen(queue, max_running_per_key or 1)
         if changed:
-            self._app.notify([channels.enqueued(queue, 0)])
+            self._core.notify([channels.enqueued(queue, 0)])
         return changed
 
     async def _store(self, queue: str, limits: Limits) -> bool:
-        async with self._app.pool.connection() as conn, conn.transaction():
+        async with self._core.opened.pool.connection() as conn, conn.transaction():
             if limits.max_running is not None:
                 # Claims that began before they could see the limit are over then, and what they took counts too. No claim
                 # or ending gets in meanwhile, so it is better to give up than to stand in their way. (It takes Postgres a
@@ -123,7 +120,7 @@ class Queues:
     async def _widen(self, queue: str, width: int) -> None:
         """Let lanes that exist know how many of their runs go on at once."""
         deadline = time.monotonic() + PATIENCE
-        while await self._app.fetch(queries.widen(queue, width, limit=LANES_BATCH)):
+        while await self._core.fetch(queries.widen(queue, width, limit=LANES_BATCH)):
             if time.monotonic() > deadline:
                 log.warning(
                     "another transaction holds lanes of a queue: until they are empty, no more of their runs go on at "

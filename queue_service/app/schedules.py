@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from queue_service import cron as slots
 from queue_service.app import enqueue as enqueueing
+from queue_service.app.core import Core
 from queue_service.cron import Timing
 from queue_service.db import channels
 from queue_service.errors import ConfigError, nearest
@@ -15,9 +16,6 @@ from queue_service.schedules import queries
 from queue_service.schedules.model import Misfire, NewSchedule, Schedule
 from queue_service.tasks import Task, duration
 from queue_service.words import check_word
-
-if TYPE_CHECKING:
-    from queue_service.app.app import App
 
 TaskT = TypeVar("TaskT", bound=Task[..., Any])
 MisfireWord = Literal["skip", "last", "all"]
@@ -32,8 +30,8 @@ class Schedules:
     each of its slots one run is enqueued, whose metadata says `{"schedule": name, "slot": time}`.
     """
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, core: Core) -> None:
+        self._core = core
 
     async def put(
         self,
@@ -66,7 +64,7 @@ class Schedules:
 
     async def get(self, name: str) -> Schedule | None:
         """The schedule of this name; None if there is none."""
-        return await self._app.fetch(queries.get(name))
+        return await self._core.fetch(queries.get(name))
 
     async def next(self, name: str, count: int = 5) -> list[datetime] | None:
         """When the schedule is due next, in UTC, as if it were not paused. None: there is no such schedule."""
@@ -74,26 +72,26 @@ class Schedules:
         if schedule is None:
             return None
         if schedule.paused_at is not None:
-            return slots.upcoming(schedule.timing, await self._app.fetch(queries.clock()), count)
+            return slots.upcoming(schedule.timing, await self._core.fetch(queries.clock()), count)
         return [schedule.next_at, *slots.upcoming(schedule.timing, schedule.next_at, count - 1)][:count]
 
     async def list(self) -> list[Schedule]:
         """All schedules, by name."""
-        return await self._app.fetch(queries.listed())
+        return await self._core.fetch(queries.listed())
 
     async def run_now(self, name: str) -> int | None:
         """Enqueue the schedule's run out of turn, also while it is paused, and return its id. Its `slot` is this moment,
         and its next slot stays. None: there is no such schedule."""
-        run = await self._app.fetch(queries.run_now(name))
+        run = await self._core.fetch(queries.run_now(name))
         if run is None:
             return None
         run_id, queue, priority = run
-        self._app.notify([channels.enqueued(queue, priority)])
+        self._core.notify([channels.enqueued(queue, priority)])
         return run_id
 
     async def pause(self, name: str) -> bool | None:
         """Let it not fire until `resume`. False: it was paused already; None: there is no such schedule."""
-        return await self._app.fetch(queries.pause(name))
+        return await self._core.fetch(queries.pause(name))
 
     async def resume(self, name: str) -> bool | None:
         """Let it fire again, from its next slot on: those of the pause are not made up for. False: it was not paused; None:
@@ -104,19 +102,19 @@ class Schedules:
                 return None
             if schedule.paused_at is None:
                 return False
-            next_at = slots.following(schedule.timing, await self._app.fetch(queries.clock()))
-            if await self._app.fetch(queries.resume(schedule, next_at)):
+            next_at = slots.following(schedule.timing, await self._core.fetch(queries.clock()))
+            if await self._core.fetch(queries.resume(schedule, next_at)):
                 return True
         raise ConfigError(f"Schedule {name!r} was changed again and again while it was to be resumed. Try again.")
 
     async def delete(self, name: str) -> bool:
         """Forget the schedule; its runs stay. One that is declared in code comes back when a worker starts with that code.
         False: there was none."""
-        return await self._app.fetch(queries.delete(name))
+        return await self._core.fetch(queries.delete(name))
 
     async def store_declared(self) -> None:
         """Store what `@app.schedule` declared. Workers do this when they start; it pauses, resumes and deletes nothing."""
-        for new in self._app.declared.values():
+        for new in self._core.declared.values():
             await self._store(new)
 
     def declare(
@@ -132,7 +130,7 @@ class Schedules:
             if not isinstance(task, Task):
                 raise ConfigError("@app.schedule is for a task. Write it above @app.task, not below.")
             new = self._new(name or task.name, task.name, payload, cron=cron, **options)
-            taken = self._app.declared.setdefault(new.name, new)
+            taken = self._core.declared.setdefault(new.name, new)
             if taken != new:
                 raise ConfigError(f"Two schedules want the name {new.name!r}. Give one of them another name=.")
             return task
@@ -140,8 +138,8 @@ class Schedules:
         return declared
 
     async def _store(self, new: NewSchedule) -> bool | None:
-        now = await self._app.fetch(queries.clock())
-        return await self._app.fetch(queries.put(new, slots.following(new.timing, now)))
+        now = await self._core.fetch(queries.clock())
+        return await self._core.fetch(queries.put(new, slots.following(new.timing, now)))
 
     def _new(
         self,
@@ -162,7 +160,7 @@ class Schedules:
         timing = Timing(cron, None if every is None else duration(every, "every", positive=True), timezone)
         # Checked as the run that it will be.
         run = enqueueing.new_run(
-            self._app.tasks, self._app.settings.payload_limit, task, {} if payload is None else payload, **options
+            self._core.tasks, self._core.settings.payload_limit, task, {} if payload is None else payload, **options
         )
         return NewSchedule(
             name=name, timing=timing, misfire=Misfire(misfire), task=task, queue=run.queue, payload=run.payload,

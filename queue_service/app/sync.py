@@ -11,12 +11,14 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
-from queue_service.app.app import App
+from queue_service.app.core import Core
 from queue_service.app.events import Events
 from queue_service.app.queues import Queues
+from queue_service.app.runs import Runs
 from queue_service.app.schedules import Schedules
 from queue_service.app.turns import Turns
 from queue_service.db.borrowed import borrow
+from queue_service.db.query import Query
 from queue_service.errors import ConfigError
 from queue_service.events.model import Event
 
@@ -175,16 +177,17 @@ class SyncSchedules(Blocking[Schedules]):
     store_declared = blocking(Schedules.store_declared)
 
 
-class SyncApp(Blocking[App]):
-    """Use as `with app.sync as q:`. `app` is its own to open and close. May be used from any thread, but not from inside
+class SyncApp(Blocking[Runs]):
+    """Use as `with app.sync as q:`. May be used from any thread, but not from inside
     an event loop, which it would block."""
 
-    def __init__(self, app: App) -> None:
-        super().__init__(app, Loop())
-        self.turns = SyncTurns(app.turns, self._loop)
-        self.events = SyncEvents(app.events, self._loop)
-        self.queues = SyncQueues(app.queues, self._loop)
-        self.schedules = SyncSchedules(app.schedules, self._loop)
+    def __init__(self, core: Core) -> None:
+        super().__init__(Runs(core), Loop())
+        self._core = core
+        self.turns = SyncTurns(Turns(core), self._loop)
+        self.events = SyncEvents(Events(core), self._loop)
+        self.queues = SyncQueues(Queues(core), self._loop)
+        self.schedules = SyncSchedules(Schedules(core), self._loop)
 
     def __enter__(self) -> Self:
         self.open()
@@ -197,7 +200,7 @@ class SyncApp(Blocking[App]):
         """Connect, as `App.open` does, once: for a second use at the same time take another `app.sync`."""
         self._loop.start()
         try:
-            self._loop.call(self._asynchronous.open())
+            self._loop.call(self._core.open())
         except BaseException:
             self._loop.stop()
             raise
@@ -206,17 +209,20 @@ class SyncApp(Blocking[App]):
         """Let go of the connections. Closing what is not open changes nothing."""
         if self._loop.is_running:
             try:
-                self._loop.call(self._asynchronous.close())
+                self._loop.call(self._core.close())
             finally:
                 self._loop.stop()
 
-    fetch = blocking(App.fetch)
-    enqueue = blocking(App.enqueue)
-    enqueue_many = blocking(App.enqueue_many)
-    wait = blocking(App.wait)
-    wait_many = blocking(App.wait_many)
-    get = blocking(App.get)
-    cancel = blocking(App.cancel)
-    retry = blocking(App.retry)
-    retry_many = blocking(App.retry_many)
-    delete = blocking(App.delete)
+    def fetch(self, query: Query[T]) -> T:
+        """The result of one query, run on a connection of the pool."""
+        return self._loop.call(self._core.fetch(query))
+
+    enqueue = blocking(Runs.enqueue)
+    enqueue_many = blocking(Runs.enqueue_many)
+    wait = blocking(Runs.wait)
+    wait_many = blocking(Runs.wait_many)
+    get = blocking(Runs.get)
+    cancel = blocking(Runs.cancel)
+    retry = blocking(Runs.retry)
+    retry_many = blocking(Runs.retry_many)
+    delete = blocking(Runs.delete)

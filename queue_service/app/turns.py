@@ -6,15 +6,14 @@ import asyncio
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from psycopg import errors as pg
 
 from queue_service.app import enqueue as enqueueing
-from queue_service.app.enqueue import drive_any
+from queue_service.app.core import Core
 from queue_service.db import channels
-from queue_service.db.borrowed import borrow
 from queue_service.db.execute import REFUSED
 from queue_service.errors import (
     ConfigError,
@@ -46,9 +45,6 @@ from queue_service.turns.model import (
 from queue_service.turns.queries import Key, Owed, Tally
 from queue_service.words import check_word
 
-if TYPE_CHECKING:
-    from queue_service.app.app import App
-
 log = get_logger(__name__)
 
 # Another session that arms or dispatches the same turn makes us look again; this often in a row is no coincidence.
@@ -60,8 +56,8 @@ class Turns:
     `reject` and the sweep compete to keep it, and the database lets one of them win, whatever crashes.
     """
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self._arming: Combiner[Owed, bool | None] = Combiner(
             self._arm, name="arm", weigh=lambda owed: len(str(owed.fields["metadata"]))
         )
@@ -90,7 +86,7 @@ class Turns:
             if conn is None:
                 armed = await self._arming(owed)
             else:
-                armed = (await drive_any(queries.arm([owed]), borrow(conn))).get(owed.key)
+                armed = (await self._core.fetch(queries.arm([owed]), conn)).get(owed.key)
             if armed:
                 return True
             if armed is False and await self._stands(owed.key, conn):
@@ -116,13 +112,13 @@ class Turns:
         again returns that one's id. The run's metadata says under `turn` which turn it is. A turn that was only armed
         gets its run, and a fresh admission. Raises TurnEnded.
         """
-        owed, limit = self._owed(turn, admission, execution), self._app.settings.payload_limit
-        run, notice = enqueueing.of_turn(self._app.tasks, limit, turn, task, payload, metadata, options)
-        notifier = None if conn is not None else self._app.opened.notifier
-        rides = notice is not None and (notifier is None or notifier.may_ride(notice.channel))
+        owed, limit = self._owed(turn, admission, execution), self._core.settings.payload_limit
+        run, notice = enqueueing.of_turn(self._core.tasks, limit, turn, task, payload, metadata, options)
+        notifier = None if conn is not None else self._core.opened.notifier
+        rides = notice is not None and (notifier is None or notifier.try_reserve(notice.channel))
         query = queries.dispatch(owed, run, notice if rides else None)
         for _ in range(TRIES):
-            found = await self._fetch(query, conn)
+            found = await self._core.fetch(query, conn)
             if found is None:
                 continue
             if found.run_id is not None:
@@ -151,19 +147,19 @@ class Turns:
         The event's body is `{"message_id", "user_id", "body": payload}`; the rest is as in `dispatch`. Raises
         MessageConflict for another payload under a message id that was used, StreamEnded for a stream that is closing too.
         """
-        owed, limit = self._owed(turn, admission, execution), self._app.settings.payload_limit
-        run, notice = enqueueing.of_turn(self._app.tasks, limit, turn, task, payload, metadata, options)
+        owed, limit = self._owed(turn, admission, execution), self._core.settings.payload_limit
+        run, notice = enqueueing.of_turn(self._core.tasks, limit, turn, task, payload, metadata, options)
         body = msgspec.Raw(run["payload"].encode())
         said = {"message_id": turn.message_id, "user_id": turn.user_id, "body": body}
         digest = hashlib.sha256(msgspec.json.encode([turn.stream, task, payload], order="sorted")).hexdigest()
-        notifier = self._app.opened.notifier
-        rides, tell = notice is not None and notifier.may_ride(notice.channel), notifier.may_ride(channels.EVENTS)
+        notifier = self._core.opened.notifier
+        rides, tell = notice is not None and notifier.try_reserve(notice.channel), notifier.try_reserve(channels.EVENTS)
         query = queries.send(
             owed, run, msgspec.json.encode(said).decode(), digest, notice if rides else None, tell=tell
         )
         for _ in range(TRIES):
             try:
-                sent = await self._app.fetch(query)
+                sent = await self._core.fetch(query)
             except pg.NotNullViolation:
                 # The stream was closed at this moment; the next look sees that.
                 continue
@@ -188,24 +184,24 @@ class Turns:
         """A sign of life of a deployment: each of its turns has its whole `execution` before it again, except those
         withheld. Returns their message ids."""
         check_word(deployment, "deployment")
-        return await self._app.fetch(queries.extend(deployment))
+        return await self._core.fetch(queries.extend(deployment))
 
     async def withhold(self, deployment: str, code: str, reason: str | None = None) -> list[str]:
         """The deployment lives, but its provider failed: its turns are no longer extended, and if they lapse, they end with
         this code. Returns their message ids. `restore` takes it back."""
         check_word(deployment, "deployment")
         failure = TurnFailure(code, reason=reason)
-        return await self._app.fetch(queries.withhold(deployment, failure.code, failure.reason))
+        return await self._core.fetch(queries.withhold(deployment, failure.code, failure.reason))
 
     async def restore(self, deployment: str) -> list[str]:
         """The provider recovered: a sign of life for the turns that were withheld, whose message ids are returned."""
         check_word(deployment, "deployment")
-        return await self._app.fetch(queries.restore(deployment))
+        return await self._core.fetch(queries.restore(deployment))
 
     async def reset_admission(self, deployment: str, message_id: str) -> bool:
         """The turn waits to be taken up again, as when it was released from behind another: it has its whole `admission`
         before it. False: it is owed no ending."""
-        return await self._app.fetch(queries.reset_admission(*key_of(deployment, message_id)))
+        return await self._core.fetch(queries.reset_admission(*key_of(deployment, message_id)))
 
     # Endings
 
@@ -221,7 +217,7 @@ class Turns:
         if isinstance(message_ids, str):
             raise ConfigError(f"message_ids is a list of ids, not the one text {message_ids!r}.")
         check_word(deployment, "deployment")
-        limit = self._app.settings.payload_limit
+        limit = self._core.settings.payload_limit
         endings = [replied(deployment, each, body, limit) for each in dict.fromkeys(message_ids) if may_name(each)]
         for refused in (ending for ending in endings if ending.kind == "error"):
             log.error("a reply cannot be stored", deployment=deployment, message_id=refused.message_id)
@@ -234,8 +230,8 @@ class Turns:
     async def fail_deployment(self, deployment: str, failure: TurnFailure) -> list[str]:
         """End every turn of a deployment with an error, as when its process died. Returns their message ids."""
         check_word(deployment, "deployment")
-        tell = self._app.opened.notifier.may_ride(channels.EVENTS)
-        ended = await self._app.fetch(queries.fail_deployment(deployment, failure, tell=tell))
+        tell = self._core.opened.notifier.try_reserve(channels.EVENTS)
+        ended = await self._core.fetch(queries.fail_deployment(deployment, failure, tell=tell))
         self._told(ended, tell=tell)
         return [each.message_id for each in ended]
 
@@ -253,23 +249,23 @@ class Turns:
     async def discharge(self, deployment: str, message_id: str) -> bool:
         """Forget what is owed to a turn, without an event: for an operator who has answered by other means. Its outcome is
         `discharged`. False: nothing was owed."""
-        return await self._app.fetch(queries.discharge(*key_of(deployment, message_id)))
+        return await self._core.fetch(queries.discharge(*key_of(deployment, message_id)))
 
     async def sweep(self) -> int:
         """End the turns whose deadline has passed, with the code they were withheld with, or else `worker_unresponsive`.
         Returns how many. Workers, and processes that wait for turns, do this all the time."""
-        return await self._app.opened.sweep_turns()
+        return await self._core.opened.sweep_turns()
 
     # How turns stand
 
     async def is_live(self, deployment: str, message_id: str) -> bool:
         """True while this very turn is owed an ending and its deadline has not passed. What the turn needs to go on, such
         as a fresh credential, is given only then."""
-        return await self._app.fetch(queries.is_live(*key_of(deployment, message_id)))
+        return await self._core.fetch(queries.is_live(*key_of(deployment, message_id)))
 
     async def outcome(self, deployment: str, message_id: str) -> Outcome | None:
         """How the turn ended; None while it has not, or for one never armed."""
-        standing = await self._app.fetch(queries.standing(*key_of(deployment, message_id)))
+        standing = await self._core.fetch(queries.standing(*key_of(deployment, message_id)))
         return None if standing is None else standing.outcome
 
     async def wait(self, deployment: str, message_id: str, *, timeout: timedelta | float | None = None) -> Outcome:
@@ -278,7 +274,7 @@ class Turns:
         """
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
         key = key_of(deployment, message_id)
-        opened = self._app.opened
+        opened = self._core.opened
         try:
             async with asyncio.timeout(seconds):
                 with opened.sweeping():
@@ -300,7 +296,7 @@ class Turns:
         limit: int = 50,
     ) -> list[Marker]:
         """The turns that are owed an ending, those first that lapse first."""
-        return await self._app.fetch(
+        return await self._core.fetch(
             queries.page(
                 deployment=deployment, message_id=message_id, stream=stream, platform=platform,
                 organization_id=organization_id, overdue=overdue, limit=limit,
@@ -309,12 +305,12 @@ class Turns:
 
     async def tally(self) -> Tally:
         """How many turns are owed an ending, how many are overdue, and for how long the oldest of them has been."""
-        return await self._app.fetch(queries.tally())
+        return await self._core.fetch(queries.tally())
 
     # Inside
 
     def _owed(self, turn: Turn, admission: timedelta | float | None, execution: timedelta | float | None) -> Owed:
-        settings = self._app.settings
+        settings = self._core.settings
         return Owed(
             turn.fields(settings.payload_limit),
             settings.admission if admission is None else duration(admission, "admission", positive=True),
@@ -322,7 +318,7 @@ class Turns:
         )
 
     async def _arm(self, turns: Sequence[Owed]) -> Sequence[bool | None]:
-        armed = await self._app.fetch(queries.arm(turns))
+        armed = await self._core.fetch(queries.arm(turns))
         answers = []
         for turn in turns:
             answers.append(armed.get(turn.key))
@@ -333,8 +329,8 @@ class Turns:
 
     async def _end(self, calls: Sequence[Sequence[Ending]]) -> Sequence[Sequence[Ended] | Busy]:
         """One statement for the endings of several calls. Of two calls for one turn, the first wins."""
-        tell = self._app.opened.notifier.may_ride(channels.EVENTS)
-        ended, busy = await self._app.fetch(queries.end_free(calls, tell=tell))
+        tell = self._core.opened.notifier.try_reserve(channels.EVENTS)
+        ended, busy = await self._core.fetch(queries.end_free(calls, tell=tell))
         self._told(ended, tell=tell)
         unclaimed = {(each.deployment, each.message_id): each for each in ended}
         answers: list[Sequence[Ended] | Busy] = []
@@ -350,7 +346,7 @@ class Turns:
         if not endings:
             return []
         if conn is not None:
-            return await drive_any(queries.end(endings, tell=True), borrow(conn))
+            return await self._core.fetch(queries.end(endings, tell=True), conn)
         try:
             return await self._ending(endings)
         except REFUSED as refused:
@@ -361,13 +357,10 @@ class Turns:
 
     def _told(self, ended: Collection[Ended], *, tell: bool) -> None:
         if ended and not tell:
-            self._app.opened.notifier.send(about_turns(ended))
-
-    async def _fetch(self, query: Any, conn: Any) -> Any:
-        return await (self._app.fetch(query) if conn is None else drive_any(query, borrow(conn)))
+            self._core.opened.notifier.send(about_turns(ended))
 
     async def _standing(self, key: Key) -> Standing:
-        standing = await self._app.fetch(queries.standing(*key))
+        standing = await self._core.fetch(queries.standing(*key))
         if standing is None:
             raise TurnUnknown(*key)
         return standing
@@ -375,7 +368,7 @@ class Turns:
     async def _stands(self, key: Key, conn: Any) -> bool:
         """True for a turn that is owed its ending; False for one that was forgotten at this moment, or whose marker was
         deleted by hand."""
-        standing: Standing | None = await self._fetch(queries.standing(*key), conn)
+        standing: Standing | None = await self._core.fetch(queries.standing(*key), conn)
         if standing is not None and standing.outcome is not None:
             raise TurnEnded(*key, standing.outcome)
         return standing is not None and standing.seconds_left is not None

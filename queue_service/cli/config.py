@@ -12,7 +12,7 @@ from queue_service import settings as settings_module
 from queue_service.cli import render
 from queue_service.cli.options import command, json_option
 from queue_service.db import url
-from queue_service.db.schema import HEAD
+from queue_service.db.revision import HEAD
 
 
 @click.group()

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from queue_service import settings as settings_module
-from queue_service.app.opened import reach
 from queue_service.cli import render
 from queue_service.cli.options import command, json_option, run
-from queue_service.db import embedded, schema, url
+from queue_service.db import embedded, revision, schema, url
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import ConfigError, SchemaMismatch
@@ -48,10 +47,10 @@ def current(as_json: bool, database_url: str | None) -> None:
     with _Reached(database_url) as conninfo:
         have = _current(conninfo)
     if as_json:
-        render.as_json({"have": have, "want": schema.HEAD})
+        render.as_json({"have": have, "want": revision.HEAD})
     else:
-        click.echo(f"schema queue_service: {have or 'none'} (this version needs {schema.HEAD})")
-    if have != schema.HEAD:
+        click.echo(f"schema queue_service: {have or 'none'} (this version needs {revision.HEAD})")
+    if have != revision.HEAD:
         raise click.exceptions.Exit(SchemaMismatch.exit_code)
 
 
@@ -63,7 +62,7 @@ def check(database_url: str | None) -> None:
     from alembic.util import CommandError
 
     with _Reached(database_url) as conninfo:
-        _look(conninfo, schema.require)
+        _look(conninfo, revision.require)
         try:
             schema.check(conninfo)
         except CommandError as different:
@@ -140,7 +139,7 @@ class _Reached:
 
     def __enter__(self) -> str:
         click.echo(f"database: {self._target}", err=True)
-        conninfo, self._cluster = reach(self._target)
+        conninfo, self._cluster = embedded.reach(self._target)
         return conninfo
 
     def __exit__(self, *_: object) -> None:
@@ -160,7 +159,7 @@ def _cluster(database_url: str | None) -> Cluster:
 
 
 def _current(conninfo: str) -> str | None:
-    return _look(conninfo, schema.current)
+    return _look(conninfo, revision.current)
 
 
 def _look(conninfo: str, look: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:

@@ -19,10 +19,9 @@ from pathlib import Path
 import click
 
 from queue_service.app import App
-from queue_service.app.opened import reach
 from queue_service.cli import demo_turns, render
 from queue_service.cli.options import command, run
-from queue_service.db import schema, url
+from queue_service.db import embedded, revision, schema, url
 from queue_service.errors import QueueServiceError
 from queue_service.roster import queries as roster
 from queue_service.runs import queries
@@ -66,10 +65,10 @@ def demo(directory: Path | None, database_url: str | None) -> None:
     target = url.parse(database_url or f"file:{scratch}/postgres", source="--database-url" if database_url else "demo")
     try:
         click.echo(f"database: {target}")
-        conninfo, cluster = reach(target)
+        conninfo, cluster = embedded.reach(target)
         try:
             schema.upgrade(conninfo)
-            click.echo(f"schema at revision {schema.HEAD} ({time.monotonic() - begun:.1f} s)")
+            click.echo(f"schema at revision {revision.HEAD} ({time.monotonic() - begun:.1f} s)")
             verdict = run(_demo(conninfo, files))
             _report(files, verdict, time.monotonic() - begun)
             run(_conversations(conninfo))

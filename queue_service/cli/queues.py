@@ -74,7 +74,7 @@ def purge(name: str, yes: bool, database_url: str | None) -> None:
     with render.line() as told:
         count = with_app(
             load_app(None, database_url),
-            lambda app: app.queues.purge(name, told=lambda count: told(f"{count:,} forgotten")),
+            lambda app: app.queues.purge(name, on_progress=lambda count: told(f"{count:,} forgotten")),
         )
     click.echo(f"queue {name}: {count:,} runs forgotten")
 

@@ -191,7 +191,7 @@ def retry(
         done = with_app(
             load_app(None, database_url),
             lambda app: app.retry_many(
-                **chosen, dry_run=dry_run, told=lambda so_far: told(f"{so_far.runs:,} runs queued again")
+                **chosen, dry_run=dry_run, on_progress=lambda so_far: told(f"{so_far.runs:,} runs queued again")
             ),
         )
     if as_json:

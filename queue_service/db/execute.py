@@ -16,6 +16,7 @@ from psycopg import errors as pg
 from psycopg.rows import tuple_row
 
 from queue_service.db.query import Query
+from queue_service.db.revision import HEAD
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 
 T = TypeVar("T")
@@ -87,8 +88,6 @@ def translated() -> Iterator[None]:
             "Another transaction has held what this needs for too long. Is one left open? Try again."
         ) from held
     except _SCHEMA_MISSING as missing:
-        from queue_service.db.schema import HEAD
-
         raise SchemaMismatch(None, HEAD) from missing
     except (psycopg.OperationalError, psycopg.InterfaceError, pg.ReadOnlySqlTransaction) as lost:
         raise DatabaseUnavailable(

@@ -1,4 +1,4 @@
-"""Which revision the database is at, which one this code was built for, and how to get there."""
+"""Migrating: how a database gets from one revision of the schema to another."""
 
 from __future__ import annotations
 
@@ -9,37 +9,14 @@ from typing import Any
 
 from psycopg import errors as pg
 
-from queue_service.db.pool import Connection, options
-from queue_service.db.query import Query, scalar
+from queue_service.db.pool import options
+from queue_service.db.revision import HEAD
 from queue_service.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
-
-HEAD = "0012"
 
 # Alembic keeps its context in globals of the process; across processes the lock in the database decides.
 _ALEMBIC = threading.Lock()
 _PACKAGED = Path(__file__).parent / "_alembic"
 _REPOSITORY = Path(__file__).parent.parent.parent / "alembic"
-
-
-# For a pool: SchemaMismatch where there is no schema.
-REVISION: Query[str | None] = Query("select version_num from queue_service.alembic_version", scalar)
-
-
-async def current(conn: Connection) -> str | None:
-    """The revision the database is at; None where there is no schema yet."""
-    try:
-        cursor = await conn.execute(REVISION.text.encode())
-    except (pg.UndefinedTable, pg.InvalidSchemaName):
-        return None
-    row = await cursor.fetchone()
-    return None if row is None else str(row[0])
-
-
-async def require(conn: Connection) -> None:
-    """Raise SchemaMismatch unless the database is at exactly our revision."""
-    have = await current(conn)
-    if have != HEAD:
-        raise SchemaMismatch(have, HEAD, newer=have is not None and have > HEAD)
 
 
 def upgrade(conninfo: str, revision: str = "head") -> None:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 import msgspec
 
 from queue_service.codec import loads
-from queue_service.runs import handling, stopped
+from queue_service.errors import ClaimLost, ConfigError
+from queue_service.runs import context, stopped
+from queue_service.runs.claim import Claim, assert_held
+from queue_service.runs.context import RunContext, RunTransaction
 
 if TYPE_CHECKING:
     import psycopg
-
-    from queue_service.worker.handlers.transaction import Transaction
 
 C = TypeVar("C")
 
@@ -34,15 +35,6 @@ class RunState(StrEnum):
     @property
     def finished(self) -> bool:
         return self not in {RunState.QUEUED, RunState.RUNNING}
-
-
-class Claim(NamedTuple):
-    """The right to work on a run. Every write about a run presents one, and changes nothing once the run has been
-    swept, handed on or finished: the attempt has moved, or the run is no longer running.
-    """
-
-    run_id: int
-    attempt: int
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -120,10 +112,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return stopped.is_marked(self._mark)
 
     @overload
-    def transaction(self) -> Transaction[psycopg.AsyncConnection[Any], psycopg.Connection[Any]]: ...
+    def transaction(self) -> RunTransaction[psycopg.AsyncConnection[Any], psycopg.Connection[Any]]: ...
     @overload
-    def transaction(self, conn: C) -> Transaction[C, C]: ...
-    def transaction(self, conn: Any = None) -> Transaction[Any, Any]:
+    def transaction(self, conn: C) -> RunTransaction[C, C]: ...
+    def transaction(self, conn: Any = None) -> RunTransaction[Any, Any]:
         """For the handler this run was given to: `async with` (in a thread or a process `with`) a transaction that ends the
         run `succeeded` as it commits. What it wrote and the ending are stored together, or neither is.
 
@@ -132,7 +124,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         run's result. If the block raises, all is rolled back. Raises ClaimLost, with all rolled back, if the run is not
         this handler's any more, and ConfigError outside its handler.
         """
-        return handling.of(self).transaction(conn)
+        return self._context().transaction(conn)
 
     @overload
     def assert_held(self, conn: psycopg.Connection[Any]) -> None: ...
@@ -145,18 +137,32 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         of `conn` ends. For handlers that commit several times: before each commit. To be awaited where `conn` is
         asynchronous. Whoever would take or cancel the run waits meanwhile, so let the commit come soon.
         """
-        return handling.assert_held(self.claim, conn)
+        return assert_held(self.claim, conn)
 
     def progress(self, value: float, note: str | None = None) -> bool:
         """For the handler this run was given to, of any kind: how far it is, from 0 to 1. Returns at once: of what is
         reported the newest is stored within about a second, if the run is still this handler's, and no failure to store it
         is told. False: the run is not this handler's any more, as `cancelled` says, and it should stop.
         """
-        return handling.report(self, value, note)
+        progress = context.encoded_progress(value, note)
+        try:
+            return self._context().report(progress)
+        except ClaimLost:
+            return False
 
     def stop(self) -> None:
         """Make it `cancelled`, for whoever executes it in this process."""
         stopped.mark(self._mark)
+
+    def _context(self) -> RunContext:
+        found = context.find(self)
+        if found is not None:
+            return found
+        if self.cancelled:
+            raise ClaimLost(*self.claim)
+        raise ConfigError(
+            f"Run {self.id} is not executed here. Only the run that a handler was given can do this, while it runs."
+        )
 
     @property
     def _mark(self) -> tuple[int, int, datetime]:

@@ -12,11 +12,10 @@ import msgspec
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.query import Query, Rows, array_literal, column, found, nothing, scalar
-from queue_service.db.statements import Statements
-from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, Run, RunState
+from queue_service.runs.claim import Claim
+from queue_service.runs.model import Ending, Floor, NewRun, Return, Run, RunState
 from queue_service.runs.rows import read_claimed, read_runs
-
-SQL = Statements("queue_service.runs")
+from queue_service.runs.sql import SQL
 
 # Above this, a count is shown as "this many or more": counting a backlog is work nobody asked for.
 COUNT_LIMIT = 50_001
@@ -169,11 +168,6 @@ def cancel_requests(leases: Collection[int]) -> Query[list[int]]:
 
 def plan_as_ours() -> Query[None]:
     return SQL.query("plan_as_ours", nothing)
-
-
-def hold(claim: Claim) -> Query[bool]:
-    """False: the claim is not held any more."""
-    return SQL.query("hold", found, run_id=claim.run_id, attempt=claim.attempt)
 
 
 def report(reports: Mapping[Claim, str]) -> Query[set[Done]]:

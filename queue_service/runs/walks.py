@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from queue_service.db.channels import RUNS, Notice
 from queue_service.db.query import Query, Rows
 from queue_service.runs.model import Run, RunState
-from queue_service.runs.queries import SQL
 from queue_service.runs.rows import read_runs
+from queue_service.runs.sql import SQL
 
 # Runs that one statement looks at. They lie apart in the table: a quarter of a second where nothing of it is in memory.
 LOOK = 5_000

@@ -34,10 +34,10 @@ class Notifier:
         for notice in notices:
             self._channel(notice.channel).send(notice)
 
-    def may_ride(self, channel: str) -> bool:
-        """True if nothing was sent there a moment ago: then a notice may go with the caller's own statement, which saves
-        a round trip, and the next moment begins now."""
-        return self._channel(channel).may_ride()
+    def try_reserve(self, channel: str) -> bool:
+        """True if nothing was sent to the channel a moment ago. Then the caller's own statement must send its notice, which
+        saves a round trip; other notices for the channel wait for a moment."""
+        return self._channel(channel).try_reserve()
 
     async def close(self) -> None:
         """Send what is pending."""
@@ -66,7 +66,7 @@ class _Channel:
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send(), name="notifier")
 
-    def may_ride(self) -> bool:
+    def try_reserve(self) -> bool:
         if self._sender is not None and not self._sender.done():
             return False
         self._sender = asyncio.create_task(self._send(), name="notifier")

@@ -69,7 +69,7 @@ def made(server: str, source: str, *, prefix: str = "queue_service_test") -> Ite
 def on_database(app: App, conninfo: str) -> Iterator[App]:
     """Let this App, which must not be open, use another database for the length of the block. An `app.sync` that was taken
     before keeps the one it had."""
-    if app._open is not None:  # noqa: SLF001 - what `app.opened` says depends on who asks
+    if app.is_open:
         raise ConfigError("This App is open, and stays with its database. Let the test open it, not the module.")
     before = app.database
     app.database = url.parse(conninfo, source="test")

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, overload
 
 from queue_service import codec
 from queue_service.app import App
-from queue_service.app.enqueue import drive_any
 from queue_service.db.borrowed import borrow
 from queue_service.db.query import Query
+from queue_service.db.steps import fetch_any
 from queue_service.errors import ConfigError, nearest
 from queue_service.runs import walks
 from queue_service.runs.model import Run, RunState
@@ -139,7 +139,7 @@ class _Wish:
 async def _looking(app: App, conn: Any) -> AsyncIterator[Fetch]:
     if conn is not None:
         borrowed = borrow(conn)
-        yield lambda query: drive_any(query, borrowed)
+        yield lambda query: fetch_any(query, borrowed)
     else:
         async with app:
             yield app.fetch

@@ -113,12 +113,13 @@ class _Watch:
 
     def over(self, app: App) -> App:
         """The same App, open as it is, whose handlers are watched."""
-        watched = copy.copy(app)
-        watched.tasks = Tasks()
+        tasks = Tasks()
         for task in app.tasks.values():
             mine = copy.copy(task)
             mine.function = self._asynchronous(task) if task.is_async else self._plain(task)
-            watched.tasks.add(mine)
+            tasks.add(mine)
+        watched = copy.copy(app)
+        watched._core = app._core.with_tasks(tasks)  # noqa: SLF001 - the faces keep the tasks that are not watched
         return watched
 
     async def tell(self, app: App) -> None:

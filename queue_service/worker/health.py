@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from queue_service.db import schema
 from queue_service.db.listener import Listener
 from queue_service.db.pool import Pool
+from queue_service.db.revision import HEAD, REVISION
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.logs import get_logger
 from queue_service.worker.claimer import Claimer
@@ -142,10 +142,10 @@ class Health:
 
     async def _revision(self) -> str | None:
         try:
-            return await self._pool.fetch(schema.REVISION, deadline=PATIENCE)
+            return await self._pool.fetch(REVISION, deadline=PATIENCE)
         except DatabaseUnavailable:
             # A connection that broke while nobody used it says nothing about the database: another one does.
-            return await self._pool.fetch(schema.REVISION, deadline=PATIENCE)
+            return await self._pool.fetch(REVISION, deadline=PATIENCE)
 
     def _notices(self) -> Finding:
         if self._listener.connected:
@@ -153,14 +153,14 @@ class Health:
         return Finding(Status.DEGRADED, f"not heard: runs are found by polling, within {self._poll:g} s")
 
 
-def _matching(revision: str | None) -> Finding:
+def _matching(have: str | None) -> Finding:
     """Migrations only add: a worker at work gets on with a newer schema, as it has to while a new version is rolled out."""
-    if revision == schema.HEAD:
+    if have == HEAD:
         return Finding()
-    if revision is not None and revision > schema.HEAD:
+    if have is not None and have > HEAD:
         return Finding(
             Status.DEGRADED,
-            f"the schema is at revision {revision}, newer than this version's {schema.HEAD}: the worker goes on, but would "
+            f"the schema is at revision {have}, newer than this version's {HEAD}: the worker goes on, but would "
             "not start",
         )
-    return Finding(Status.FAILING, f"the schema is at revision {revision}, and this version needs {schema.HEAD}")
+    return Finding(Status.FAILING, f"the schema is at revision {have}, and this version needs {HEAD}")

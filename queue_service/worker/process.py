@@ -24,7 +24,7 @@ from queue_service.db.pool import Wire
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
-from queue_service.runs import handling
+from queue_service.runs import context
 from queue_service.runs.model import Return, Run
 from queue_service.runs.queries import Claimant
 from queue_service.settings import Settings
@@ -107,7 +107,7 @@ class Worker:
                 )  # fmt: skip
                 parts = self._parts = _Parts(self, self.id, endpoint)
                 try:
-                    with handling.found_by(parts.seats.find):
+                    with context.registered(parts.seats.find):
                         await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
                     with contextlib.suppress(DatabaseUnavailable, TimeoutError):

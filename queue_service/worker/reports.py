@@ -16,7 +16,8 @@ from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
-from queue_service.runs.model import Claim, Run
+from queue_service.runs.claim import Claim
+from queue_service.runs.model import Run
 
 log = get_logger(__name__)
 

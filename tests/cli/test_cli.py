@@ -28,7 +28,7 @@ from psycopg.conninfo import make_conninfo
 from queue_service import App, __version__, logs
 from queue_service.cli import COMMANDS, cli, options, render
 from queue_service.cli import runs as runs_commands
-from queue_service.db import embedded, schema
+from queue_service.db import embedded, revision
 from queue_service.db.cluster import Cluster
 from queue_service.runs import walks
 from queue_service.worker.process import Worker
@@ -226,8 +226,8 @@ def test_a_run_is_shown_with_how_far_it_is(invoke: Invoke, database: str) -> Non
 
 
 def test_version() -> None:
-    assert succeeded(call("version")).stdout == f"queue_service {__version__}, schema {schema.HEAD}\n"
-    assert json.loads(succeeded(call("version", "--json")).stdout) == {"version": __version__, "schema": schema.HEAD}
+    assert succeeded(call("version")).stdout == f"queue_service {__version__}, schema {revision.HEAD}\n"
+    assert json.loads(succeeded(call("version", "--json")).stdout) == {"version": __version__, "schema": revision.HEAD}
 
 
 def test_config_show_masks_passwords() -> None:
@@ -283,18 +283,18 @@ def test_migrate_current_and_check_on_an_empty_database(empty_database: str) -> 
     on = {"QUEUE_SERVICE_DATABASE_URL": empty_database}
     before = call("db", "current", **on)
     assert (before.exit_code, "none" in before.stdout) == (4, True)
-    assert json.loads(call("db", "current", "--json", **on).stdout) == {"have": None, "want": schema.HEAD}
-    assert f"none -> {schema.HEAD}" in succeeded(call("db", "migrate", **on)).stdout
-    assert f"{schema.HEAD} -> {schema.HEAD}" in succeeded(call("db", "migrate", **on)).stdout
-    assert schema.HEAD in succeeded(call("db", "current", **on)).stdout
+    assert json.loads(call("db", "current", "--json", **on).stdout) == {"have": None, "want": revision.HEAD}
+    assert f"none -> {revision.HEAD}" in succeeded(call("db", "migrate", **on)).stdout
+    assert f"{revision.HEAD} -> {revision.HEAD}" in succeeded(call("db", "migrate", **on)).stdout
+    assert revision.HEAD in succeeded(call("db", "current", **on)).stdout
     succeeded(call("db", "check", **on))
     succeeded(call("enqueue", "double", '{"n": 1}', **on))
 
 
 def test_migrate_goes_down_and_up_again(empty_database: str) -> None:
     on = {"QUEUE_SERVICE_DATABASE_URL": empty_database}
-    succeeded(call("db", "migrate", "--to", schema.HEAD, **on))
-    assert f"{schema.HEAD} -> none" in succeeded(call("db", "migrate", "--to", "base", **on)).stdout
+    succeeded(call("db", "migrate", "--to", revision.HEAD, **on))
+    assert f"{revision.HEAD} -> none" in succeeded(call("db", "migrate", "--to", "base", **on)).stdout
     assert call("db", "current", **on).exit_code == 4
     succeeded(call("db", "migrate", **on))
 

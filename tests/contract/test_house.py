@@ -13,7 +13,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 import queue_service
-from queue_service.db import schema
+from queue_service.db import revision
 from queue_service.runs.model import RunState
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_the_states_in_code_and_in_the_checks_are_the_same() -> None:
 def test_the_revision_this_code_needs_is_the_newest() -> None:
     config = Config()
     config.set_main_option("script_location", str(ROOT / "alembic"))
-    assert ScriptDirectory.from_config(config).get_current_head() == schema.HEAD
+    assert ScriptDirectory.from_config(config).get_current_head() == revision.HEAD
 
 
 def test_nothing_shadows_the_migration_library() -> None:

@@ -11,7 +11,8 @@ import pytest
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
-from queue_service.runs.model import Claim, Ending, Return, RunState
+from queue_service.runs.claim import Claim, hold
+from queue_service.runs.model import Ending, Return, RunState
 from queue_service.runs.queries import Claimant
 from tests.support import claimed, enqueued, lapse, one, rows
 
@@ -75,7 +76,7 @@ async def test_every_write_of_a_stale_claim_changes_no_row(
     assert await fetch(conn, queries.give_back([Return(run.claim, 5.0, failed=True)], worker_id=1)) == set()
     assert await fetch(conn, queries.give_back([Return(run.claim)], worker_id=1, freed=[lease])) == set()
     assert await fetch(conn, queries.report({run.claim: '{"value":0.5}'})) == set()
-    assert await fetch(conn, queries.hold(run.claim)) is False
+    assert await fetch(conn, hold(run.claim)) is False
     assert await fetch(conn, queries.extend([lease], timedelta(hours=1))) == set()
 
     assert await rows(conn, f"select {FIELDS} from queue_service.runs") == live

@@ -154,6 +154,6 @@ class TestPurge:
         monkeypatch.setattr("queue_service.app.queues.PURGE_BATCH", 10)
         await app.enqueue_many("noop", [{}] * 25)
         told: list[int] = []
-        assert await app.queues.purge("default", told=told.append) == 25
+        assert await app.queues.purge("default", on_progress=told.append) == 25
         assert told == [10, 20, 25]
         assert await one(conn, "select count(*) from queue_service.runs") == 0

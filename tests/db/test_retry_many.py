@@ -116,7 +116,7 @@ class TestHow:
         monkeypatch.setattr(history, "BATCH", 2)
         await ended(conn, 5)
         told: list[Retried] = []
-        await app.retry_many(told=told.append)
+        await app.retry_many(on_progress=told.append)
         assert told == [Retried(2, 0), Retried(4, 0), Retried(5, 0)]
 
     async def test_each_moves_as_retry_moves_it(self, app: App, conn: Connection) -> None:
@@ -242,7 +242,7 @@ class TestRaces:
                 raise asyncio.CancelledError
 
         with pytest.raises(asyncio.CancelledError):
-            await app.retry_many(told=stop)
+            await app.retry_many(on_progress=stop)
         assert await live(conn) == ids[:40]
         assert await app.retry_many() == Retried(55, 0)
         assert (await live(conn), await over(conn)) == (ids, [])

@@ -18,7 +18,8 @@ from queue_service.db.query import Query
 from queue_service.errors import DuplicateRun
 from queue_service.queues import queries as queues
 from queue_service.runs import queries, walks
-from queue_service.runs.model import Claim, Ending, Floor, NewRun, Return, RunState
+from queue_service.runs.claim import Claim
+from queue_service.runs.model import Ending, Floor, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 from tests.support import LEASE, claim, claimed, enqueued, lapse, one, rows

@@ -14,7 +14,7 @@ import pytest
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
-from queue_service.db import schema
+from queue_service.db import revision, schema
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from tests.support import eventually, one, rows
@@ -43,8 +43,8 @@ async def tables(conn: Connection) -> set[str]:
 
 def test_head_is_what_the_newest_revision_says() -> None:
     scripts = ScriptDirectory.from_config(schema._config(None))
-    assert scripts.get_current_head() == schema.HEAD
-    assert scripts.get_heads() == [schema.HEAD]
+    assert scripts.get_current_head() == revision.HEAD
+    assert scripts.get_heads() == [revision.HEAD]
 
 
 def test_revisions_can_be_compared_as_text() -> None:
@@ -54,10 +54,10 @@ def test_revisions_can_be_compared_as_text() -> None:
 
 
 async def test_a_migration_brings_an_empty_database_to_head(empty_database: str, look: Connection) -> None:
-    assert await schema.current(look) is None
+    assert await revision.current(look) is None
     await asyncio.to_thread(schema.upgrade, empty_database)
-    assert await schema.current(look) == schema.HEAD
-    await schema.require(look)
+    assert await revision.current(look) == revision.HEAD
+    await revision.require(look)
     assert await tables(look) == TABLES
 
 
@@ -71,10 +71,10 @@ async def test_a_migration_that_was_done_changes_nothing(empty_database: str, lo
 async def test_a_schema_goes_down_to_nothing_and_up_again(empty_database: str, look: Connection) -> None:
     await asyncio.to_thread(schema.upgrade, empty_database)
     await asyncio.to_thread(schema.downgrade, empty_database, "base")
-    assert await schema.current(look) is None
+    assert await revision.current(look) is None
     assert await tables(look) == set()
     await asyncio.to_thread(schema.upgrade, empty_database)
-    assert await schema.current(look) == schema.HEAD
+    assert await revision.current(look) == revision.HEAD
     assert await tables(look) == TABLES
     await asyncio.to_thread(schema.check, empty_database)
 
@@ -83,10 +83,10 @@ async def test_each_revision_goes_up_and_down_by_itself(empty_database: str, loo
     names = [script.revision for script in ScriptDirectory.from_config(schema._config(None)).walk_revisions()]
     for name in reversed(names):
         await asyncio.to_thread(schema.upgrade, empty_database, name)
-        assert await schema.current(look) == name
+        assert await revision.current(look) == name
     for below in [*names[1:], None]:
         await asyncio.to_thread(schema.downgrade, empty_database, below or "base")
-        assert await schema.current(look) == below
+        assert await revision.current(look) == below
 
 
 def test_the_migrated_tables_are_the_ones_the_code_describes(database: str) -> None:
@@ -136,7 +136,7 @@ async def test_many_processes_may_migrate_an_empty_database_at_once(empty_databa
     processes = [migrating(empty_database) for _ in range(4)]
     ended = await asyncio.gather(*(asyncio.to_thread(process.communicate, "\n") for process in processes))
     assert [process.returncode for process in processes] == [0] * 4, [errors for _, errors in ended]
-    assert await schema.current(look) == schema.HEAD
+    assert await revision.current(look) == revision.HEAD
     assert await tables(look) == TABLES
 
 
@@ -145,7 +145,7 @@ async def test_many_threads_may_migrate_an_empty_database_at_once(empty_database
         calls = [pool.submit(schema.upgrade, empty_database) for _ in range(10)]
         failures = [repr(call.exception()) for call in calls if call.exception() is not None]
     assert failures == []
-    assert await schema.current(look) == schema.HEAD
+    assert await revision.current(look) == revision.HEAD
     assert await tables(look) == TABLES
 
 
@@ -159,11 +159,11 @@ async def test_a_migration_waits_for_another_to_end(empty_database: str, look: C
     """
     assert await eventually(lambda: one(look, waits)) == 1
     assert not waiting.done()
-    assert await schema.current(look) is None
+    assert await revision.current(look) is None
     assert await one(look, "select count(*) from pg_namespace where nspname = 'queue_service'") == 0
     await look.execute(f"select pg_advisory_unlock({LOCK})")
     await waiting
-    assert await schema.current(look) == schema.HEAD
+    assert await revision.current(look) == revision.HEAD
 
 
 async def test_a_migration_lets_go_of_its_lock(empty_database: str, look: Connection) -> None:
@@ -173,27 +173,27 @@ async def test_a_migration_lets_go_of_its_lock(empty_database: str, look: Connec
 
 async def test_a_missing_schema_is_a_mismatch_that_says_how_to_make_it(look: Connection) -> None:
     with pytest.raises(SchemaMismatch, match=r"is not there yet.*queue-service db migrate") as refused:
-        await schema.require(look)
-    assert (refused.value.have, refused.value.want) == (None, schema.HEAD)
+        await revision.require(look)
+    assert (refused.value.have, refused.value.want) == (None, revision.HEAD)
 
 
 async def test_a_schema_without_a_revision_is_missing_too(conn: Connection) -> None:
     await conn.execute("delete from queue_service.alembic_version")
     with pytest.raises(SchemaMismatch, match="not there yet"):
-        await schema.require(conn)
+        await revision.require(conn)
 
 
 async def test_an_older_schema_is_a_mismatch_that_says_to_migrate(conn: Connection) -> None:
     await conn.execute("update queue_service.alembic_version set version_num = '0000'")
-    assert await schema.current(conn) == "0000"
-    with pytest.raises(SchemaMismatch, match=rf"revision 0000.*revision {schema.HEAD}.*queue-service db migrate"):
-        await schema.require(conn)
+    assert await revision.current(conn) == "0000"
+    with pytest.raises(SchemaMismatch, match=rf"revision 0000.*revision {revision.HEAD}.*queue-service db migrate"):
+        await revision.require(conn)
 
 
 async def test_a_newer_schema_is_a_mismatch_that_says_to_install_its_version(conn: Connection) -> None:
     await conn.execute("update queue_service.alembic_version set version_num = '9999'")
     with pytest.raises(SchemaMismatch, match=r"revision 9999.*install the version of queue_service") as refused:
-        await schema.require(conn)
+        await revision.require(conn)
     assert "db migrate" not in str(refused.value)
 
 
@@ -212,14 +212,14 @@ def test_a_server_that_cannot_be_reached_is_unavailable() -> None:
 
 async def test_a_password_with_a_percent_sign_reaches_the_server(empty_database: str, look: Connection) -> None:
     await asyncio.to_thread(schema.upgrade, f"{empty_database} password='100%(x)s'")
-    assert await schema.current(look) == schema.HEAD
+    assert await revision.current(look) == revision.HEAD
 
 
 def test_the_migrations_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
     schema.sql()
     printed = capsys.readouterr().out
     assert all(f"create table queue_service.{table}" in printed for table in TABLES)
-    assert f"version_num='{schema.HEAD}'" in printed
+    assert f"version_num='{revision.HEAD}'" in printed
 
 
 async def test_the_printed_migrations_make_the_same_schema(
@@ -227,5 +227,5 @@ async def test_the_printed_migrations_make_the_same_schema(
 ) -> None:
     schema.sql()
     await look.execute(capsys.readouterr().out.encode())
-    await schema.require(look)
+    await revision.require(look)
     await asyncio.to_thread(schema.check, empty_database)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from queue_service.db import schema
+from queue_service.db import revision
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -75,9 +75,9 @@ def test_the_wheel_holds_every_module_statement_and_revision(wheel: Path) -> Non
     missing = {str(path.relative_to(REPOSITORY)) for path in sources} - inside
     assert missing == set()
     revisions = [path.name for path in (REPOSITORY / "alembic" / "versions").glob("*.py")]
-    assert any(name.startswith(f"{schema.HEAD}_") for name in revisions)
-    for name in (*(f"versions/{revision}" for revision in revisions), "env.py", "script.py.mako"):
-        assert f"queue_service/db/_alembic/{name}" in inside
+    assert any(name.startswith(f"{revision.HEAD}_") for name in revisions)
+    for path in (*(f"versions/{name}" for name in revisions), "env.py", "script.py.mako"):
+        assert f"queue_service/db/_alembic/{path}" in inside
 
 
 def test_the_wheel_is_typed_and_holds_nothing_else(wheel: Path) -> None:
@@ -111,9 +111,9 @@ def test_an_installed_wheel_migrates_enqueues_and_works_from_an_empty_directory(
     where = run(programs / "python", "-c", "import queue_service; print(queue_service.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(programs.parent)
 
-    assert schema.HEAD in run(script, "version", cwd=tmp_path)
+    assert revision.HEAD in run(script, "version", cwd=tmp_path)
     migrated = run(script, "db", "migrate", "--database-url", empty_database, cwd=tmp_path)
-    assert f"none -> {schema.HEAD}" in migrated
+    assert f"none -> {revision.HEAD}" in migrated
     run(script, "db", "check", cwd=tmp_path, **on)
     (tmp_path / "my_tasks.py").write_text(
         textwrap.dedent(

@@ -15,7 +15,8 @@ from queue_service.db import pool
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries
-from queue_service.runs.model import Claim, Ending, Return, RunState
+from queue_service.runs.claim import Claim, hold
+from queue_service.runs.model import Ending, Return, RunState
 from queue_service.runs.queries import Claimant
 from tests.plans.database import Sync, believed_empty
 from tests.support import claim, one
@@ -46,7 +47,7 @@ def statements() -> dict[str, Query[Any]]:
         "give_back": queries.give_back([Return(each) for each in claims], worker_id=1, freed=[1]),
         "sweep": queries.sweep(limit=20, max_losses=3),
         "busy_leases": queries.busy_leases(limit=20),
-        "hold": queries.hold(Claim(1, 1)),
+        "hold": hold(Claim(1, 1)),
         "busy": queries.busy(claims),
         "report": queries.report(dict.fromkeys(claims, '{"value":0.5}')),
         "expire": queries.expire(limit=1_000),

@@ -17,7 +17,8 @@ from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries
-from queue_service.runs.model import Claim, Ending, Floor, Return, RunState
+from queue_service.runs.claim import Claim, hold
+from queue_service.runs.model import Ending, Floor, Return, RunState
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 from tests.plans.database import Sync, believed_empty, flattened
@@ -247,7 +248,7 @@ def test_one_run_is_found_by_its_id(stage: Stage, conn: Sync, name: str) -> None
         "get": queries.get(run_id),
         "endings": queries.endings([run_id]),
         "delete": queries.delete(run_id),
-        "hold": queries.hold(Claim(run_id, 1)),
+        "hold": hold(Claim(run_id, 1)),
     }
     plan = done(conn, query[name])
     assert_by_index(plan, "runs_pkey")

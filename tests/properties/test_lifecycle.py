@@ -24,7 +24,8 @@ from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries
-from queue_service.runs.model import Claim, Ending, NewRun, Return, RunState
+from queue_service.runs.claim import Claim
+from queue_service.runs.model import Ending, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant
 from tests.support import claim
 

@@ -98,15 +98,15 @@ async def test_one_channel_does_not_wait_for_another(post: Post) -> None:
 
 
 async def test_one_notice_rides_and_the_next_does_not_until_the_moment_is_over(post: Post) -> None:
-    assert post.notifier.may_ride("runs")
-    assert not post.notifier.may_ride("runs")
-    assert post.notifier.may_ride("finished")
-    await eventually(lambda: post.notifier.may_ride("runs"))
+    assert post.notifier.try_reserve("runs")
+    assert not post.notifier.try_reserve("runs")
+    assert post.notifier.try_reserve("finished")
+    await eventually(lambda: post.notifier.try_reserve("runs"))
     assert post.letters == []
 
 
 async def test_what_may_not_ride_is_sent_when_the_moment_is_over(post: Post) -> None:
-    assert post.notifier.may_ride("runs")
+    assert post.notifier.try_reserve("runs")
     post.notifier.send([about(1)])
     assert post.letters == []
     await eventually(lambda: post.letters == [[about(1)]])
@@ -123,7 +123,7 @@ async def test_an_outage_costs_the_notices_of_its_time_and_no_more(post: Post) -
 
 
 async def test_closing_sends_what_is_pending(post: Post) -> None:
-    assert post.notifier.may_ride("runs")
+    assert post.notifier.try_reserve("runs")
     post.notifier.send([about(1), about(2)])
     await post.notifier.close()
     assert post.letters == [[about(1), about(2)]]

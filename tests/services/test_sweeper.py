@@ -14,6 +14,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import queries
+from queue_service.runs.claim import hold
 from queue_service.runs.model import NewRun
 from queue_service.services.sweeper import LEASES, RUNS, TURNS, Sweeper, Swept
 from tests.support import claimed, enqueued, lapse, one, rows
@@ -180,7 +181,7 @@ async def test_what_a_transaction_has_locked_is_left_until_it_ends_and_holds_up_
     await conn.execute("update queue_service.turn_markers set deadline = clock_timestamp() - interval '1 s'")
     await other.execute("begin")
     if what == "run":
-        assert await fetch(other, queries.hold(run.claim))
+        assert await fetch(other, hold(run.claim))
     else:
         await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a")))
     assert await sweeper.once() == Swept(LEASES, 0, 0, 1)

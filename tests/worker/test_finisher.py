@@ -11,6 +11,7 @@ import pytest
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, Wire
 from queue_service.runs import queries
+from queue_service.runs.claim import hold
 from queue_service.runs.model import Ending, NewRun, Return, RunState
 from queue_service.worker import finisher
 from queue_service.worker.finisher import Finisher
@@ -112,7 +113,7 @@ async def test_what_another_session_has_locked_holds_up_no_other(
     other = await session()
     await other.execute("begin")
     if what == "run":
-        assert await fetch(other, queries.hold(first.run.claim))
+        assert await fetch(other, hold(first.run.claim))
     else:
         await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a0")))
     # Of two leases that the batch would let go of, one has a run that has to wait; and so has one of two runs.
@@ -140,7 +141,7 @@ async def test_a_worker_that_stops_waits_for_what_it_has_set_aside_and_says_so(
     (held,) = await desk.held(1)
     other = await session()
     await other.execute("begin")
-    assert await fetch(other, queries.hold(held.run.claim))
+    assert await fetch(other, hold(held.run.claim))
     desk.end(held)
     await eventually(lambda: desk.finisher._busy)
     desk.finisher.close()

@@ -21,7 +21,7 @@ import pytest
 
 from queue_service import App, Worker
 from queue_service.db import pool as pools
-from queue_service.db import schema
+from queue_service.db import revision
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import ConfigError, DatabaseUnavailable
@@ -92,7 +92,7 @@ async def test_probes_do_not_load_the_database(app: App, monkeypatch: pytest.Mon
     fetch = app.pool.fetch
 
     async def counted(query: Any, **options: Any) -> Any:
-        looks.extend([query] if query is schema.REVISION else [])
+        looks.extend([query] if query is revision.REVISION else [])
         return await fetch(query, **options)
 
     monkeypatch.setattr(app.pool, "fetch", counted)
@@ -163,7 +163,7 @@ async def test_what_is_wrong_with_the_database_is_for_the_log_once(
     fetch, where = app.pool.fetch, "at db.internal as someone"
 
     async def lost(query: Any, **options: Any) -> Any:
-        if query is schema.REVISION:
+        if query is revision.REVISION:
             raise DatabaseUnavailable(where)
         return await fetch(query, **options)
 
@@ -456,7 +456,7 @@ async def test_probe_says_what_the_worker_says(database: str, observe: Observe) 
     assert code == 1
     assert line == (
         f"Error: not ready: {worker.url}/readyz answered 503: database: the schema is at revision 0001, and this version "
-        f"needs {schema.HEAD}\n"
+        f"needs {revision.HEAD}\n"
     )
     code, shown = await asyncio.to_thread(probe, "--json", "--port", port)
     assert (code, '"status": 503' in shown, '"ok": false' in shown) == (1, True, True)

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from queue_service import App, Retry, RunState, Worker
-from queue_service.db import schema
+from queue_service.db import revision
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
@@ -151,7 +151,7 @@ async def test_waiting_for_a_run_survives_lost_connections(app: App, conn: Conne
 async def test_a_worker_without_a_schema_says_how_to_get_one(empty_database: str) -> None:
     with pytest.raises(SchemaMismatch, match="queue-service db migrate") as caught:
         await Worker(App(empty_database)).run()
-    assert (caught.value.have, caught.value.want) == (None, schema.HEAD)
+    assert (caught.value.have, caught.value.want) == (None, revision.HEAD)
 
 
 @pytest.mark.parametrize(("revision", "fix"), [("0000", "db migrate"), ("9999", "install the version")])

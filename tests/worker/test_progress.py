@@ -16,6 +16,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.runs import queries
+from queue_service.runs.claim import hold
 from queue_service.worker import reports
 from queue_service.worker.reports import Reports
 from tests.support import claimed, enqueued, eventually, lapse, one, working
@@ -234,7 +235,7 @@ async def values(app: App, table: Table) -> list[float | None]:
 async def test_a_run_that_is_locked_keeps_no_other_waiting_and_goes_next(app: App, table: Table, session: Open) -> None:
     handler = await session()
     async with handler.transaction():
-        assert await fetch(handler, queries.hold(table.runs[1].claim))
+        assert await fetch(handler, hold(table.runs[1].claim))
         table.put(0.1, 0.2, 0.3)
         async with asyncio.timeout(9):
             await table.reports.once()
@@ -249,7 +250,7 @@ async def test_a_run_that_is_locked_keeps_no_other_waiting_and_goes_next(app: Ap
 async def test_the_newest_comes_before_what_could_not_be_stored(app: App, table: Table, session: Open) -> None:
     handler = await session()
     async with handler.transaction():
-        await fetch(handler, queries.hold(table.runs[0].claim))
+        await fetch(handler, hold(table.runs[0].claim))
         table.put(0.1)
         storing = asyncio.create_task(table.reports.once())
         await asyncio.sleep(0)

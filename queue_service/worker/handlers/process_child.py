@@ -25,7 +25,7 @@ from queue_service.app import App
 from queue_service.db.lending import Lender
 from queue_service.db.url import Server
 from queue_service.errors import ConfigError
-from queue_service.runs import handling
+from queue_service.runs import context
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Retry, Task
 from queue_service.worker.agent import die_with_parent, taken_pipes
@@ -122,7 +122,7 @@ def _executed(job: Job, outgoing: BufferedWriter) -> Ended | Returned:
         task = _found(job.module, run.task, job.main, job.main_file, job.conninfo)
         retry = task.retry
         _say(outgoing, Begun())
-        with _Seat(job, outgoing) as seat, handling.found_by(seat.find):
+        with _Seat(job, outgoing) as seat, context.registered(seat.find):
             outcome: Outcome = results.returned(run, task.function(**task.arguments(run)), limit=job.limit)
     except BaseException as error:  # noqa: BLE001 - whatever a handler raises is its run's failure
         outcome = results.raised(run, retry, error)

@@ -15,13 +15,14 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from queue_service import codec
-from queue_service.app.enqueue import Steps, drive, drive_sync
 from queue_service.db.borrowed import AsyncBorrowed, SyncBorrowed, borrow
 from queue_service.db.execute import DEADLINE
 from queue_service.db.lending import Lender
+from queue_service.db.steps import Steps, drive, drive_sync
 from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
+from queue_service.runs.claim import hold
 from queue_service.runs.model import Ending, Run, RunState
 
 log = get_logger(__name__)
@@ -144,7 +145,7 @@ class Transaction(Generic[A, S]):
 
     def _look(self) -> Steps[bool]:
         """Whether it was committed. While that is not decided, the first statement waits for the lock on the run."""
-        if (yield queries.hold(self._run.claim)):
+        if (yield hold(self._run.claim)):
             return False
         run = yield queries.get(self._run.id)
         return run is not None and run.state is RunState.SUCCEEDED and run.attempt == self._run.attempt

@@ -1,0 +1,198 @@
+"""What an App does with runs: it enqueues them, waits for them, reads and changes them, on its own connections or on the
+caller's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from psycopg import errors as pg
+
+from queue_service.app import enqueue as enqueueing
+from queue_service.app import history
+from queue_service.app.core import Core
+from queue_service.app.enqueue import OnConflict
+from queue_service.app.history import Retried
+from queue_service.app.progress import watching
+from queue_service.db import channels
+from queue_service.db.borrowed import borrow
+from queue_service.db.steps import Steps, drive, drive_any
+from queue_service.errors import DuplicateRun, RunUnknown
+from queue_service.runs import queries
+from queue_service.runs.model import NewRun, Progress, Run
+from queue_service.services.combiner import Combiner
+from queue_service.tasks import duration
+
+T = TypeVar("T")
+
+
+class Runs:
+    """The part of an App that is about runs."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._enqueuing: Combiner[NewRun, int] = Combiner(
+            self._enqueue, name="enqueue", weigh=lambda new: len(new.payload) + len(new.metadata or "")
+        )
+
+    async def enqueue(
+        self,
+        task: str,
+        payload: Mapping[str, Any],
+        /,
+        *,
+        queue: str | None = None,
+        priority: int = 0,
+        delay: timedelta | float | None = None,
+        run_at: datetime | None = None,
+        expires_in: timedelta | float | None = None,
+        singleton_key: str | None = None,
+        on_conflict: OnConflict = "return",
+        ordering_key: str | None = None,
+        max_attempts: int | None = None,
+        retry_delay: timedelta | float | None = None,
+        timeout: timedelta | float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        organization_id: str | None = None,
+        conn: Any = None,
+    ) -> int:
+        """Store a run and return its id.
+
+        `delay` (or `run_at`, with a time zone) says when it is due, `expires_in` how long after that it may still start.
+        Higher `priority` goes first, -32768 to 32767. Durations are `timedelta` or seconds. A `singleton_key` is unique
+        among the queue's live runs; `on_conflict` says what a second enqueue does: `return` the live run's id, `replace`
+        what is still queued, or `raise` DuplicateRun (as `replace` does when the run is already running).
+        With `conn`, a psycopg or SQLAlchemy connection or session, the run is part of the caller's transaction; nothing
+        that happens here aborts it. Raises PayloadRefused and ConfigError before anything is sent.
+        """
+        enqueueing.check_policy(on_conflict)
+        new = enqueueing.new_run(
+            self._core.tasks, self._core.settings.payload_limit, task, payload,
+            queue=queue, priority=priority, delay=delay, run_at=run_at, expires_in=expires_in,
+            singleton_key=singleton_key, ordering_key=ordering_key, max_attempts=max_attempts,
+            retry_delay=retry_delay, timeout=timeout, metadata=metadata, organization_id=organization_id,
+        )  # fmt: skip
+        if conn is None and singleton_key is None:
+            return await self._enqueuing(new)
+        return await self._store(lambda notice: enqueueing.enqueue(new, on_conflict, notice), new, conn)
+
+    async def enqueue_many(
+        self, task: str, payloads: Iterable[Mapping[str, Any]], /, *, conn: Any = None, **options: Any
+    ) -> list[int]:
+        """Store one run for each payload, all or none, and return their ids in order. Takes the options of `enqueue` that
+        can be shared (not `singleton_key`). About twenty times quicker than one by one.
+        """
+        first, texts = enqueueing.new_runs(self._core.tasks, self._core.settings.payload_limit, task, payloads, options)
+        return await self._store(lambda notice: enqueueing.enqueue_many(first, texts, notice), first, conn)
+
+    async def wait(
+        self,
+        run_id: int,
+        *,
+        timeout: timedelta | float | None = None,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> Run:
+        """The run once it has ended. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has. `on_progress` is
+        called with what the run reports, as often as a look each poll interval finds something new; what it raises is
+        raised here."""
+        ended = self.wait_many([run_id], timeout=timeout)
+        if on_progress is not None:
+            seconds = self._core.settings.poll_interval.total_seconds()
+            ended = watching(ended, lambda: self.get(run_id), on_progress, poll_interval=seconds)
+        (run,) = await ended
+        return run
+
+    async def wait_many(self, run_ids: Iterable[int], *, timeout: timedelta | float | None = None) -> list[Run]:
+        """The runs once all of them have ended, in the order asked for. Raises TimeoutError after `timeout`, RunUnknown for
+        an id nobody has. One look serves them all, however many they are."""
+        asked = list(run_ids)
+        seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
+        ended: dict[int, Run] = {}
+        try:
+            async with asyncio.timeout(seconds):
+                with self._core.opened.sweeping():
+                    while left := set(asked) - ended.keys():
+                        states = await self._core.opened.endings.wait(left)
+                        if unknown := [run_id for run_id, state in states.items() if state is None]:
+                            raise RunUnknown(min(unknown))
+                        # One that is missing or live was deleted, or queued again from history, between the two looks.
+                        found = await self._core.fetch(queries.get_many(left))
+                        ended |= {run.id: run for run in found if run.state.finished}
+        except TimeoutError:
+            who = f"Run {asked[0]}" if len(asked) == 1 else f"One of {len(asked):,} runs"
+            raise TimeoutError(f"{who} did not end within {seconds:g} s. It goes on; wait again.") from None
+        return [ended[run_id] for run_id in asked]
+
+    async def get(self, run_id: int) -> Run | None:
+        """The run, live or finished; None if there is none of this id."""
+        return await self._core.fetch(queries.get(run_id))
+
+    async def cancel(self, run_id: int) -> bool:
+        """Cancel a run: a queued one ends at once, a running one has its handler cancelled. False: it is not live."""
+        answer = await self._core.fetch(queries.cancel(run_id))
+        if answer is not None:
+            channel = channels.CANCEL if answer == "requested" else channels.FINISHED
+            self._core.notify([channels.about_runs(channel, [run_id])])
+        return answer is not None
+
+    async def retry(self, run_id: int) -> bool:
+        """Queue a failed, cancelled or expired run again, its counters fresh. False: there is none of this id.
+        Raises DuplicateRun if a live run holds its singleton key; then nothing moved.
+        """
+        try:
+            where = await self._core.fetch(queries.retry(run_id))
+        except pg.UniqueViolation:
+            run = await self._core.fetch(queries.get(run_id))
+            if run is None or run.singleton_key is None:
+                return False
+            holder = await self._core.fetch(queries.singleton_holder(run.queue, run.singleton_key))
+            raise DuplicateRun(holder or run_id, run.singleton_key, why="so this one was not queued again") from None
+        if where is not None:
+            self._core.notify([channels.enqueued(*where)])
+        return where is not None
+
+    async def retry_many(
+        self,
+        *,
+        state: str = "failed",
+        queue: str | None = None,
+        task: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        limit: int | None = None,
+        dry_run: bool = False,
+        on_progress: Callable[[Retried], object] | None = None,
+    ) -> Retried:
+        """Queue all runs again that ended `failed` (or `cancelled`, or `expired`), those of a queue, a task, and that ended
+        since a time or within so long (timedelta or seconds), where that is given; the oldest first, at most `limit`. One
+        whose singleton key a live run holds is skipped, and counted. `dry_run` counts them and moves none, up to 50,001.
+        It is done in batches, and `on_progress` is called after each with what was done so far. Runs that fail after this
+        began are left alone. It may be stopped and begun again at any time, and called from many places at once.
+        """
+        chosen = history.chosen(state, queue, task, since)
+        how = history.count if dry_run else history.retry
+        return await how(self._core.opened, chosen, limit=limit, on_progress=on_progress or (lambda _: None))
+
+    async def delete(self, run_id: int) -> bool:
+        """Forget a queued or finished run. False: it is running, or there is none of this id."""
+        return await self._core.fetch(queries.delete(run_id))
+
+    async def _enqueue(self, news: Sequence[NewRun]) -> Sequence[int]:
+        """Store the runs of callers that came together."""
+        if len(news) == 1:
+            return [await self._store(lambda notice: enqueueing.enqueue(news[0], "return", notice), news[0], None)]
+        ids = await self._core.fetch(queries.enqueue_all(news))
+        self._core.notify([notice for new in news if (notice := enqueueing.notice(new)) is not None])
+        return ids
+
+    async def _store(self, store: Callable[[channels.Notice | None], Steps[T]], new: NewRun, conn: Any) -> T:
+        notice = enqueueing.notice(new)
+        if conn is not None:
+            return await drive_any(store(notice), borrow(conn))
+        opened = self._core.opened
+        is_sent_along = notice is not None and opened.notifier.try_reserve(notice.channel)
+        stored = await drive(store(notice if is_sent_along else None), opened)
+        if notice is not None and not is_sent_along:
+            opened.notifier.send([notice])
+        return stored
