@@ -6,10 +6,11 @@ from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.tasks import Cancel, ProcessDied, Retry, RetryLater, Snooze
 from queue_service.turns.model import Outcome, Turn, TurnFailure
+from queue_service.version import VERSION
 from queue_service.worker.process import Worker
 from queue_service.worker.supervisor import Supervisor
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "NOT_MINE",

@@ -60,7 +60,7 @@ class SchemaMismatch(QueueServiceError):
         self.want = want
         found = f"at revision {have}" if have else "not there yet"
         fix = (
-            "install the version of queue_service that made it"
+            "install the version of pg-queue-service that made it"
             if newer
             else "run `queue-service db migrate` against the same database"
         )
@@ -187,6 +187,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A clause naming the closest known word, with a leading space, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def install_extra(extra: str) -> str:
+    """The sentence that says how to install an extra of this package. It names the checkout, not the package: what has our
+    name on a public index may be somebody else's."""
+    return f"Install the extra {extra!r} in the checkout of queue_service: pip install '.[{extra}]'."
 
 
 def _how(outcome: Any) -> str:

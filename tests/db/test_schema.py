@@ -192,14 +192,14 @@ async def test_an_older_schema_is_a_mismatch_that_says_to_migrate(conn: Connecti
 
 async def test_a_newer_schema_is_a_mismatch_that_says_to_install_its_version(conn: Connection) -> None:
     await conn.execute("update queue_service.alembic_version set version_num = '9999'")
-    with pytest.raises(SchemaMismatch, match=r"revision 9999.*install the version of queue_service") as refused:
+    with pytest.raises(SchemaMismatch, match=r"revision 9999.*install the version of pg-queue-service") as refused:
         await revision.require(conn)
     assert "db migrate" not in str(refused.value)
 
 
 async def test_a_newer_schema_cannot_be_migrated_by_this_version(database: str, conn: Connection) -> None:
     await conn.execute("update queue_service.alembic_version set version_num = '9999'")
-    with pytest.raises(SchemaMismatch, match="install the version of queue_service"):
+    with pytest.raises(SchemaMismatch, match="install the version of pg-queue-service"):
         await asyncio.to_thread(schema.upgrade, database)
     assert await tables(conn) == TABLES
 

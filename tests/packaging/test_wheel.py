@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from queue_service import __version__
 from queue_service.db import revision
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,6 +82,10 @@ def test_the_wheel_holds_every_module_statement_and_revision(wheel: Path) -> Non
         assert f"queue_service/db/_alembic/{path}" in inside
 
 
+def test_the_wheel_has_the_name_and_the_version_of_this_package(wheel: Path) -> None:
+    assert wheel.name == f"pg_queue_service-{__version__}-py3-none-any.whl"
+
+
 def test_the_wheel_is_typed_and_holds_nothing_else(wheel: Path) -> None:
     inside = names(wheel)
     assert "queue_service/py.typed" in inside
@@ -97,6 +103,8 @@ def test_the_metadata_names_the_script_the_licence_and_the_dependencies(wheel: P
     with zipfile.ZipFile(wheel) as archive:
         read = {Path(name).name: archive.read(name).decode() for name in names(wheel) if ".dist-info/" in name}
     assert "queue-service = queue_service.cli:main" in read["entry_points.txt"]
+    assert "Name: pg-queue-service\n" in read["METADATA"]
+    assert f"Version: {__version__}\n" in read["METADATA"]
     assert "Requires-Python: >=3.11" in read["METADATA"]
     assert "LICENSE" in read
     for name in ("psycopg", "sqlalchemy", "alembic", "click", "structlog", "msgspec"):
@@ -111,7 +119,8 @@ def test_an_installed_wheel_migrates_enqueues_and_works_from_an_empty_directory(
     where = run(programs / "python", "-c", "import queue_service; print(queue_service.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(programs.parent)
 
-    assert revision.HEAD in run(script, "version", cwd=tmp_path)
+from queue_service import __version__
+from queue_service.db import revision
     migrated = run(script, "db", "migrate", "--database-url", empty_database, cwd=tmp_path)
     assert f"none -> {revision.HEAD}" in migrated
     run(script, "db", "check", cwd=tmp_path, **on)

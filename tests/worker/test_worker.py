@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from queue_service import App, Run, RunState, Worker
+from queue_service import App, Run, RunState, Worker, __version__
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError
@@ -81,8 +81,8 @@ async def test_once_leaves_runs_that_are_due_later(app: App) -> None:
 
 async def test_a_worker_is_in_the_roster_while_it_runs(app: App, conn: Connection) -> None:
     async with working(app, {"a": 1, "b": 2}, name="here") as worker:
-        listed = await rows(conn, "select id, name, queues from queue_service.workers")
-        assert listed == [(worker.id, "here", {"a": 1, "b": 2})]
+        listed = await rows(conn, "select id, name, version, queues from queue_service.workers")
+        assert listed == [(worker.id, "here", __version__, {"a": 1, "b": 2})]
     assert await rows(conn, "select id from queue_service.workers") == []
 
 
