@@ -1,81 +1,87 @@
--- Every statement about streams and their events. The next seq comes from the stream's row, whose lock is kept until
--- the commit: so the order of seq is the order of commits, without gaps, and nothing can appear behind a reader.
+-- Every statement about streams and their events. The next seq comes from the stream's row. The lock on that row is kept
+-- until the commit, so the order of seq is the order of commits, without gaps, and nothing can appear behind a reader.
+--
+-- CTEs with the same name have the same meaning: `given` are the events that the caller passes, with their places; `heads`
+-- are the streams whose head this statement has moved; `numbered` are the events of those, with their seq.
 
--- define: event_columns
-e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text
-
--- define: asked_events
-asked as materialized (
-    select asked.*, row_number() over (partition by stream order by place) as nth
+-- name: append
+-- Append events, in the order in which they stand in `events`, a JSON array of objects of stream, kind and body. Rows: the
+-- place in the array and the seq. An event that is missing belongs to a stream that has ended, and was not stored.
+-- writes: streams, events
+with given as materialized (
+    select given.*, row_number() over (partition by stream order by place) as nth
       from rows from (
         jsonb_to_recordset(%(events)s::jsonb) as (stream text, kind text, body jsonb)
-      ) with ordinality as asked (stream, kind, body, place)
-)
-
--- define: appended
-numbered as materialized (
-    -- Heads are looked up in an object: a join would be a loop within a loop, for the planner believes in one row of each.
-    select asked.*, (ends.heads -> asked.stream)::bigint - count(*) over (partition by asked.stream) + asked.nth as seq
-      from asked cross join (select jsonb_object_agg(stream, head) as heads from heads) as ends
-     where ends.heads ? asked.stream
+      ) with ordinality as given (stream, kind, body, place)
+), heads as (
+    insert into queue_service.streams (stream, head)
+    select stream, count(*) from given group by stream order by stream
+        on conflict (stream) do update set head = streams.head + excluded.head
+     where streams.state <> 'ended'
+    returning stream, head
+), numbered as materialized (
+    -- Heads are looked up in an object. A join would be a loop within a loop, since the planner expects one row of each.
+    select given.*, (ends.heads -> given.stream)::bigint - count(*) over (partition by given.stream) + given.nth as seq
+      from given cross join (select jsonb_object_agg(stream, head) as heads from heads) as ends
+     where ends.heads ? given.stream
 ), stored as (
     -- A recordset turns the null of JSON into that of SQL.
     insert into queue_service.events (stream, seq, kind, body)
     select stream, seq, kind, coalesce(body, 'null'::jsonb) from numbered
 )
-
--- define: appended_rows
 select place, seq, case when %(tell)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
   from numbered
 
--- name: append
--- Append events, in the order they stand in `events`, a JSON array of objects of stream, kind and body. Rows: the place in
--- the array and the seq. A missing one belongs to a stream that has ended, and was not stored.
--- writes: streams, events
-with {asked_events}, heads as (
-    insert into queue_service.streams (stream, head)
-    select stream, count(*) from asked group by stream order by stream
-        on conflict (stream) do update set head = streams.head + excluded.head
-     where streams.state <> 'ended'
-    returning stream, head
-), {appended}
-{appended_rows}
-
 -- name: append_free
--- As `append`, waiting for nobody: events of a stream that another session is writing to come back with seq 0, and were
--- not stored. One such stream would hold up all the others.
+-- As `append`, but it waits for nobody: events of a stream that another session is writing to come back with seq 0, and
+-- were not stored. One such stream would hold up all the others.
 -- writes: streams, events
-with {asked_events}, free as materialized (
+with given as materialized (
+    select given.*, row_number() over (partition by stream order by place) as nth
+      from rows from (
+        jsonb_to_recordset(%(events)s::jsonb) as (stream text, kind text, body jsonb)
+      ) with ordinality as given (stream, kind, body, place)
+), free_streams as materialized (
     select s.stream from queue_service.streams as s
-     where s.stream = any(array(select asked.stream from asked))
+     where s.stream = any(array(select given.stream from given))
      order by s.stream
        for no key update skip locked
-), known as materialized (
-    select s.stream from queue_service.streams as s where s.stream = any(array(select asked.stream from asked))
+), known_streams as materialized (
+    select s.stream from queue_service.streams as s where s.stream = any(array(select given.stream from given))
 ), busy as materialized (
-    select asked.place, asked.stream from asked
-     where asked.stream not in (select free.stream from free) and asked.stream in (select known.stream from known)
+    select given.place, given.stream from given
+     where given.stream not in (select free_streams.stream from free_streams)
+       and given.stream in (select known_streams.stream from known_streams)
 ), heads as (
     insert into queue_service.streams (stream, head)
-    select stream, count(*) from asked where stream not in (select busy.stream from busy) group by stream order by stream
+    select stream, count(*) from given where stream not in (select busy.stream from busy) group by stream order by stream
         on conflict (stream) do update set head = streams.head + excluded.head
      where streams.state <> 'ended'
     returning stream, head
-), {appended}
-{appended_rows}
+), numbered as materialized (
+    -- As in `append`.
+    select given.*, (ends.heads -> given.stream)::bigint - count(*) over (partition by given.stream) + given.nth as seq
+      from given cross join (select jsonb_object_agg(stream, head) as heads from heads) as ends
+     where ends.heads ? given.stream
+), stored as (
+    insert into queue_service.events (stream, seq, kind, body)
+    select stream, seq, kind, coalesce(body, 'null'::jsonb) from numbered
+)
+select place, seq, case when %(tell)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
+  from numbered
 union all
 select busy.place, 0, null from busy
 
 -- name: read
 -- Events of a stream after a cursor, in order.
-select {event_columns}
+select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text
   from queue_service.events as e
  where e.stream = %(stream)s and e.seq > %(after)s
  order by e.seq
  limit %(limit)s
 
 -- name: stream
--- A stream's head and state. No row: it does not exist.
+-- A stream's head, state and time of creation. No row: it does not exist.
 select head, state, created_at from queue_service.streams where stream = %(stream)s
 
 -- name: heads
@@ -83,43 +89,43 @@ select head, state, created_at from queue_service.streams where stream = %(strea
 select stream, head, state from queue_service.streams where stream = any(%(streams)s::text[])
 
 -- name: tails
--- What came after a cursor, in each of these streams: at most `limit` events of each, in order.
-select {event_columns}
-  from unnest(%(streams)s::text[], %(cursors)s::bigint[]) as asked (stream, cursor)
+-- What came after a cursor, in each of these streams: at most `limit` events of each, in order. Columns as of `read`.
+select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text
+  from unnest(%(streams)s::text[], %(cursors)s::bigint[]) as given (stream, cursor)
  cross join lateral (
     select events.* from queue_service.events
-     where events.stream = asked.stream and events.seq > asked.cursor
+     where events.stream = given.stream and events.seq > given.cursor
      order by events.seq limit %(limit)s
  ) as e
 
 -- name: set_state
--- Put a stream into a state; one that does not exist is created. Row: its head.
+-- Put a stream into a state, and notify its followers; a stream that does not exist is created. Row: its head.
 -- writes: streams
-with told as (
+with changed as (
     insert into queue_service.streams (stream, state) values (%(stream)s, %(state)s)
         on conflict (stream) do update set state = excluded.state
     returning stream, head
 )
-select head, pg_notify('queue_service_events', head || ' ' || stream)::text from told
+select head, pg_notify('queue_service_events', head || ' ' || stream)::text from changed
 
 -- name: suspend
--- Put a stream to rest; one that does not exist is created. Row: its head; none where it is closing or has ended, which is
--- for its owner to take back (see `set_state`).
+-- Suspend a stream; one that does not exist is created. Row: its head. None: it is closing or has ended, and only its owner
+-- may change that (see `set_state`).
 -- writes: streams
-with told as (
+with changed as (
     insert into queue_service.streams (stream, state) values (%(stream)s, 'suspended')
         on conflict (stream) do update set state = excluded.state
      where streams.state not in ('closing', 'ended')
     returning stream, head
 )
-select head, pg_notify('queue_service_events', head || ' ' || stream)::text from told
+select head, pg_notify('queue_service_events', head || ' ' || stream)::text from changed
 
 -- name: trim
--- Delete events up to `upto`, at most `limit` of them, but no endings: those go when their turns are pruned.
--- Row: how many.
+-- Delete events up to the seq `upto`, at most `limit` of them, but no endings: those are deleted when their turns are
+-- pruned. Row: how many were deleted.
 -- writes: events
-with cut as (
-    -- By their places: an event is never updated.
+with deleted as (
+    -- By their ctids: an event is never updated.
     delete from queue_service.events
      where ctid = any(array(
             select e.ctid from queue_service.events as e
@@ -127,12 +133,12 @@ with cut as (
              order by e.seq limit %(limit)s))
     returning seq
 )
-select count(*) from cut
+select count(*) from deleted
 
 -- name: aged
--- The next `limit` streams after a name, and of each the last event that is older than `age` (null: there is nothing to
--- delete up to it). Within a stream time follows seq, so what is old lies in front of the first event that is not, and no
--- index on time is needed.
+-- The next `limit` streams after the name `after`, and of each the seq of the last event that is older than `age` (null:
+-- there is nothing to delete). Within a stream time follows seq, so the old events are those before the first one that is
+-- not old, and no index on time is needed.
 select page.stream, case when oldest.seq < coalesce(fresh.seq, page.head + 1) then coalesce(fresh.seq - 1, page.head) end
   from (select s.stream, s.head from queue_service.streams as s
          where s.stream > %(after)s order by s.stream limit %(limit)s) as page
