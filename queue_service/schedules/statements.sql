@@ -1,24 +1,12 @@
--- Every statement about schedules. A schedule fires by one statement that moves its `next_at`, which elects the one who
--- fires, writes its slots, of which each exists once, and stores their runs: all of it or nothing.
-
--- define: read_columns
-schedules.name, schedules.task, schedules.queue, schedules.payload::text, schedules.priority, schedules.expires_in,
-       schedules.cron, schedules.every, schedules.timezone, schedules.misfire, schedules.next_at, schedules.paused_at,
-       schedules.created_at, schedules.updated_at, last.slot, last.run_id
-
--- define: last_slot
-left join lateral (
-    select schedule_slots.slot, schedule_slots.run_id from queue_service.schedule_slots
-     where schedule_slots.schedule = schedules.name
-     order by schedule_slots.schedule desc, schedule_slots.slot desc limit 1
-  ) as last on true
+-- Every statement about schedules. One statement fires a schedule: it moves `next_at`, which elects the process that fires;
+-- it writes the slots, each of which can exist only once; and it stores their runs. It does all of this, or nothing.
 
 -- name: clock
--- The time of the database.
+-- Row: the time of the database.
 select clock_timestamp()
 
 -- name: put
--- Store a schedule, or change the one of this name: pauses stay, and so does its next slot where the timing is the same.
+-- Store a schedule, or change the one of this name. A pause stays, and so does the next slot where the timing is the same.
 -- Row: whether it is new. None: it was like this already, and nothing changed.
 -- writes: schedules
 insert into queue_service.schedules as kept
@@ -49,40 +37,52 @@ with paused as (
 select exists (select from paused) from queue_service.schedules where name = %(name)s
 
 -- name: resume
--- The schedule fires again, next at the slot given, unless it was changed since it was read. Row: whether this changed
--- anything.
+-- The schedule fires again, next at the slot `next_at`, unless it was changed since it was read. Row: true. None: it was not
+-- paused, or it was changed, and this changed nothing.
 -- writes: schedules
 update queue_service.schedules set paused_at = null, updated_at = clock_timestamp(), next_at = %(next_at)s
  where name = %(name)s and paused_at is not null and updated_at = %(updated_at)s
 returning true
 
 -- name: delete
--- Forget a schedule and the slots it has fired for. Row: it was there.
+-- Delete a schedule and the slots it has fired for. Row: true. None: there is no such schedule.
 -- writes: schedules, schedule_slots
-with gone as (
+with deleted as (
     delete from queue_service.schedules where name = %(name)s returning name
-), forgotten as (
-    delete from queue_service.schedule_slots where schedule = any(array(select gone.name from gone))
+), deleted_slots as (
+    delete from queue_service.schedule_slots where schedule = any(array(select deleted.name from deleted))
 )
-select true from gone
+select true from deleted
 
 -- name: get
--- One schedule, by its name.
-select {read_columns}
+-- One schedule, by its name, with the newest slot it has fired for.
+select schedules.name, schedules.task, schedules.queue, schedules.payload::text, schedules.priority, schedules.expires_in,
+       schedules.cron, schedules.every, schedules.timezone, schedules.misfire, schedules.next_at, schedules.paused_at,
+       schedules.created_at, schedules.updated_at, last.slot, last.run_id
   from queue_service.schedules
-  {last_slot}
+  left join lateral (
+    select schedule_slots.slot, schedule_slots.run_id from queue_service.schedule_slots
+     where schedule_slots.schedule = schedules.name
+     order by schedule_slots.schedule desc, schedule_slots.slot desc limit 1
+  ) as last on true
  where schedules.name = %(name)s
 
 -- name: listed
--- The schedules by name.
-select {read_columns}
+-- All schedules, by name. Columns as of `get`.
+select schedules.name, schedules.task, schedules.queue, schedules.payload::text, schedules.priority, schedules.expires_in,
+       schedules.cron, schedules.every, schedules.timezone, schedules.misfire, schedules.next_at, schedules.paused_at,
+       schedules.created_at, schedules.updated_at, last.slot, last.run_id
   from queue_service.schedules
-  {last_slot}
+  left join lateral (
+    select schedule_slots.slot, schedule_slots.run_id from queue_service.schedule_slots
+     where schedule_slots.schedule = schedules.name
+     order by schedule_slots.schedule desc, schedule_slots.slot desc limit 1
+  ) as last on true
  order by schedules.name
 
 -- name: run_now
--- Enqueue a schedule's run out of turn: no slot is used, and `next_at` stays. Row: the run's id, queue and priority.
--- None: there is no such schedule.
+-- Enqueue a schedule's run now: no slot is used, and `next_at` stays. Row: the run's id, queue and priority. None: there is
+-- no such schedule.
 -- writes: runs
 insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, metadata)
 select schedules.queue, schedules.task, schedules.payload, schedules.priority, moment.now,
@@ -93,8 +93,8 @@ select schedules.queue, schedules.task, schedules.payload, schedules.priority, m
 returning id, queue, priority
 
 -- name: due
--- Schedules whose slot has come, those first that waited longest, after one that was seen already. Each row begins with
--- the time, and with the next slot of those that are not due yet; one such row comes even where nothing is due.
+-- The schedules that are due, the oldest slot first, after the one that was read last (`after`, `after_name`). Each row
+-- begins with the time, and with the next slot of those that are not due yet. Where nothing is due, one row says only that.
 with moment as materialized (
     select clock_timestamp() as now
 ), ahead as materialized (
@@ -117,31 +117,31 @@ select moment.now, ahead.next_at, due.name, due.cron, due.every, due.timezone, d
   ) as due on true
 
 -- name: fire
--- Move due schedules on, and store a run for each of their slots: the election is `next_at`, which must still be what was
--- seen; what somebody else holds is left to them. A slot that was fired for before gives no run. Of each schedule that
--- fires, a few slots that are older than `retention` are forgotten. `firings` is a JSON array. Rows: the schedules that moved,
--- with their runs.
+-- Move due schedules to their next slot, and store a run for each slot that has come. The election is `next_at`, which must
+-- still be what the caller has seen; a schedule that another session holds is left to it. A slot that has fired before gives
+-- no run. A few slots older than `retention` are deleted of each schedule that fires. `firings` is a JSON array. Rows: the
+-- schedules that moved, with their runs.
 -- writes: schedules, schedule_slots, runs
-with asked as materialized (
-    select asked.name, asked.seen, asked.updated_at, asked.next_at, asked.slots
+with given as materialized (
+    select given.name, given.seen, given.updated_at, given.next_at, given.slots
       from jsonb_to_recordset(%(firings)s::jsonb)
-        as asked (name text, seen timestamptz, updated_at timestamptz, next_at timestamptz, slots timestamptz[])
+        as given (name text, seen timestamptz, updated_at timestamptz, next_at timestamptz, slots timestamptz[])
 ), picked as materialized (
-    select schedules.name, asked.next_at, asked.slots
-      from asked
+    select schedules.name, given.next_at, given.slots
+      from given
      cross join lateral (
         select schedules.name from queue_service.schedules
-         where schedules.name = asked.name and schedules.next_at = asked.seen
-           and schedules.updated_at = asked.updated_at and schedules.paused_at is null
+         where schedules.name = given.name and schedules.next_at = given.seen
+           and schedules.updated_at = given.updated_at and schedules.paused_at is null
            for update skip locked
      ) as schedules
 ), moved as (
-    -- Not joined with what was picked: a plan from when there were no schedules would look at every one of them.
+    -- Not joined with `picked`: a plan from a time when there were no schedules would read every one of them.
     update queue_service.schedules
        set next_at = (select picked.next_at from picked where picked.name = schedules.name)
      where schedules.name = any(array(select picked.name from picked))
     returning schedules.name, schedules.task, schedules.queue, schedules.payload, schedules.priority, schedules.expires_in
-), taken as (
+), stored_slots as (
     insert into queue_service.schedule_slots (schedule, slot, run_id)
     select moved.name, fired.slot, nextval('queue_service.runs_id_seq')
       from moved
@@ -150,7 +150,7 @@ with asked as materialized (
      order by fired.place
         on conflict (schedule, slot) do nothing
     returning schedule, slot, run_id
-), forgotten as (
+), deleted_slots as (
     delete from queue_service.schedule_slots
      where ctid = any(array(
         select old.ctid
@@ -165,12 +165,12 @@ with asked as materialized (
      ))
 ), stored as (
     insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, metadata)
-    select taken.run_id, moved.queue, moved.task, moved.payload, moved.priority, moment.now,
-           moment.now + moved.expires_in, jsonb_build_object('schedule', moved.name, 'slot', taken.slot)
+    select stored_slots.run_id, moved.queue, moved.task, moved.payload, moved.priority, moment.now,
+           moment.now + moved.expires_in, jsonb_build_object('schedule', moved.name, 'slot', stored_slots.slot)
       from (select clock_timestamp() as now offset 0) as moment
-     cross join taken
-      join moved on moved.name = taken.schedule
+     cross join stored_slots
+      join moved on moved.name = stored_slots.schedule
 )
-select moved.name, moved.queue, moved.priority, taken.slot, taken.run_id
+select moved.name, moved.queue, moved.priority, stored_slots.slot, stored_slots.run_id
   from moved
-  left join taken on taken.schedule = moved.name
+  left join stored_slots on stored_slots.schedule = moved.name
