@@ -1,7 +1,8 @@
 """Reads a `.sql` file into named statements.
 
-`-- name: verb` starts a statement; the comment lines after it are its contract. `-- define: name` gives the lines up to
-the next blank one a name; `{name}` anywhere later stands for them. Nothing else is ever substituted.
+`-- name: verb` starts a statement; the comment lines after it are its contract. `-- define: name` starts a fragment, which
+ends at the next blank line; its comment lines say what it is. `{name}` anywhere later stands for it. Nothing else is ever
+substituted, and comments are left out.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ class Statements:
 
 
 def parse(source: str) -> dict[str, str]:
-    defined = {match[1]: match[2].strip() for match in _DEFINE.finditer(source)}
+    fragments = {match[1]: _code(match[2]) for match in _DEFINE.finditer(source)}
     parts = _NAME.split(_DEFINE.sub("", source))
     texts: dict[str, str] = {}
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         if name in texts:
             raise ValueError(f"statement {name!r} is defined twice")
-        code = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--"))
-        for key, value in defined.items():
+        code = _code(body)
+        for key, value in fragments.items():
             code = code.replace("{" + key + "}", value)
-        texts[name] = code.strip().rstrip(";")
+        texts[name] = code.rstrip(";")
     return texts
+
+
+def _code(body: str) -> str:
+    return "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--")).strip()

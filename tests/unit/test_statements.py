@@ -72,6 +72,11 @@ def test_a_define_stands_for_its_lines_in_every_statement() -> None:
     assert texts == {"one": "select a,\n    b from t where x = '{other}'", "two": "select a,\n    b, c"}
 
 
+def test_the_comments_of_a_define_are_left_out() -> None:
+    source = "-- define: both\n-- What it is.\na,\n    -- a remark\n    b\n\n-- name: one\nselect {both}\n"
+    assert parse(source) == {"one": "select a,\n    b"}
+
+
 def test_a_define_at_the_end_of_the_file_is_read_too() -> None:
     assert parse("-- name: one\nselect {x}\n\n-- define: x\n1") == {"one": "select 1"}
 
