@@ -12,7 +12,7 @@ insert into queue_service.workers (name, version, queues) values (%(name)s, %(ve
 update queue_service.workers set seen_at = clock_timestamp() where id = %(worker_id)s
 
 -- name: leave
--- Leave the roster.
+-- Leave the roster, as a worker that stops does.
 -- writes: workers
 delete from queue_service.workers where id = %(worker_id)s
 
@@ -27,6 +27,6 @@ select workers.id, workers.name, workers.version, workers.queues::text, workers.
  order by workers.id
 
 -- name: prune
--- Forget workers that have said nothing for `silence`.
+-- Delete the workers that were not seen for `silence`. Rows: their ids.
 -- writes: workers
 delete from queue_service.workers where seen_at < clock_timestamp() - %(silence)s::interval returning id
