@@ -1,11 +1,7 @@
--- Every statement about connections. A connection is held by one process at a time, for as long as it renews its lease.
-
--- define: live_owner
-select owner from queue_service.connections
- where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()
+-- Every statement about connections. One process at a time holds a connection, for as long as it renews its lease.
 
 -- name: hold
--- Hold a channel's connection, unless another process does. Row: the owner, where it is now this one.
+-- Hold a channel's connection, unless another process holds it. Row: the owner. None: another process holds it.
 -- writes: connections
 insert into queue_service.connections as held (platform, channel_id, owner, expires_at)
 values (%(platform)s, %(channel_id)s, %(owner)s, clock_timestamp() + %(lease)s::interval)
@@ -14,7 +10,7 @@ values (%(platform)s, %(channel_id)s, %(owner)s, clock_timestamp() + %(lease)s::
 returning owner
 
 -- name: renew
--- Push the deadline of every connection a process holds. Rows: platform and channel of those it still had.
+-- Push the deadline of these connections. Rows: platform and channel of those that the process still held.
 -- writes: connections
 update queue_service.connections set expires_at = clock_timestamp() + %(lease)s::interval
  where owner = %(owner)s
@@ -22,7 +18,7 @@ update queue_service.connections set expires_at = clock_timestamp() + %(lease)s:
 returning platform, channel_id
 
 -- name: release
--- Let go of connections. Rows: platform and channel of those this process held.
+-- Release these connections. Rows: platform and channel of those that the process held.
 -- writes: connections
 delete from queue_service.connections
  where owner = %(owner)s
@@ -30,17 +26,20 @@ delete from queue_service.connections
 returning platform, channel_id
 
 -- name: owner
--- The process that holds a channel's connection, while its lease lasts.
-{live_owner}
+-- Row: the process that holds a channel's connection. None: nobody holds it, or the lease has lapsed.
+select owner from queue_service.connections
+ where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()
 
 -- name: deliver
 -- Store the delivery of an event, reserved for the process that holds the channel's connection. Row: the id of the run.
 -- writes: runs
 insert into queue_service.runs (queue, task, payload, organization_id, reserved_for)
-values ('thread_response', 'deliver', %(payload)s::jsonb, %(organization_id)s, ({live_owner}))
+values ('thread_response', 'deliver', %(payload)s::jsonb, %(organization_id)s, (
+            select owner from queue_service.connections
+             where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()))
 returning id
 
 -- name: prune
--- Forget connections whose lease lapsed long ago.
+-- Delete the connections whose lease lapsed longer than `age` ago.
 -- writes: connections
 delete from queue_service.connections where expires_at < clock_timestamp() - %(age)s::interval
