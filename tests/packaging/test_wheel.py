@@ -119,8 +119,8 @@ def test_an_installed_wheel_migrates_enqueues_and_works_from_an_empty_directory(
     where = run(programs / "python", "-c", "import queue_service; print(queue_service.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(programs.parent)
 
-from queue_service import __version__
-from queue_service.db import revision
+    shown = json.loads(run(script, "version", "--json", cwd=tmp_path))
+    assert shown == {"version": __version__, "schema": revision.HEAD}
     migrated = run(script, "db", "migrate", "--database-url", empty_database, cwd=tmp_path)
     assert f"none -> {revision.HEAD}" in migrated
     run(script, "db", "check", cwd=tmp_path, **on)
