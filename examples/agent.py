@@ -17,8 +17,8 @@ from typing import Any
 
 from queue_service import App, Run, Snooze, Turn, Worker
 from queue_service.errors import DeploymentDown
-from queue_service.worker.agent import Conversation, serve
-from queue_service.worker.supervisor import Supervisor
+from queue_service.supervisor import Supervisor
+from queue_service.supervisor.child import Conversation, serve
 
 app = App()
 supervisors: dict[str, Supervisor] = {}

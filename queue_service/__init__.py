@@ -4,11 +4,11 @@ from queue_service.app import App
 from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, Renderer
 from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Attempt, Progress, Run, RunState
+from queue_service.supervisor import Supervisor
 from queue_service.tasks import Cancel, ProcessDied, Retry, RetryLater, Snooze
 from queue_service.turns.model import Outcome, Turn, TurnFailure
 from queue_service.version import VERSION
-from queue_service.worker.process import Worker
-from queue_service.worker.supervisor import Supervisor
+from queue_service.worker.worker import Worker
 
 __version__ = VERSION
 

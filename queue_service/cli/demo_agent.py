@@ -11,9 +11,9 @@ import sys
 
 from queue_service.app import App
 from queue_service.runs.model import Run
+from queue_service.supervisor import Supervisor
+from queue_service.supervisor.child import Conversation, serve
 from queue_service.turns.model import Turn
-from queue_service.worker.agent import Conversation, serve
-from queue_service.worker.supervisor import Supervisor
 
 app = App()
 supervisors: dict[str, Supervisor] = {}

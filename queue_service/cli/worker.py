@@ -11,7 +11,7 @@ from queue_service.cli.options import app_option, command, load_app, run, settin
 from queue_service.errors import ConfigError
 from queue_service.worker.dump import on_signal
 from queue_service.worker.finisher import Tally
-from queue_service.worker.process import Worker
+from queue_service.worker.worker import Worker
 
 DEFAULT_CONCURRENCY = 10
 RUNS_FAILED = 5

@@ -16,9 +16,9 @@ import httpx2
 from queue_service.client.buffer import Buffer
 from queue_service.client.model import Event, Receipt, State
 from queue_service.client.outbox import FileOutbox, Outbox
-from queue_service.client.pauses import Pauses, Timing
 from queue_service.client.sending import ATTEMPTS, Sender, is_forgotten, may_pass
 from queue_service.client.stream import EventStream
+from queue_service.client.timing import Timing
 from queue_service.client.tracks import Delivered, Tracks
 from queue_service.client.wire import StateOf, Stopped, Stored, Watching, Wire, encoded
 from queue_service.errors import ConfigError, NotConnected, PayloadRefused, SendFailed
@@ -276,7 +276,7 @@ class ChatClient:
 
     async def _insist(self, name: str, body: Mapping[str, Any]) -> None:
         """POST what may be said twice, until a connection has taken it that is still the one then."""
-        content, pauses, attempts = encoded(body), Pauses(self._timing), 0
+        content, pauses, attempts = encoded(body), self._timing.pauses(), 0
         while True:
             connection = await self._stream.opened()
             try:

@@ -16,7 +16,7 @@ import msgspec
 
 from queue_service.client.model import Receipt
 from queue_service.client.outbox import Line, Outbox
-from queue_service.client.pauses import Pauses, Timing
+from queue_service.client.timing import Timing
 from queue_service.client.wire import Stored, Wire
 from queue_service.errors import NotConnected, OutboxFull, SendFailed
 from queue_service.logs import get_logger
@@ -70,7 +70,7 @@ class Sender:
         self._outbox = outbox
         self._cap = cap
         self._forgotten = forgotten
-        self._pauses = Pauses(timing)
+        self._pauses = timing.pauses()
         self._queue: deque[Letter] = deque()
         self._left = outbox.left
         self._last = max((line.put for line in outbox.left if line.put is not None), default=0)

@@ -14,8 +14,8 @@ import httpx2
 import msgspec
 
 from queue_service.client.model import Event, State
-from queue_service.client.pauses import Pauses, Timing
 from queue_service.client.sending import Sender, may_pass
+from queue_service.client.timing import Timing
 from queue_service.client.tracks import Tracks
 from queue_service.client.wire import End, Gap, Goodbye, Pulse, Welcome, Wire, encoded
 from queue_service.errors import NotConnected, SendFailed
@@ -53,7 +53,7 @@ class EventStream:
         self._arriving: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._lost: asyncio.Future[str | None]
-        self._pauses = Pauses(timing)
+        self._pauses = timing.pauses()
         # Seconds that the gateway wants to pass before each reconnect, and before the next one.
         self._retry = self._asked = 0.0
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from queue_service.client.buffer import Buffer
 from queue_service.client.model import Event
-from queue_service.client.pauses import Pauses, Timing
+from queue_service.client.timing import Timing
 from queue_service.client.wire import PAGE, End, Gap, Page, Wire
 from queue_service.errors import SendFailed
 from queue_service.logs import get_logger
@@ -134,7 +134,7 @@ class Tracks:
             track.backfill = self.spawn(self._backfill(track))
 
     async def _backfill(self, track: Track) -> None:
-        pauses = Pauses(self._timing)
+        pauses = self._timing.pauses()
         while track.cursor < track.wanted:
             wanted, before = track.wanted, track.cursor
             try:

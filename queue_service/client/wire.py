@@ -16,7 +16,7 @@ import httpx2
 import msgspec
 
 from queue_service.client.model import Event
-from queue_service.client.pauses import Timing
+from queue_service.client.timing import Timing
 from queue_service.errors import ConfigError, PayloadRefused, SendFailed
 
 T = TypeVar("T")

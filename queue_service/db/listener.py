@@ -7,13 +7,13 @@ upon it misses nothing that is committed later), and after every reconnection.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import psycopg
 from psycopg import sql
 
+from queue_service.backoff import Pauses, spread
 from queue_service.db.channels import Notice
 from queue_service.db.execute import translated
 from queue_service.db.pool import Connection, connect
@@ -25,7 +25,7 @@ log = get_logger(__name__)
 # A connection that answers neither notices nor a question for this long is given up.
 PING_INTERVAL = 10.0
 PING_DEADLINE = 5.0
-MAX_PAUSE = 5.0
+FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +43,27 @@ class Listener:
         self.connected = False
 
     async def notices(self) -> AsyncIterator[Notice | Gap]:
-        pause = 0.1
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE, jitter=spread)
         while True:
             conn = None
             try:
                 conn = await self._listen()
-                if pause > 0.1:
+                if pauses.count:
                     log.info("listening again")
-                pause, self.connected = 0.1, True
+                pauses.reset()
+                self.connected = True
                 yield Gap()
                 async for notice in self._read(conn):
                     yield notice
             except DatabaseUnavailable as lost:
-                if pause == 0.1:
+                if not pauses.count:
                     log.warning("listener lost its connection; polling until it is back", why=str(lost))
             finally:
                 self.connected = False
                 if conn is not None:
                     await conn.close()
             # Jitter: a restarted server must not be met by every listener at once.
-            await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311
-            pause = min(pause * 2, MAX_PAUSE)
+            await asyncio.sleep(pauses.next())
 
     async def _listen(self) -> Connection:
         conn = await connect(self._conninfo, application=self._application)

@@ -9,7 +9,6 @@ another session's locks, or one caller's trouble would be everyone's: it comes b
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Generic, TypeVar
 
 from psycopg import errors as pg
 
+from queue_service.backoff import Pauses, spread
 from queue_service.errors import DatabaseUnavailable
 
 A = TypeVar("A")
@@ -61,7 +61,7 @@ class Combiner(Generic[A, R]):
 
     async def __call__(self, item: A) -> R:
         """Raises DatabaseUnavailable where a lock was not let go of in time, and whatever `send` raises."""
-        pause, deadline = FIRST_PAUSE, time.monotonic() + PATIENCE
+        pauses, deadline = Pauses(FIRST_PAUSE, LAST_PAUSE, jitter=spread), time.monotonic() + PATIENCE
         while True:
             answer = await self._sent(item)
             if not isinstance(answer, Busy):
@@ -70,8 +70,8 @@ class Combiner(Generic[A, R]):
                 raise DatabaseUnavailable(
                     f"Another transaction has held what this needs ({self._name}) for {PATIENCE:g} s. Is one left open?"
                 )
-            await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - so that two who collide drift apart
-            pause = min(pause * 2, LAST_PAUSE)
+            # With jitter, so that two who collide drift apart.
+            await asyncio.sleep(pauses.next())
 
     async def _sent(self, item: A) -> R | Busy:
         future: asyncio.Future[R | Busy] = asyncio.get_running_loop().create_future()

@@ -26,7 +26,7 @@ from queue_service.worker.execution import Cause, Execution, told
 from queue_service.worker.finisher import Finisher, Outcome
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
-from queue_service.worker.handlers.process_child import Begun, Reported, Said, Settled
+from queue_service.worker.handlers.process_protocol import HandlerBegun, Message, ProgressReported, RunSettled
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
@@ -327,14 +327,14 @@ class Executor:
         while slot.cancelling():
             slot.uncancel()
 
-    def _heard(self, execution: Execution, task: Task[..., Any], said: Said) -> None:
-        """What the process of a handler says before its answer."""
-        match said:
-            case Begun():
+    def _received(self, execution: Execution, task: Task[..., Any], message: Message) -> None:
+        """What the process of a handler sends before its answer."""
+        match message:
+            case HandlerBegun():
                 execution.limit(task.timeout)
-            case Settled(ending):
+            case RunSettled(ending):
                 self.settle(execution.held.run, ending)
-            case Reported(progress):
+            case ProgressReported(progress):
                 self._reported(execution.held.run, progress)
 
     def _invoke(self, execution: Execution, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
@@ -343,8 +343,8 @@ class Executor:
             return called if isinstance(called, types.CoroutineType) else awaited(called)
         if task.process:
             execution.unbegun = True
-            heard = functools.partial(self._heard, execution, task)
-            return self._processes.run(task, run, given=execution.begin, heard=heard)
+            received = functools.partial(self._received, execution, task)
+            return self._processes.run(task, run, on_turn=execution.begin, on_message=received)
         return self._threads.run(run, functools.partial(task.function, **task.arguments(run)))
 
     def _invoke_batch(self, task: Task[..., Any], runs: list[Run]) -> Coroutine[Any, Any, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from psycopg import errors as pg
 
 from queue_service import codec
+from queue_service.backoff import Pauses
 from queue_service.db.execute import REFUSED
 from queue_service.db.pool import Wire
 from queue_service.errors import DatabaseUnavailable
@@ -168,7 +169,7 @@ class Finisher:
 
     async def _write(self, batch: _Batch, *, is_doubtful: bool = False) -> None:
         """Write it, but for what has to be set aside. Where that `is_doubtful`, it is looked at first."""
-        self._writing, pause = True, FIRST_PAUSE
+        self._writing, pauses = True, Pauses(FIRST_PAUSE, MAX_PAUSE)
         while True:
             try:
                 if is_doubtful:
@@ -185,10 +186,9 @@ class Finisher:
                 if not batch.uncertain:
                     log.warning("cannot write endings; trying until it works", runs=_size(batch), why=str(lost))
                 batch.uncertain = True
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, MAX_PAUSE)
+                await asyncio.sleep(pauses.next())
             else:
-                if pause > FIRST_PAUSE:
+                if pauses.count:
                     log.info("writing endings again")
                 self._leases.release(batch.freed)
                 if batch.laned or batch.limited:

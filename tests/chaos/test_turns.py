@@ -20,8 +20,8 @@ import pytest
 from queue_service import App, Event, Run, Snooze, Turn
 from queue_service.db.pool import Connection
 from queue_service.errors import DatabaseUnavailable, DeploymentDown
-from queue_service.worker.agent import Conversation, serve
-from queue_service.worker.supervisor import Supervisor
+from queue_service.supervisor import Supervisor
+from queue_service.supervisor.child import Conversation, serve
 from tests.support import eventually, one, rows
 
 TURNS = int(os.environ.get("QUEUE_SERVICE_CHAOS_TURNS", "200"))

@@ -31,7 +31,7 @@ from queue_service.cli import runs as runs_commands
 from queue_service.db import embedded, revision
 from queue_service.db.cluster import Cluster
 from queue_service.runs import walks
-from queue_service.worker.process import Worker
+from queue_service.worker.worker import Worker
 
 Invoke = Callable[..., Result]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import httpx2
 import pytest
 
+from queue_service.backoff import Pauses
 from queue_service.client import ChatClient
-from queue_service.client.pauses import Pauses, Timing
 from queue_service.client.stream import Lost
 from queue_service.client.wire import Pulse
 from queue_service.errors import ConfigError, NotConnected, SendFailed
@@ -176,20 +176,17 @@ class TestAFailedReconnectPost:
 
 
 class TestReconnecting:
-    def timing(self) -> Timing:
-        return Timing(first_pause=1.0, longest_pause=10.0, heartbeat_grace=3.0, answer_timeout=10.0)
-
     def test_pauses_double_up_to_the_longest_with_full_jitter(self) -> None:
-        widest = Pauses(self.timing(), jitter=lambda: 1.0)
+        widest = Pauses(1, 10, jitter=lambda: 1.0)
         assert [widest.next() for _ in range(6)] == [1, 2, 4, 8, 10, 10]
         widest.reset()
         assert widest.next() == 1
-        none = Pauses(self.timing(), jitter=lambda: 0.0)
+        none = Pauses(1, 10, jitter=lambda: 0.0)
         assert [none.next() for _ in range(3)] == [0, 0, 0]
         assert none.next(floor=2.5) == 2.5
 
     def test_pauses_go_on_for_ever(self) -> None:
-        pauses = Pauses(self.timing(), jitter=lambda: 1.0)
+        pauses = Pauses(1, 10, jitter=lambda: 1.0)
         assert {pauses.next() for _ in range(5_000)} == {1, 2, 4, 8, 10}
 
     async def test_once_it_succeeded_the_next_begins_with_the_first_pause(
@@ -197,7 +194,7 @@ class TestReconnecting:
     ) -> None:
         gateway.next["events"].extend([Answer(503)] * 3)
         await chat.connect()
-        assert (len(gateway.asked("events")), chat._stream._pauses._failures) == (4, 0)
+        assert (len(gateway.asked("events")), chat._stream._pauses.count) == (4, 0)
 
     async def test_waits_at_least_as_long_as_the_gateway_says(self, gateway: Gateway, chat: ChatClient) -> None:
         gateway.retry = 300

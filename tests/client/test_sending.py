@@ -78,7 +78,7 @@ class TestRetries:
         gateway.next["send"].append(Answer(status))
         receipt = await chat.send("s", {"text": "hi"}, client_message_id="m1")
         assert receipt.seq == 1
-        assert chat._sender._pauses._failures == 0
+        assert chat._sender._pauses.count == 0
         assert [request.body["client_message_id"] for request in gateway.asked("send")] == ["m1", "m1"]
 
     async def test_a_message_whose_receipt_was_lost_is_accepted_once(self, gateway: Gateway, chat: ChatClient) -> None:

@@ -19,7 +19,7 @@ import pytest
 from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError
-from queue_service.worker.handlers.process_child import Job
+from queue_service.worker.handlers.process_protocol import Job
 from queue_service.worker.handlers.processes import BOOT
 from tests.support import eventually, is_gone, one, working
 from tests.worker import tasks_for_tests

@@ -20,18 +20,26 @@ import msgspec
 
 from queue_service import logs
 from queue_service.logs import get_logger
+from queue_service.piped_process import PipedProcess
 from queue_service.runs.model import Run
 from queue_service.tasks import ProcessDied, Task
-from queue_service.worker.child import Child
 from queue_service.worker.finisher import Outcome
-from queue_service.worker.handlers.process_child import Begun, Ended, Job, Reported, Returned, Said, Settled
+from queue_service.worker.handlers.process_protocol import (
+    HandlerBegun,
+    Job,
+    Message,
+    ProgressReported,
+    RunEnded,
+    RunReturned,
+    RunSettled,
+)
 
 log = get_logger(__name__)
 
 # What is found before it can be asked for: our own package, where this process found it.
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
-    "from queue_service.worker.handlers.process_child import serve; serve(int(sys.argv[1]))"
+    "from queue_service.worker.handlers.process_main import serve; serve(int(sys.argv[1]))"
 )
 # How long a process may take to start and to import the task's module.
 STARTUP = 60.0
@@ -40,7 +48,7 @@ GRACE = 2.0
 # Around a result: the traceback of an error, and the names of fields.
 ENVELOPE = 256 * 1024
 
-_answer = msgspec.json.Decoder(Begun | Settled | Reported | Ended | Returned).decode
+_decode = msgspec.json.Decoder(HandlerBegun | RunSettled | ProgressReported | RunEnded | RunReturned).decode
 
 
 class Processes:
@@ -55,19 +63,19 @@ class Processes:
         self._living: set[_Process] = set()
 
     async def run(
-        self, task: Task[..., Any], run: Run, *, given: Callable[[], None], heard: Callable[[Said], None]
+        self, task: Task[..., Any], run: Run, *, on_turn: Callable[[], None], on_message: Callable[[Message], None]
     ) -> Outcome:
-        """The outcome of this run. `given` is called when it need wait no longer for its turn: from then on its handler may
-        be called at any moment. `heard` is told what its process says before the answer, first of all that it was. When
-        cancelled, the process is killed. Raises ProcessDied."""
+        """The outcome of this run. `on_turn` is called when it need not wait for a process any more: from then on its
+        handler may be called at any moment. `on_message` gets what its process sends before the answer,
+        first of all HandlerBegun. When cancelled, the process is killed. Raises ProcessDied."""
         job = self._job(task, run)
         async with self._places:
-            given()
+            on_turn()
             while True:
                 process = self._taken()
                 process.run = run
                 try:
-                    outcome = await process.do(job, heard)
+                    outcome = await process.do(job, on_message)
                 except BaseException as error:
                     process.kill()
                     # It died while it was idle, and that was noticed only now.
@@ -122,10 +130,10 @@ class _Process:
 
     def __init__(self, *, limit: int) -> None:
         self._limit = limit
-        self._child: Child | None = None
+        self._child: PipedProcess | None = None
         self._job: bytes | None = None
         self._answer: asyncio.Future[Outcome] | None = None
-        self._heard: Callable[[Said], None] = lambda _said: None
+        self._on_message: Callable[[Message], None] = lambda _message: None
         self._doomed = False
         self.has_begun = False
         self.served = 0
@@ -133,21 +141,21 @@ class _Process:
         self.has_ended = False
         self.life = asyncio.create_task(self._live())
 
-    async def do(self, job: bytes, heard: Callable[[Said], None]) -> Outcome:
-        """What this process answers to a job. `heard` is told what it says before. Until its handler has begun, STARTUP
+    async def do(self, job: bytes, on_message: Callable[[Message], None]) -> Outcome:
+        """What this process answers to a job. `on_message` gets what it sends before. Until its handler has begun, STARTUP
         bounds it, and then the caller does. Raises ProcessDied."""
         self._answer = asyncio.get_running_loop().create_future()
         self.has_begun = False
         try:
             async with asyncio.timeout(STARTUP) as patience:
 
-                def hear(said: Said) -> None:
-                    if isinstance(said, Begun):
+                def received(message: Message) -> None:
+                    if isinstance(message, HandlerBegun):
                         self.has_begun = True
                         patience.reschedule(None)
-                    heard(said)
+                    on_message(message)
 
-                self._heard = hear
+                self._on_message = received
                 if self._child is None:
                     self._job = job
                 else:
@@ -188,7 +196,7 @@ class _Process:
             log.warning("an idle process for handlers died", how=how)
 
     async def _ended(self) -> str:
-        child = await Child.spawn(
+        child = await PipedProcess.spawn(
             [sys.executable, "-c", BOOT, str(os.getpid()), json.dumps([str(path) for path in sys.path])],
             env=None, cwd=None, limit=self._limit, take=self._take, overrun=self._overrun,
         )  # fmt: skip
@@ -208,11 +216,11 @@ class _Process:
             self._child.resume()
         # What cannot be read was printed while Python started: later, what is printed goes elsewhere.
         with contextlib.suppress(msgspec.DecodeError):
-            said = _answer(line)
-            if not isinstance(said, (Ended, Returned)):
-                self._heard(said)
+            message = _decode(line)
+            if not isinstance(message, (RunEnded, RunReturned)):
+                self._on_message(message)
             elif self._answer is not None and not self._answer.done():
-                self._answer.set_result(said.outcome)
+                self._answer.set_result(message.outcome)
 
     def _overrun(self, how: str) -> None:
         if self._answer is not None and not self._answer.done():

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from queue_service import codec
+from queue_service.backoff import Pauses
 from queue_service.db.borrowed import AsyncBorrowed, SyncBorrowed, borrow
 from queue_service.db.execute import DEADLINE
 from queue_service.db.lending import Lender
@@ -85,14 +86,14 @@ class Transaction(Generic[A, S]):
         self._ended(ending)
 
     async def _was_committed(self) -> bool:
-        for pause in self._pauses():
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
+        while True:
             try:
                 async with self._lender.connection() as conn:
                     return await drive(self._look(), _asynchronous(conn))
             except DatabaseUnavailable as lost:
-                self._tell(lost, pause)
-                await asyncio.sleep(pause)
-        raise AssertionError("unreachable")
+                self._log_doubt(lost, pauses)
+                await asyncio.sleep(pauses.next())
 
     def __enter__(self) -> S:
         self._check_is_ours()
@@ -123,14 +124,14 @@ class Transaction(Generic[A, S]):
         return None
 
     def _was_committed_sync(self) -> bool:
-        for pause in self._pauses():
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
+        while True:
             try:
                 with self._lender.blocking() as conn:
                     return drive_sync(self._look(), _blocking(conn))
             except DatabaseUnavailable as lost:
-                self._tell(lost, pause)
-                time.sleep(pause)
-        raise AssertionError("unreachable")
+                self._log_doubt(lost, pauses)
+                time.sleep(pauses.next())
 
     def _finish(self) -> Steps[Ending]:
         """The last statements of the transaction. Raises ClaimLost, and PayloadRefused for the result."""
@@ -155,19 +156,12 @@ class Transaction(Generic[A, S]):
         if self._run.cancelled:
             raise ClaimLost(*self._run.claim)
 
-    def _tell(self, lost: DatabaseUnavailable, pause: float) -> None:
-        if pause == FIRST_PAUSE:
+    def _log_doubt(self, lost: DatabaseUnavailable, pauses: Pauses) -> None:
+        if not pauses.count:
             log.warning(
                 "cannot find out whether a handler's transaction was committed; trying until it works",
                 run_id=self._run.id, task=self._run.task, why=str(lost),
             )  # fmt: skip
-
-    @staticmethod
-    def _pauses() -> Iterator[float]:
-        pause = FIRST_PAUSE
-        while True:
-            yield pause
-            pause = min(pause * 2, MAX_PAUSE)
 
 
 def _asynchronous(conn: Any) -> AsyncBorrowed:

@@ -13,43 +13,30 @@ import signal
 from collections.abc import Awaitable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import msgspec
-import psycopg
 
 from queue_service.app import App
-from queue_service.db.execute import REFUSED
 from queue_service.errors import (
     ConfigError,
-    DatabaseUnavailable,
     DeploymentDown,
-    PayloadRefused,
-    SchemaMismatch,
-    StreamEnded,
 )
 from queue_service.logs import get_logger
+from queue_service.piped_process import PipedProcess
+from queue_service.supervisor.protocol import BeatLine, ReadyLine, decoded, may_end_a_turn
+from queue_service.supervisor.writer import Writer
 from queue_service.tasks import duration
 from queue_service.turns.model import Turn, TurnFailure
 from queue_service.words import check_word
-from queue_service.worker.agent import Beat, Ready
-from queue_service.worker.child import Child, decoded, may_end_a_turn
-from queue_service.worker.scribe import Scribe
 
 log = get_logger(__name__)
 
-T = TypeVar("T")
-
 # Signs of life reach the database this far apart, in seconds, however many are given.
 PULSE = 0.25
-# Between two tries to reach the database, in seconds.
-FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
-# What cannot be stored however often it is sent.
-HOPELESS = (ConfigError, PayloadRefused, StreamEnded, *REFUSED)
-LOST = (DatabaseUnavailable, SchemaMismatch, psycopg.Error)
 
 
-class Ended(NamedTuple):
+class ChildEnd(NamedTuple):
     """How a child ended: `killed by SIGKILL` or `exit code 3`, whether it was stopped, and the turns that failed by it."""
 
     reason: str
@@ -85,15 +72,15 @@ class Supervisor:
         self._cwd = cwd
         self._grace = duration(grace, "grace").total_seconds()
         self._log = log.bind(deployment=deployment)
-        self._child: Child | None = None
-        self._life: asyncio.Task[Ended] | None = None
+        self._child: PipedProcess | None = None
+        self._life: asyncio.Task[ChildEnd] | None = None
         self._ready = self._stopping = False
         # Why we ended the child ourselves, where it broke the protocol.
         self._fault: str | None = None
         self._how: str | None = None
         self._gone = asyncio.Event()
         self._heard = asyncio.Event()
-        self._scribe = Scribe(app, deployment, late=self._tell_late, done=self._resume)
+        self._writer = Writer(app, deployment, late=self._tell_late, done=self._resume)
 
     # For whoever has turns
 
@@ -117,13 +104,13 @@ class Supervisor:
         try:
             # A reply may exceed the limit for what is stored: its turn then ends with an error that says so.
             limit = 8 * self._app.settings.payload_limit + 65_536
-            self._child = await Child.spawn(
+            self._child = await PipedProcess.spawn(
                 self._command, env=self._env, cwd=self._cwd, limit=limit, take=self._take, overrun=self._give_up
             )
         except (OSError, ValueError) as refused:
             why = refused.strerror if isinstance(refused, OSError) and refused.strerror else str(refused)
             self._log.error("a deployment's child could not be started", why=why)
-            await self._scribe.fail_all(TurnFailure("worker_startup_failed", reason=f"could not be started: {why}"))
+            await self._writer.fail_all(TurnFailure("worker_startup_failed", reason=f"could not be started: {why}"))
             raise ConfigError(
                 f"The child of deployment {self.deployment!r} could not be started: {why}. Its turns were ended. Check "
                 f"that {self._command[0]!r} is an executable file and that its working directory exists."
@@ -143,12 +130,12 @@ class Supervisor:
         line = msgspec.json.encode({"type": "turn", **fields, "payload": payload})
         if self._child is None or self._how is not None or self._stopping or self._fault is not None:
             raise self._down(turn)
-        self._scribe.expect(turn.message_id, turn.stream)
+        self._writer.expect(turn.message_id, turn.stream)
         self._child.write(line)
         if not await self._child.written():
             raise self._down(turn)
 
-    async def wait(self) -> Ended:
+    async def wait(self) -> ChildEnd:
         """How the child ended, once its turns have been ended too. Cancelling this leaves the child alone."""
         if self._life is None:
             raise ConfigError(f"The child of {self.deployment!r} was not started.")
@@ -168,14 +155,14 @@ class Supervisor:
         await asyncio.wait([self._life], timeout=max(self._grace, 1.0))
         if not self._life.done():
             self._log.error(
-                "gave up what a child left to be stored; the deadline ends its turns", lines=self._scribe.left
+                "gave up what a child left to be stored; the deadline ends its turns", lines=self._writer.left
             )
             self._life.cancel()
             await asyncio.wait([self._life])
 
     # The child's life
 
-    async def _live(self, child: Child) -> Ended:
+    async def _live(self, child: PipedProcess) -> ChildEnd:
         try:
             try:
                 await self._until_stored(child)
@@ -184,16 +171,16 @@ class Supervisor:
                 self._give_up("its supervisor failed")
                 self._how = self._how or "given up"
                 failure = TurnFailure("internal_error", reason=f"supervisor: {type(broken.exceptions[0]).__name__}")
-                await self._scribe.fail_all(failure)
+                await self._writer.fail_all(failure)
                 raise broken.exceptions[0] from None
             reason = self._fault or self._how or ""
             if self._stopping:
                 self._log.info("a deployment's child was stopped", how=self._how)
-                return Ended(reason, deliberate=True, message_ids=[])
+                return ChildEnd(reason, deliberate=True, message_ids=[])
             code = "worker_died" if self._ready else "worker_startup_failed"
             self._log.error("a deployment's child ended by itself", reason=reason)
-            return Ended(
-                reason, deliberate=False, message_ids=await self._scribe.fail_all(TurnFailure(code, reason=reason))
+            return ChildEnd(
+                reason, deliberate=False, message_ids=await self._writer.fail_all(TurnFailure(code, reason=reason))
             )
         finally:
             if self._how is None:
@@ -202,18 +189,18 @@ class Supervisor:
                 self._signal(signal.SIGKILL)
             child.close()
 
-    async def _until_stored(self, child: Child) -> None:
+    async def _until_stored(self, child: PipedProcess) -> None:
         """Until the child has ended and all that it said before is stored."""
         async with asyncio.TaskGroup() as group:
             pulse = group.create_task(self._pulse())
-            storing = group.create_task(self._scribe.run())
+            storing = group.create_task(self._writer.run())
             how = await child.ended()
             # From here on nothing is sent: a turn that comes now is not among those that fail with this child.
             self._how = how
             self._gone.set()
             pulse.cancel()
             await child.silent()
-            self._scribe.close()
+            self._writer.close()
             await storing
 
     def _take(self, line: bytes) -> None:
@@ -230,12 +217,12 @@ class Supervisor:
                 # It would leave a turn without an ending for as long as the child gives signs of life.
                 self._give_up("it wrote an answer that cannot be read")
             return
-        if isinstance(said, Ready):
+        if isinstance(said, ReadyLine):
             self._ready = True
         elif said is None:
             self._log.warning("a child said something unknown; is it newer than this?", bytes=len(line))
-        elif not isinstance(said, Beat):
-            self._scribe.put(said)
+        elif not isinstance(said, BeatLine):
+            self._writer.put(said)
 
     def _resume(self) -> None:
         if self._child is not None:
@@ -284,7 +271,7 @@ class Supervisor:
             "Start another Supervisor for it, and send the turn again if it is still live."
         )
 
-    def _report(self, life: asyncio.Task[Ended]) -> None:
+    def _report(self, life: asyncio.Task[ChildEnd]) -> None:
         if not life.cancelled() and life.exception() is not None:
             self._log.error("a supervisor has failed", why=repr(life.exception()))
 

@@ -25,12 +25,21 @@ from queue_service.app import App
 from queue_service.db.lending import Lender
 from queue_service.db.url import Server
 from queue_service.errors import ConfigError
+from queue_service.piped_process import die_with_parent, taken_pipes
 from queue_service.runs import context
-from queue_service.runs.model import Ending, Return, Run
+from queue_service.runs.model import Ending, Run
 from queue_service.tasks import Retry, Task
-from queue_service.worker.agent import die_with_parent, taken_pipes
 from queue_service.worker.finisher import Outcome
 from queue_service.worker.handlers import results
+from queue_service.worker.handlers.process_protocol import (
+    HandlerBegun,
+    Job,
+    Message,
+    ProgressReported,
+    RunEnded,
+    RunReturned,
+    RunSettled,
+)
 from queue_service.worker.handlers.transaction import Transaction
 
 # The program of the worker, imported under this name, does not take itself for the program of this process.
@@ -40,48 +49,6 @@ LINGER = 1.0
 # Seconds between what is passed on of a handler's reports.
 REPORTS = 0.1
 
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A run to execute, and where its task is found. `conninfo` is the database that the worker is connected to, `logging`
-    the level and the format if its log was configured by us."""
-
-    module: str
-    main: str | None
-    main_file: str | None
-    run: Run
-    conninfo: str
-    limit: int
-    max_attempts: int
-    worker_id: int
-    logging: tuple[str, str] | None = None
-
-
-class Begun(msgspec.Struct, frozen=True, tag="begun"):
-    """The handler is called now."""
-
-
-class Settled(msgspec.Struct, frozen=True, tag="settled"):
-    """The handler has ended its run, in a transaction of its own."""
-
-    ending: Ending
-
-
-class Reported(msgspec.Struct, frozen=True, tag="reported"):
-    """A JSON object of value and note."""
-
-    progress: str
-
-
-class Ended(msgspec.Struct, frozen=True, tag="ended"):
-    outcome: Ending
-
-
-class Returned(msgspec.Struct, frozen=True, tag="returned"):
-    outcome: Return
-
-
-# What is said before the answer.
-Said = Begun | Settled | Reported
 
 _job = msgspec.json.Decoder(Job).decode
 _encode = msgspec.json.Encoder().encode
@@ -99,7 +66,7 @@ def serve(parent: int) -> None:
         target=_listen, args=(BufferedReader(incoming), lines), name="queue_service jobs", daemon=True
     ).start()
     while (line := lines.get()) is not None:
-        _say(out, _executed(_job(line), out))
+        _send(out, _executed(_job(line), out))
 
 
 def _listen(incoming: BufferedReader, lines: SimpleQueue[bytes | None]) -> None:
@@ -111,7 +78,7 @@ def _listen(incoming: BufferedReader, lines: SimpleQueue[bytes | None]) -> None:
     os._exit(1)
 
 
-def _executed(job: Job, outgoing: BufferedWriter) -> Ended | Returned:
+def _executed(job: Job, outgoing: BufferedWriter) -> RunEnded | RunReturned:
     run = job.run
     if job.logging != logs.configured and job.logging is not None:
         logs.configure(level=job.logging[0], fmt=job.logging[1])
@@ -121,15 +88,15 @@ def _executed(job: Job, outgoing: BufferedWriter) -> Ended | Returned:
     try:
         task = _found(job.module, run.task, job.main, job.main_file, job.conninfo)
         retry = task.retry
-        _say(outgoing, Begun())
-        with _Seat(job, outgoing) as seat, context.registered(seat.find):
+        _send(outgoing, HandlerBegun())
+        with _Context(job, outgoing) as found, context.registered(found.find):
             outcome: Outcome = results.returned(run, task.function(**task.arguments(run)), limit=job.limit)
     except BaseException as error:  # noqa: BLE001 - whatever a handler raises is its run's failure
         outcome = results.raised(run, retry, error)
-    return Ended(outcome) if isinstance(outcome, Ending) else Returned(outcome)
+    return RunEnded(outcome) if isinstance(outcome, Ending) else RunReturned(outcome)
 
 
-class _Seat:
+class _Context:
     """What the handler of this run can ask for. What it reports is passed on ten times a second at most, and once it has
     ended, nothing is: the worker would take it for the next run's."""
 
@@ -154,7 +121,7 @@ class _Seat:
         job = self._job
         return Transaction(
             job.run, conn, lender=_lender(job.conninfo), worker_id=job.worker_id, limit=job.limit,
-            ended=lambda ending: self._pass_on(Settled(ending)),
+            ended=lambda ending: self._pass_on(RunSettled(ending)),
         )  # fmt: skip
 
     def report(self, progress: str) -> bool:
@@ -170,12 +137,12 @@ class _Seat:
         with self._changing:
             newest, self._newest = self._newest, None
         if newest is not None:
-            self._pass_on(Reported(newest))
+            self._pass_on(ProgressReported(newest))
 
-    def _pass_on(self, said: Settled | Reported) -> None:
+    def _pass_on(self, message: RunSettled | ProgressReported) -> None:
         with self._changing:
             if not self._over:
-                _say(self._outgoing, said)
+                _send(self._outgoing, message)
 
 
 @functools.cache
@@ -183,8 +150,8 @@ def _lender(conninfo: str) -> Lender:
     return Lender(conninfo, size=1)
 
 
-def _say(outgoing: BufferedWriter, said: Said | Ended | Returned) -> None:
-    outgoing.write(_encode(said) + b"\n")
+def _send(outgoing: BufferedWriter, message: Message | RunEnded | RunReturned) -> None:
+    outgoing.write(_encode(message) + b"\n")
     outgoing.flush()
 
 

@@ -8,48 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Self, cast
 
-import msgspec
-
-from queue_service.worker.agent import Beat, Event, Fail, Ready, Reply, Restore, Said, Withhold
-
-Line = Ready | Beat | Event | Reply | Fail | Withhold | Restore
-
-_read_line = msgspec.json.Decoder(Line).decode
-_read_type = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_KNOWN = {f'"{kind.__name__.lower()}"'.encode() for kind in (Ready, Beat, Event, Reply, Fail, Withhold, Restore)}
+PR_SET_PDEATHSIG = 1
 
 # After the child's end, whoever else holds its output is listened to for this long, in seconds.
 LINGER = 1.0
 
 
-def decoded(line: bytes) -> Said | None:
-    """What a line says; None for a type that is not known here. ValueError or RecursionError for what cannot be read."""
-    try:
-        said: Said = _read_line(line)
-    except msgspec.ValidationError:
-        if bytes(_read_type(line).get("type", msgspec.Raw(b""))) in _KNOWN:
-            raise
-        return None
-    except msgspec.DecodeError:
-        # NaN and lone surrogates are no JSON, but some encoders write them, and an answer is stored without them.
-        said = msgspec.convert(json.loads(line.decode(errors="replace")), Line)
-    return said
-
-
-def may_end_a_turn(line: bytes) -> bool:
-    """Whether a line that cannot be read may have been meant to."""
-    return b'"reply"' in line or b'"fail"' in line
-
-
-class Child:
+class PipedProcess:
     """A running process. `take` is called with each line it writes, `overrun` with a sentence if one is too long."""
 
     def __init__(self, process: asyncio.subprocess.Process, output: _Output, incoming: _Input) -> None:
@@ -225,3 +199,23 @@ class _Output(asyncio.Protocol):
             self._overrun(f"it wrote a line of more than {self._limit:,} bytes")
         elif line and not line.isspace():
             self._take(line)
+
+
+# The other side: in the child itself
+
+
+def taken_pipes() -> tuple[FileIO, FileIO]:
+    """Our standard input and output, under numbers of their own that no process started here inherits: what is printed goes
+    to standard error, and what is run here neither reads our lines nor holds our pipes open."""
+    incoming, outgoing = FileIO(os.dup(0), "rb"), FileIO(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    os.close(nothing)
+    return incoming, outgoing
+
+
+def die_with_parent() -> None:
+    """On Linux even a child that is stopped, or blocks its loop, does not outlive the supervisor's process."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -34,8 +34,8 @@ from queue_service.worker.dump import Dump
 from queue_service.worker.endpoint import Endpoint
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher, Tally
+from queue_service.worker.handlers.context import HandlerContexts
 from queue_service.worker.handlers.processes import Processes
-from queue_service.worker.handlers.seats import Seats
 from queue_service.worker.handlers.threads import Threads
 from queue_service.worker.health import Health
 from queue_service.worker.keeper import Keeper
@@ -107,7 +107,7 @@ class Worker:
                 )  # fmt: skip
                 parts = self._parts = _Parts(self, self.id, endpoint)
                 try:
-                    with context.registered(parts.seats.find):
+                    with context.registered(parts.contexts.find):
                         await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
                     with contextlib.suppress(DatabaseUnavailable, TimeoutError):
@@ -176,7 +176,7 @@ class _Parts:
             app.conninfo, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
             on_lost=self._lose, on_cancel=self._cancel,
         )  # fmt: skip
-        self.seats = Seats(app, self.executors, worker_id=worker_id, settings=settings)
+        self.contexts = HandlerContexts(app, self.executors, worker_id=worker_id, settings=settings)
         self._lag = LagWatch(self._run_of)
         self._maintenance = Maintenance(app, settings)
         self._slots: set[asyncio.Task[None]] = set()
@@ -195,7 +195,7 @@ class _Parts:
                 background = [
                     self._start(self._keeper.run()),
                     self._start(self._lag.run()),
-                    self._start(self.seats.reports.run()),
+                    self._start(self.contexts.reports.run()),
                     self._start(self._listen()),
                     *map(self._start, self._maintenance.loops()),
                 ]
@@ -217,7 +217,7 @@ class _Parts:
         finally:
             self._threads.close()
             await self._processes.close()
-            await self.seats.lender.close()
+            await self.contexts.lender.close()
             await self._claiming.close()
             await self._finishing.close()
 
@@ -300,7 +300,7 @@ class _Parts:
         return next((run for each in self.executors.values() if (run := each.run_of(task)) is not None), None)
 
     def _reported(self, run: Run, progress: str) -> None:
-        self.seats.reports.put(run, progress)
+        self.contexts.reports.put(run, progress)
 
     def _free(self, laned: set[str], limited: set[str]) -> None:
         self.claimer.free(laned, limited)

@@ -1,4 +1,4 @@
-"""What a worker does for the handlers it executes, when they ask: transactions of their own, and what they report."""
+"""What a worker does for the handlers it executes when they ask: transactions that end their run, and progress."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from queue_service.app import App
 from queue_service.db.lending import Lender
 from queue_service.errors import ConfigError
 from queue_service.runs.model import Ending, Run
 from queue_service.settings import Settings
-from queue_service.worker.executor import Executor
 from queue_service.worker.handlers.transaction import Transaction
 from queue_service.worker.reports import Reports
 
 
-class Seats:
-    """Finds the seat of a run, from any thread; the rest belongs to the event loop that this is made on."""
+class Executing(Protocol):
+    """Those who execute the handlers of one queue. The first two may be called from any thread."""
 
-    def __init__(self, app: App, executors: Mapping[str, Executor], *, worker_id: int, settings: Settings) -> None:
+    def executes(self, run: Run) -> bool: ...
+    def has_ended(self, run: Run) -> bool: ...
+    def settle(self, run: Run, ending: Ending) -> None: ...
+
+
+class HandlerContexts:
+    """Finds the context of a run, from any thread; the rest belongs to the event loop that this is made on."""
+
+    def __init__(self, app: App, executors: Mapping[str, Executing], *, worker_id: int, settings: Settings) -> None:
         self.loop = asyncio.get_running_loop()
         self.lender = Lender(app.conninfo, size=settings.pool_size, loop=self.loop)
         self.reports = Reports(app.fetch, is_executed=lambda run: self.find(run) is not None)
@@ -29,17 +36,17 @@ class Seats:
         self.limit = settings.payload_limit
         self._executors = executors
 
-    def find(self, run: Run) -> Seat | None:
+    def find(self, run: Run) -> HandlerContext | None:
         executor = self._executors.get(run.queue)
-        return None if executor is None or not executor.executes(run) else Seat(self, executor, run)
+        return None if executor is None or not executor.executes(run) else HandlerContext(self, executor, run)
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """Of one run, whose handler is at work."""
+class HandlerContext:
+    """The execution of one run's handler, as RunContext says."""
 
-    seats: Seats
-    executor: Executor
+    contexts: HandlerContexts
+    executor: Executing
     run: Run
 
     def transaction(self, conn: Any) -> Transaction[Any, Any]:
@@ -48,21 +55,26 @@ class Seat:
                 f"Run {self.run.id} has ended with the transaction of its handler before. Write all in one block, or use "
                 "run.assert_held(conn) in those before the last."
             )
-        seats = self.seats
+        contexts = self.contexts
         return Transaction(
-            self.run, conn, lender=seats.lender, worker_id=seats.worker_id, limit=seats.limit, ended=self._ended
+            self.run,
+            conn,
+            lender=contexts.lender,
+            worker_id=contexts.worker_id,
+            limit=contexts.limit,
+            ended=self._ended,
         )
 
     def report(self, progress: str) -> bool:
         if self.run.cancelled or self.executor.has_ended(self.run):
             return False
-        self.seats.reports.put(self.run, progress)
+        self.contexts.reports.put(self.run, progress)
         return True
 
     def _ended(self, ending: Ending) -> None:
-        if asyncio._get_running_loop() is self.seats.loop:  # noqa: SLF001 - None in a thread, where the public one raises
+        if asyncio._get_running_loop() is self.contexts.loop:  # noqa: SLF001 - None in a thread, where the public one raises
             self.executor.settle(self.run, ending)
         else:
             # A closed loop: the worker is gone, and nobody is left to be told.
             with contextlib.suppress(RuntimeError):
-                self.seats.loop.call_soon_threadsafe(self.executor.settle, self.run, ending)
+                self.contexts.loop.call_soon_threadsafe(self.executor.settle, self.run, ending)

@@ -1,100 +1,56 @@
-"""The child's side of the supervisor's protocol: one JSON object a line, in on standard input, out on standard output.
+"""The child's side of the supervisor's protocol, for a child in Python: `serve`.
 
-To the child: `turn`, `late` (an answer to these messages came too late and was dropped), `stop`. From the child: the
-structs below. A child ends when its standard input does: its supervisor is gone then, and nobody hears it any more.
-`serve` is all of this for a child in Python; any other program may speak it.
+A child ends when its standard input does: its supervisor is gone then, and nobody reads what it writes any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from io import FileIO
 from typing import Any
 
 import msgspec
 
 from queue_service.logs import get_logger
+from queue_service.piped_process import die_with_parent, taken_pipes
+from queue_service.supervisor.protocol import (
+    BeatLine,
+    ChildLine,
+    EventLine,
+    FailLine,
+    ReadyLine,
+    ReplyLine,
+    RestoreLine,
+    TurnGiven,
+    WithholdLine,
+)
 from queue_service.turns.model import TurnFailure
 
 log = get_logger(__name__)
 
 MAX_LINE = 64 * 1024 * 1024
-PR_SET_PDEATHSIG = 1
-
-
-class Said(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
-    """A line of the child."""
-
-
-class Ready(Said, frozen=True): ...
-
-
-class Beat(Said, frozen=True): ...
-
-
-class Event(Said, frozen=True):
-    message_id: str
-    kind: str
-    body: Any = None
-
-
-class Reply(Said, frozen=True):
-    message_ids: list[str]
-    body: Any
-
-
-class Fail(Said, frozen=True):
-    message_id: str
-    code: str
-    message: str | None = None
-    reason: str | None = None
-
-
-class Withhold(Said, frozen=True):
-    code: str
-    reason: str | None = None
-
-
-class Restore(Said, frozen=True): ...
-
-
-class TurnGiven(msgspec.Struct, frozen=True):
-    """A turn as the child gets it."""
-
-    message_id: str
-    stream: str
-    payload: Any
-    platform: str = "api"
-    channel_id: str | None = None
-    user_id: str | None = None
-    organization_id: str | None = None
-    metadata: Mapping[str, Any] = {}
 
 
 class Conversation:
     """What a handler works with: the turn it was given, and what it may say before it answers."""
 
-    def __init__(self, turn: TurnGiven, say: Callable[[Said], Awaitable[None]]) -> None:
+    def __init__(self, turn: TurnGiven, say: Callable[[ChildLine], Awaitable[None]]) -> None:
         self.turn = turn
         self._say = say
 
     async def event(self, kind: str, body: Any = None) -> None:
         """Append an event to the stream of the turn."""
-        await self._say(Event(self.turn.message_id, kind, body))
+        await self._say(EventLine(self.turn.message_id, kind, body))
 
     async def withhold(self, code: str, reason: str | None = None) -> None:
         """The provider failed: unless it recovers, the turns of this deployment end with this code."""
-        await self._say(Withhold(code, reason))
+        await self._say(WithholdLine(code, reason))
 
     async def restore(self) -> None:
         """The provider recovered."""
-        await self._say(Restore())
+        await self._say(RestoreLine())
 
 
 Handler = Callable[[Conversation], Awaitable[Mapping[str, Any] | TurnFailure]]
@@ -133,7 +89,7 @@ class _Child:
 
     async def _serve(self) -> None:
         async with _pipes() as (lines, self._out):
-            await self._say(Ready())
+            await self._say(ReadyLine())
             beating = asyncio.create_task(self._beats())
             reading = asyncio.create_task(self._read(lines))
             stopping = asyncio.create_task(self._stopped.wait())
@@ -168,17 +124,17 @@ class _Child:
             log.exception("a turn's handler failed", message_id=turn.message_id)
             answer = TurnFailure("internal_error", reason=type(error).__name__)
         if isinstance(answer, TurnFailure):
-            await self._say(Fail(turn.message_id, answer.code, answer.message, answer.reason))
+            await self._say(FailLine(turn.message_id, answer.code, answer.message, answer.reason))
         else:
-            await self._say(Reply([turn.message_id], answer))
+            await self._say(ReplyLine([turn.message_id], answer))
 
     async def _beats(self) -> None:
         while True:
             await asyncio.sleep(self._beat)
             if self._working:
-                await self._say(Beat())
+                await self._say(BeatLine())
 
-    async def _say(self, said: Said) -> None:
+    async def _say(self, said: ChildLine) -> None:
         # A supervisor that is gone is noticed at the end of standard input.
         with contextlib.suppress(ConnectionError):
             self._out.write(msgspec.json.encode(said) + b"\n")
@@ -203,20 +159,3 @@ async def _pipes() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWr
         reading.close()
         with contextlib.suppress(ConnectionError):
             await out.wait_closed()
-
-
-def taken_pipes() -> tuple[FileIO, FileIO]:
-    """Our standard input and output, under numbers of their own that no process started here inherits: what is printed goes
-    to standard error, and what is run here neither reads our lines nor holds our pipes open."""
-    incoming, outgoing = FileIO(os.dup(0), "rb"), FileIO(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    os.close(nothing)
-    return incoming, outgoing
-
-
-def die_with_parent() -> None:
-    """On Linux even a child that is stopped, or blocks its loop, does not outlive the supervisor's process."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import psycopg
 
 from queue_service.app import App
+from queue_service.backoff import Pauses
 from queue_service.db.execute import REFUSED
 from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, SchemaMismatch, StreamEnded
 from queue_service.logs import get_logger
+from queue_service.supervisor.protocol import ChildLine, EventLine, FailLine, ReplyLine, RestoreLine, WithholdLine
 from queue_service.turns.model import TurnFailure, known_code
-from queue_service.worker.agent import Event, Fail, Reply, Restore, Said, Withhold
 
 log = get_logger(__name__)
 
@@ -29,7 +30,7 @@ HOPELESS = (ConfigError, PayloadRefused, StreamEnded, *REFUSED)
 LOST = (DatabaseUnavailable, SchemaMismatch, psycopg.Error)
 
 
-class Scribe:
+class Writer:
     """`late` is told of turns whose answer came after their ending; `done` is called when there is room for more."""
 
     def __init__(
@@ -40,11 +41,11 @@ class Scribe:
         self._late = late
         self._done = done
         self._log = log.bind(deployment=deployment)
-        self._inbox: list[Said] = []
+        self._inbox: list[ChildLine] = []
         self._news = asyncio.Event()
         self._closed = False
         self._streams: dict[str, str] = {}
-        self._withheld: Withhold | None = None
+        self._withheld: WithholdLine | None = None
 
     @property
     def left(self) -> int:
@@ -57,7 +58,7 @@ class Scribe:
             # Armed since the provider failed, it would be extended by every beat.
             self.put(self._withheld)
 
-    def put(self, said: Said) -> None:
+    def put(self, said: ChildLine) -> None:
         self._inbox.append(said)
         self._news.set()
 
@@ -73,7 +74,7 @@ class Scribe:
             said, self._inbox = self._inbox, []
             events: dict[str, list[tuple[str, Any]]] = {}
             for each in said:
-                if isinstance(each, Event):
+                if isinstance(each, EventLine):
                     self._collect(each, events)
                 else:
                     await self._append(events)
@@ -82,7 +83,7 @@ class Scribe:
             if not self._inbox:
                 self._done()
 
-    def _collect(self, event: Event, events: dict[str, list[tuple[str, Any]]]) -> None:
+    def _collect(self, event: EventLine, events: dict[str, list[tuple[str, Any]]]) -> None:
         stream = self._streams.get(event.message_id)
         if stream is None:
             self._log.warning("an event of no turn of this child was dropped", message_id=event.message_id)
@@ -105,21 +106,21 @@ class Scribe:
             else:
                 self._log.warning("an event was refused", stream=stream, why=type(refused).__name__)
 
-    async def _answer(self, said: Said) -> None:
+    async def _answer(self, said: ChildLine) -> None:
         try:
             match said:
-                case Reply(message_ids, body):
+                case ReplyLine(message_ids, body):
                     await self._end(
                         message_ids, lambda: self._app.turns.commit_reply(self._deployment, message_ids, body)
                     )
-                case Fail(message_id, code, message, reason):
+                case FailLine(message_id, code, message, reason):
                     failure = TurnFailure(known_code(code) or code, message, reason)
                     await self._end([message_id], lambda: self._fail_one(message_id, failure))
-                case Withhold(code, reason):
-                    self._withheld = Withhold(known_code(code) or code, reason)
+                case WithholdLine(code, reason):
+                    self._withheld = WithholdLine(known_code(code) or code, reason)
                     code = self._withheld.code
                     await self._persist("withhold", lambda: self._app.turns.withhold(self._deployment, code, reason))
-                case Restore():
+                case RestoreLine():
                     self._withheld = None
                     await self._persist("restore", lambda: self._app.turns.restore(self._deployment))
         except HOPELESS as refused:
@@ -149,7 +150,7 @@ class Scribe:
     async def _persist(self, what: str, write: Callable[[], Awaitable[T]]) -> T:
         """Try until the database takes it. A write whose answer was lost may be made twice: an ending then counts once,
         and an event comes twice."""
-        pause = FIRST_PAUSE
+        pauses = Pauses(FIRST_PAUSE, LAST_PAUSE)
         while True:
             try:
                 return await write()
@@ -157,5 +158,4 @@ class Scribe:
                 raise
             except LOST as lost:
                 self._log.error("the database did not take what a child left; trying again", what=what, why=repr(lost))
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_PAUSE)
+            await asyncio.sleep(pauses.next())

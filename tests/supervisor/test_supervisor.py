@@ -22,9 +22,8 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import ConfigError, DeploymentDown
 from queue_service.settings import load
+from queue_service.supervisor import Supervisor, supervisor
 from queue_service.turns import queries
-from queue_service.worker import supervisor
-from queue_service.worker.supervisor import Supervisor
 from tests.support import eventually, one, rows
 
 CHILD = [sys.executable, str(Path(__file__).with_name("child_for_tests.py"))]
@@ -495,7 +494,7 @@ def _runs(pid: int) -> bool:
 SUPERVISING = """
 import asyncio, sys
 from queue_service import App
-from queue_service.worker.supervisor import Supervisor
+from queue_service.supervisor import Supervisor
 async def main():
     async with App(sys.argv[1]) as app, Supervisor(app, "d", sys.argv[2:]) as child:
         print(child.pid, flush=True)
@@ -504,7 +503,7 @@ asyncio.run(main())
 """
 AGENT = """
 import asyncio
-from queue_service.worker.agent import serve
+from queue_service.supervisor.child import serve
 async def echo(conversation):
     await conversation.event("delta", {"text": "..."})
     print("for standard error")

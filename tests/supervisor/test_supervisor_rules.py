@@ -12,7 +12,7 @@ import pytest
 from queue_service import App, Outcome, Turn
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError
-from queue_service.worker.supervisor import Supervisor
+from queue_service.supervisor import Supervisor
 from tests.support import eventually, one, refusing, rows
 
 CHILD = [sys.executable, str(Path(__file__).with_name("child_for_tests.py"))]
@@ -106,7 +106,7 @@ async def test_a_supervisor_that_fails_itself_ends_its_child_and_its_turns_and_t
 
     child = Supervisor(app, "d", CHILD)
     await child.start()
-    monkeypatch.setattr(child._scribe, "_answer", lambda _: broken())
+    monkeypatch.setattr(child._writer, "_answer", lambda _: broken())
     await given(app, child, ["reply", {}])
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         await child.wait()
