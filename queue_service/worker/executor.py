@@ -99,15 +99,24 @@ class Executor:
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
 
-    def wanted(self, *, ahead: bool = True) -> int:
+    def wants(self, *, ahead: bool = True) -> int:
         """How many runs to claim now: what free slots take, and `ahead` of them only what will be begun within moments."""
-        self._measure()
         # In whole batches: what is less would be begun as a smaller batch than could be claimed a moment later.
         beyond = self._ahead // self._a_call * self._a_call if ahead else 0
         if len(self._waiting) > beyond // 2:
             return 0
         free = self.concurrency - len(self._running) + self._beside
         return max(0, min(free * self._a_call, max(free, MAX_AHEAD)) + beyond - len(self._waiting))
+
+    def measure_speed(self) -> None:
+        """Follow the speed at which this queue is worked off: it decides how far to claim ahead."""
+        then, completed = self._measured
+        now, ended = time.monotonic(), self.completed - completed
+        # Two slow handlers that end together are no speed: either each slot was worked twice over, or some time passed.
+        if now - then < (BRISK if ended > 2 * self.concurrency * self._a_call + 20 else SLOW):
+            return
+        self._measured = (now, self.completed)
+        self._ahead = (self._ahead + min(MAX_AHEAD, int(ended / (now - then) * AHEAD))) // 2
 
     def offer(self, claimed: list[Held]) -> None:
         self._waiting.extend(claimed)
@@ -351,13 +360,3 @@ class Executor:
         if task.is_async:
             return awaited(task.function(runs))
         return self._threads.run(runs[0], functools.partial(task.function, runs))
-
-    def _measure(self) -> None:
-        """Follow the speed at which this queue is worked off, and with it how far to claim ahead."""
-        then, completed = self._measured
-        now, ended = time.monotonic(), self.completed - completed
-        # Two slow handlers that end together are no speed: either each slot was worked twice over, or some time passed.
-        if now - then < (BRISK if ended > 2 * self.concurrency * self._a_call + 20 else SLOW):
-            return
-        self._measured = (now, self.completed)
-        self._ahead = (self._ahead + min(MAX_AHEAD, int(ended / (now - then) * AHEAD))) // 2

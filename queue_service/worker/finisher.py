@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from psycopg import errors as pg
@@ -104,6 +104,11 @@ class Finisher:
         if self._is_resting and (held.lease.limited or held.run.ordering_key is not None):
             # Others may begin when this is written.
             self._hurry.set()
+
+    def hand_back(self, unbegun: Iterable[Held]) -> None:
+        """These runs go back to their queue, each to its old place."""
+        for held in unbegun:
+            self.put(held, Return(held.run.claim))
 
     def settled(self, held: Held, ending: Ending) -> None:
         """The handler has ended its run, in a transaction of its own: what is left is to tell of it, and the lease."""

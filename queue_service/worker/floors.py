@@ -1,4 +1,4 @@
-"""Where claims start to look, for each priority of each queue.
+"""Where the claims of a queue start to look, for each of its priorities.
 
 A drained queue leaves dead index entries at its front until vacuum may remove them, which a long transaction anywhere in
 the database forbids. A claim that starts behind what was already handed out never meets them. What commits behind the
@@ -7,11 +7,11 @@ floor (a slow transaction, a run handed back) is found by the next scan, which l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from queue_service.runs.model import Floor, Run
-from queue_service.runs.queries import Scan
+from queue_service.runs.queries import Due
 
 FRONT = Floor(datetime.min.replace(tzinfo=UTC), 0)
 
@@ -23,33 +23,29 @@ MAX_PRIORITIES = 64
 
 
 class Floors:
+    """Those of one queue."""
+
     def __init__(self) -> None:
-        self._queues: dict[str, dict[int, Floor]] = {}
+        self.by_priority: dict[int, Floor] = {}
 
-    def of(self, queue: str) -> Mapping[int, Floor]:
-        return self._queues.get(queue, {})
+    def hint(self, priority: int) -> None:
+        """Something was enqueued. A priority that is new is looked at from the front."""
+        self.by_priority.setdefault(priority, FRONT)
 
-    def hint(self, queue: str, priority: int) -> None:
-        """Something was enqueued there; a priority that is new is looked at from the front."""
-        self._queues.setdefault(queue, {}).setdefault(priority, FRONT)
+    def scanned(self, at: datetime, due: Sequence[Due]) -> None:
+        """Take over what a scan of this queue found at that time."""
+        if len(self.by_priority) > MAX_PRIORITIES:
+            self.by_priority.clear()
+        empty = Floor(at - COMMIT_LAG, 0)
+        for priority, floor in self.by_priority.items():
+            self.by_priority[priority] = max(floor, empty)
+        for each in due:
+            self.by_priority[each.priority] = each.first
 
-    def scanned(self, scan: Scan) -> set[str]:
-        """Take over what a scan of every queue found. Returns the queues where something is due."""
-        empty = Floor(scan.at - COMMIT_LAG, 0)
-        for floors in self._queues.values():
-            if len(floors) > MAX_PRIORITIES:
-                floors.clear()
-            for priority, floor in floors.items():
-                floors[priority] = max(floor, empty)
-        for due in scan.due:
-            self._queues.setdefault(due.queue, {})[due.priority] = due.first
-        return {due.queue for due in scan.due}
-
-    def claimed(self, queue: str, runs: Sequence[Run]) -> None:
+    def claimed(self, runs: Sequence[Run]) -> None:
         """Move the floors past what was just claimed."""
-        floors = self._queues.setdefault(queue, {})
         # They come in the order of execution, so of each priority the last one is left.
         for run in {run.priority: run for run in runs}.values():
             floor = Floor(run.run_at, run.id)
-            if floor > floors.get(run.priority, FRONT):
-                floors[run.priority] = floor
+            if floor > self.by_priority.get(run.priority, FRONT):
+                self.by_priority[run.priority] = floor

@@ -25,7 +25,7 @@ from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
 from queue_service.runs import context
-from queue_service.runs.model import Return, Run
+from queue_service.runs.model import Run
 from queue_service.runs.queries import Claimant
 from queue_service.settings import Settings
 from queue_service.version import VERSION
@@ -263,8 +263,7 @@ class _Parts:
         """Stop claiming, hand back what was not begun, wait for the handlers, then cancel those that are left."""
         self.claimer.stop()
         for executor in self.executors.values():
-            for held in executor.take_back():
-                self.finisher.put(held, Return(held.run.claim))
+            self.finisher.hand_back(executor.take_back())
         grace = self._settings.drain_timeout.total_seconds()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -285,7 +284,7 @@ class _Parts:
             elif heard.channel == channels.CANCEL:
                 self._cancel(channels.read_run_ids(heard.payload) or ())
             elif (where := channels.read_enqueued(heard.payload)) is not None:
-                self.claimer.hint(*where)
+                self.claimer.enqueued(*where)
 
     def _wake_claimer(self) -> None:
         self.claimer.wake()
@@ -303,7 +302,7 @@ class _Parts:
         self.contexts.reports.put(run, progress)
 
     def _free(self, laned: set[str], limited: set[str]) -> None:
-        self.claimer.free(laned, limited)
+        self.claimer.ended(laned, limited)
 
     def _announce(self, ended: list[int]) -> None:
         self._app.notify([channels.about_runs(channels.FINISHED, ended)])

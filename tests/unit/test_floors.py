@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from queue_service import Run, RunState
 from queue_service.runs.model import Floor
-from queue_service.runs.queries import Due, Scan
+from queue_service.runs.queries import Due
 from queue_service.worker.floors import COMMIT_LAG, FRONT, MAX_PRIORITIES, Floors
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -27,94 +27,80 @@ def run(seconds: float, run_id: int, *, priority: int = 0, queue: str = "q") -> 
     )  # fmt: skip
 
 
-def test_a_queue_nobody_spoke_of_has_no_floors() -> None:
-    assert Floors().of("q") == {}
+def test_a_queue_without_news_has_no_floors() -> None:
+    assert Floors().by_priority == {}
 
 
 def test_a_hint_makes_a_new_priority_looked_at_from_the_front() -> None:
     floors = Floors()
-    floors.hint("q", 5)
-    assert floors.of("q") == {5: FRONT}
-    assert floors.of("other") == {}
+    floors.hint(5)
+    assert floors.by_priority == {5: FRONT}
 
 
 def test_a_hint_does_not_lower_a_floor() -> None:
     floors = Floors()
-    floors.claimed("q", [run(3, 7)])
-    floors.hint("q", 0)
-    assert floors.of("q") == {0: Floor(at(3), 7)}
+    floors.claimed([run(3, 7)])
+    floors.hint(0)
+    assert floors.by_priority == {0: Floor(at(3), 7)}
 
 
 def test_a_claim_moves_the_floor_to_the_last_run_of_each_priority() -> None:
     floors = Floors()
-    floors.claimed("q", [run(2, 9, priority=1), run(1, 3), run(1, 4), run(1, 5)])
-    assert floors.of("q") == {1: Floor(at(2), 9), 0: Floor(at(1), 5)}
+    floors.claimed([run(2, 9, priority=1), run(1, 3), run(1, 4), run(1, 5)])
+    assert floors.by_priority == {1: Floor(at(2), 9), 0: Floor(at(1), 5)}
 
 
 def test_a_claim_of_an_earlier_run_does_not_lower_the_floor() -> None:
     floors = Floors()
-    floors.claimed("q", [run(5, 1)])
-    floors.claimed("q", [run(4, 99)])
-    assert floors.of("q") == {0: Floor(at(5), 1)}
+    floors.claimed([run(5, 1)])
+    floors.claimed([run(4, 99)])
+    assert floors.by_priority == {0: Floor(at(5), 1)}
 
 
 def test_a_claim_of_nothing_changes_nothing() -> None:
     floors = Floors()
-    floors.hint("q", 3)
-    floors.claimed("q", [])
-    assert floors.of("q") == {3: FRONT}
+    floors.hint(3)
+    floors.claimed([])
+    assert floors.by_priority == {3: FRONT}
 
 
 def test_a_scan_takes_over_what_it_found_even_behind_the_floor() -> None:
     floors = Floors()
-    floors.claimed("q", [run(50, 1)])
-    assert floors.scanned(Scan(at(60), [Due("q", 0, Floor(at(10), 2))], set(), set())) == {"q"}
-    assert floors.of("q") == {0: Floor(at(10), 2)}
+    floors.claimed([run(50, 1)])
+    floors.scanned(at(60), [Due("q", 0, Floor(at(10), 2))])
+    assert floors.by_priority == {0: Floor(at(10), 2)}
 
 
-def test_a_scan_names_the_queues_where_something_is_due() -> None:
+def test_a_scan_sets_each_priority_in_which_something_is_due() -> None:
     floors = Floors()
-    floors.hint("empty", 0)
-    lanes = [Due("a", 0, Floor(at(1), 1)), Due("a", 5, Floor(at(2), 2)), Due("b", 0, Floor(at(3), 3))]
-    assert floors.scanned(Scan(at(10), lanes, set(), set())) == {"a", "b"}
-    assert floors.of("a") == {0: Floor(at(1), 1), 5: Floor(at(2), 2)}
-    assert floors.scanned(Scan(at(11), [], set(), set())) == set()
+    floors.scanned(at(10), [Due("q", 0, Floor(at(1), 1)), Due("q", 5, Floor(at(2), 2))])
+    assert floors.by_priority == {0: Floor(at(1), 1), 5: Floor(at(2), 2)}
 
 
 def test_a_scan_raises_an_empty_stretch_to_a_second_before_it() -> None:
     floors = Floors()
-    floors.hint("q", 0)
-    floors.scanned(Scan(at(60), [], set(), set()))
-    assert floors.of("q") == {0: Floor(at(60) - COMMIT_LAG, 0)}
+    floors.hint(0)
+    floors.scanned(at(60), [])
+    assert floors.by_priority == {0: Floor(at(60) - COMMIT_LAG, 0)}
     assert timedelta(seconds=1) == COMMIT_LAG
 
 
 def test_a_scan_of_an_empty_stretch_does_not_lower_a_floor() -> None:
     floors = Floors()
-    floors.claimed("q", [run(59.5, 8)])
-    floors.scanned(Scan(at(60), [], set(), set()))
-    assert floors.of("q") == {0: Floor(at(59.5), 8)}
+    floors.claimed([run(59.5, 8)])
+    floors.scanned(at(60), [])
+    assert floors.by_priority == {0: Floor(at(59.5), 8)}
 
 
 def test_a_queue_of_many_priorities_starts_over_at_a_scan() -> None:
     floors = Floors()
     for priority in range(MAX_PRIORITIES):
-        floors.hint("q", priority)
-    floors.scanned(Scan(at(60), [Due("q", 3, Floor(at(1), 1))], set(), set()))
-    assert len(floors.of("q")) == MAX_PRIORITIES
-    floors.hint("q", MAX_PRIORITIES)
-    floors.scanned(Scan(at(61), [Due("q", 3, Floor(at(1), 1)), Due("q", 9, Floor(at(2), 2))], set(), set()))
-    assert floors.of("q") == {3: Floor(at(1), 1), 9: Floor(at(2), 2)}
-
-
-def test_the_many_priorities_of_one_queue_cost_another_nothing() -> None:
-    floors = Floors()
-    for priority in range(MAX_PRIORITIES + 1):
-        floors.hint("many", priority)
-    floors.claimed("few", [run(70, 1, queue="few")])
-    floors.scanned(Scan(at(60), [], set(), set()))
-    assert floors.of("many") == {}
-    assert floors.of("few") == {0: Floor(at(70), 1)}
+        floors.hint(priority)
+    floors.scanned(at(60), [Due("q", 3, Floor(at(1), 1))])
+    assert len(floors.by_priority) == MAX_PRIORITIES
+    floors.hint(MAX_PRIORITIES)
+    floors.scanned(at(61), [Due("q", 3, Floor(at(1), 1)), Due("q", 9, Floor(at(2), 2))])
+    assert floors.by_priority == {3: Floor(at(1), 1), 9: Floor(at(2), 2)}
 
 
 class Queue:
@@ -129,17 +115,17 @@ class Queue:
 
     def passed(self) -> set[Floor]:
         """Due or not, the waiting runs that no claim can see."""
-        floors = self.floors.of("q")
+        floors = self.floors.by_priority
         return {place for place, priority in self.waiting.items() if place < floors.get(priority, FRONT)}
 
     def enqueue(self, priority: int, delay: float) -> None:
         self.ids += 1
         self.waiting[Floor(at(self.now + delay), self.ids)] = priority
-        self.floors.hint("q", priority)
+        self.floors.hint(priority)
 
     def claim(self, limit: int) -> None:
         taken: list[tuple[Floor, int]] = []
-        for priority, floor in sorted(self.floors.of("q").items(), reverse=True):
+        for priority, floor in sorted(self.floors.by_priority.items(), reverse=True):
             seen = sorted(
                 p for p, of in self.waiting.items() if of == priority and floor <= p <= Floor(at(self.now), 2**62)
             )
@@ -148,7 +134,7 @@ class Queue:
         for place, _ in taken:
             del self.waiting[place]
         self.out += taken
-        self.floors.claimed("q", [run_of(place, priority) for place, priority in taken])
+        self.floors.claimed([run_of(place, priority) for place, priority in taken])
 
     def hand_back(self) -> set[Floor]:
         back = dict(self.out)
@@ -161,9 +147,7 @@ class Queue:
         for place, priority in sorted(self.waiting.items()):
             if place.run_at <= at(self.now):
                 due.setdefault(priority, place)
-        self.floors.scanned(
-            Scan(at(self.now), [Due("q", priority, first) for priority, first in due.items()], set(), set())
-        )
+        self.floors.scanned(at(self.now), [Due("q", priority, first) for priority, first in due.items()])
 
 
 def run_of(place: Floor, priority: int) -> Run:
@@ -227,7 +211,7 @@ def test_a_scan_and_claims_empty_a_queue_whatever_came_before(steps: Iterable[tu
 def test_a_run_that_commits_within_a_second_is_met_by_the_next_claim(late: float, now: float) -> None:
     queue = Queue()
     queue.now = now
-    queue.floors.hint("q", 0)
+    queue.floors.hint(0)
     queue.scan()
     queue.enqueue(0, -late)
     queue.claim(10)

@@ -257,17 +257,17 @@ async def test_what_is_claimed_follows_the_slots_and_comes_in_whole_batches() ->
     async with bench.executing(concurrency=3) as executor:
         # Its speed is not to be looked at while this lasts.
         executor._measured = (time.monotonic() + 3_600, 0)
-        assert executor.wanted() == 30
+        assert executor.wants() == 30
         lease = Lease(1, 0)
         executor.offer([bench.held(lease, "index", n) for n in range(14)])
-        assert executor.wanted() == 0
+        assert executor.wants() == 0
         await eventually(lambda: not executor._waiting)
-        assert executor.wanted() == 10
+        assert executor.wants() == 10
         release.set()
         await eventually(lambda: len(bench.outcomes) == 14)
-        assert executor.wanted() == 30
+        assert executor.wants() == 30
         executor._ahead = 29
-        assert executor.wanted() == 50
+        assert executor.wants() == 50
 
 
 async def test_a_batch_that_ends_is_not_taken_for_a_speed() -> None:
@@ -280,7 +280,8 @@ async def test_a_batch_that_ends_is_not_taken_for_a_speed() -> None:
         executor.offer([bench.held(Lease(1, 0), "index", n) for n in range(100)])
         await eventually(lambda: len(bench.outcomes) == 100)
         executor._measured = (time.monotonic() - 0.01, 0)
-        assert executor.wanted() == 100
+        executor.measure_speed()
+        assert executor.wants() == 100
         assert executor._ahead == 0
 
 

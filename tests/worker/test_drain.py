@@ -269,7 +269,7 @@ async def test_a_run_is_cancelled_while_its_worker_stops(
         await listening(conn)
         await eventually(has_begun, within=30)
         worker.stop()
-        await eventually(lambda: worker._parts is not None and worker._parts.claimer._stopping)
+        await eventually(lambda: worker._parts is not None and worker._parts.claimer.is_stopping)
         if by_notice:
             assert await app.cancel(run_id)
         else:

@@ -16,7 +16,7 @@ from queue_service import App, RunState, Worker
 from queue_service.db.execute import fetch_sync
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
-from queue_service.worker import claimer
+from queue_service.worker import suspects
 from tests.support import eventually, one, rows, working
 
 # What a sweep does to every lease, whatever its deadline.
@@ -179,7 +179,7 @@ async def test_runs_claimed_ahead_under_a_lost_lease_are_not_executed_for_it(
 ) -> None:
     """All the runs of one claim lose their lease together; each is executed once more, and none twice at a time."""
     # However long it takes until the worker hears of it, it begins none of them beside what it had.
-    monkeypatch.setattr(claimer, "PATIENCE", 60.0)
+    monkeypatch.setattr(suspects, "UNTIL_IDLE", 60.0)
     running: set[int] = set()
     overlaps: list[int] = []
     begun: list[int] = []

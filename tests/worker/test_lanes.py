@@ -12,7 +12,7 @@ import pytest
 from queue_service import App, Retry, Run, RunState, Snooze, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
-from queue_service.worker import claimer
+from queue_service.worker import pace
 from tests.support import eventually, one, working
 
 
@@ -72,7 +72,7 @@ async def nothing_is_left(conn: Connection) -> bool:
 async def test_a_lane_goes_on_at_once_when_its_head_ends(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
     # No look from the front but the first one: found by another, one of them would take an hour.
-    monkeypatch.setattr(claimer, "SOON", 3_600.0)
+    monkeypatch.setattr(pace, "SOON", 3_600.0)
     async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as app:
 
         @app.task
@@ -88,7 +88,7 @@ async def test_a_lane_goes_on_at_once_when_its_head_ends(database: str, monkeypa
 async def test_a_notice_alone_leads_to_a_lane(app: App, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
     # No look from the front but the first one.
-    monkeypatch.setattr(claimer, "SOON", 3_600.0)
+    monkeypatch.setattr(pace, "SOON", 3_600.0)
     async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as patient:
 
         @patient.task

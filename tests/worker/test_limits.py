@@ -13,7 +13,7 @@ import pytest
 from queue_service import App, Run, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
-from queue_service.worker import claimer
+from queue_service.worker import pace, queue_state
 from tests.support import eventually, one, rows, working
 from tests.worker.conftest import Start
 
@@ -103,7 +103,7 @@ async def test_what_ends_makes_room_at_once(app: App, database: str, monkeypatch
     release = asyncio.Event()
     begun: list[int] = []
     # Found by polling, or asked for again some time later, they would take an hour each.
-    monkeypatch.setattr(claimer, "AT_LIMIT", 3_600.0)
+    monkeypatch.setattr(queue_state, "AT_LIMIT", 3_600.0)
     async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as patient:
 
         @patient.task
@@ -119,7 +119,7 @@ async def test_what_ends_makes_room_at_once(app: App, database: str, monkeypatch
             await patient.enqueue("note", {"n": 1})
             parts = worker._parts
             assert parts is not None
-            await eventually(lambda: "default" in parts.claimer._not_before)
+            await eventually(lambda: parts.claimer.states["default"].not_before > 0)
             await patient.enqueue_many("note", [{"n": n} for n in range(2, 100)])
             release.set()
             await eventually(lambda: len(begun) == 100, within=60)
@@ -129,7 +129,7 @@ async def test_what_ends_makes_room_at_once(app: App, database: str, monkeypatch
 async def test_room_that_is_made_while_a_claim_is_under_way_is_made_use_of(
     app: App, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claimer, "AT_LIMIT", 3_600.0)
+    monkeypatch.setattr(queue_state, "AT_LIMIT", 3_600.0)
     done: list[int] = []
     async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as patient:
 
@@ -164,14 +164,14 @@ async def test_a_worker_whose_slots_are_taken_waits_and_does_not_spin(
     release = asyncio.Event()
     at_work: list[int] = []
     waits: list[float] = []
-    sleep = claimer.Claimer._sleep
+    sleep = pace.Alarm.sleep
 
-    async def noted(self: claimer.Claimer, seconds: float) -> None:
+    async def noted(self: pace.Alarm, seconds: float) -> None:
         if len(at_work) == 2:
             waits.append(seconds)
         await sleep(self, seconds)
 
-    monkeypatch.setattr(claimer.Claimer, "_sleep", noted)
+    monkeypatch.setattr(pace.Alarm, "sleep", noted)
 
     @app.task
     async def hold(run: Run) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
-from queue_service.worker import claimer
+from queue_service.worker import suspects as suspects_module
 from tests.support import enqueued, eventually, one, rows, working
 
 
@@ -157,7 +157,7 @@ async def test_a_suspect_that_is_claimed_while_its_worker_stops_is_handed_back(
             await eventually(lambda: one(conn, waits))
             worker.stop()
             assert worker._parts is not None
-            await eventually(lambda: worker._parts is not None and worker._parts.claimer._stopping)
+            await eventually(lambda: worker._parts is not None and worker._parts.claimer.is_stopping)
     run = await app.get(run_id)
     assert run is not None
     assert (run.state, run.losses, begun) == (RunState.QUEUED, 1, [])
@@ -245,7 +245,7 @@ def _start(database: str) -> subprocess.Popen[bytes]:
 async def test_a_suspect_that_waits_for_a_slot_of_its_queue_holds_up_no_other_queue(
     app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claimer, "PATIENCE", 60.0)
+    monkeypatch.setattr(suspects_module, "UNTIL_IDLE", 60.0)
     release, started, done = asyncio.Event(), asyncio.Event(), 0
 
     @app.task

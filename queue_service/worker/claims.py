@@ -1,0 +1,122 @@
+"""Sends the statements that scan and claim, and notes in the state of each queue what they find."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from queue_service.db.pool import Wire
+from queue_service.logs import get_logger
+from queue_service.runs import queries
+from queue_service.runs.model import Run
+from queue_service.runs.queries import Claimant, Due, Wanted
+from queue_service.worker.executor import Executor
+from queue_service.worker.finisher import Finisher
+from queue_service.worker.leases import Held, Leases
+from queue_service.worker.pace import Alarm, Pace
+from queue_service.worker.queue_state import Asked, QueueState, Source
+
+log = get_logger(__name__)
+
+
+class Claims:
+    """`order` is how the sources come in turn where they share what a limit allows: the one that gave last comes last."""
+
+    def __init__(
+        self, wire: Wire, states: Mapping[str, QueueState], leases: Leases, finisher: Finisher, claimant: Claimant,
+        pace: Pace, alarm: Alarm,
+    ) -> None:  # fmt: skip
+        self._wire = wire
+        self._states = states
+        self._leases = leases
+        self._finisher = finisher
+        self._claimant = claimant
+        self._pace = pace
+        self._alarm = alarm
+        self.order = [Source.LANES, Source.QUEUE]
+
+    async def scan(self) -> None:
+        """Look from the front of every queue, and note what a claim could get."""
+        # Forgotten before the look: a notice that comes while it is under way is about something it may not see.
+        for state in self._states.values():
+            state.may_give.clear()
+        query = queries.scan(list(self._states), self._claimant.tasks, owner=self._claimant.owner)
+        scan = await self._wire.fetch(query)
+        due: defaultdict[str, list[Due]] = defaultdict(list)
+        for each in scan.due:
+            due[each.queue].append(each)
+        for name, state in self._states.items():
+            state.scanned(scan, due[name])
+
+    async def claim(self, source: Source, batch: Sequence[Asked], *, limited: bool) -> None:
+        """Take runs from one source of these queues, and give them to the executors."""
+        for asked in batch:
+            # Before the claim, for the same reason.
+            asked.state.may_give.discard(source)
+        claim = self._claim_within_limits if limited else self._claim_without_limits
+        held: defaultdict[str, list[Held]] = defaultdict(list)
+        for each in self._leases.take(await claim(source, batch), limited=limited):
+            held[each.run.queue].append(each)
+        for state, count in batch:
+            got = held[state.name]
+            if source is Source.QUEUE:
+                state.floors.claimed([each.run for each in got])
+            if len(got) == count:
+                state.may_give.add(source)
+            elif source is Source.QUEUE and not limited:
+                # Short: the queue is empty, or what is left stands behind the floor.
+                self._pace.scan_soon()
+            self._offer(state.executor, got)
+
+    async def _claim_without_limits(self, source: Source, batch: Sequence[Asked]) -> list[tuple[Run, int]]:
+        if source is Source.QUEUE:
+            return await self._wire.fetch(queries.claim(_from_floors(batch), self._claimant))
+        return await self._wire.fetch(queries.claim_lanes(_from_lanes(batch), self._claimant))
+
+    async def _claim_within_limits(self, source: Source, batch: Sequence[Asked]) -> list[tuple[Run, int]]:
+        for asked in batch:
+            asked.state.has_room = False
+        if source is Source.QUEUE:
+            allowed = await self._wire.fetch(queries.claim_limited(_from_floors(batch), self._claimant))
+        else:
+            allowed = await self._wire.fetch(queries.claim_limited_lanes(_from_lanes(batch), self._claimant))
+        gave = {run.queue for run, _ in allowed.runs}
+        if gave:
+            # The others come first next time.
+            self.order.sort(key=lambda each: each is source)
+        now = time.monotonic()
+        for state, _ in batch:
+            if not state.claimed_within_limit(source, allowed, now, got_some=state.name in gave):
+                self._pace.scan_soon()
+        return allowed.runs
+
+    async def claim_suspect(self, queues: Sequence[str]) -> bool:
+        """Take one run that lost a worker before. False: none of these queues has one that is due."""
+        claimed = await self._wire.fetch(queries.claim_suspect(queues, self._claimant))
+        if not claimed:
+            return False
+        run, _ = claimed[0]
+        state = self._states[run.queue]
+        log.info("running alone, since it lost its worker before", run_id=run.id)
+        self._offer(state.executor, self._leases.take(claimed, limited=state.has_limit))
+        return True
+
+    def hand_back_stalled(self, now: float) -> None:
+        """Give up what waits behind handlers that stopped ending: another worker may be free."""
+        for state in self._states.values():
+            self._finisher.hand_back(state.executor.take_back_stalled(now))
+
+    def _offer(self, executor: Executor, held: list[Held]) -> None:
+        if self._alarm.is_stopping:
+            self._finisher.hand_back(held)
+        else:
+            executor.offer(held)
+
+
+def _from_floors(batch: Sequence[Asked]) -> list[Wanted]:
+    return [Wanted(state.name, count, state.floors.by_priority) for state, count in batch]
+
+
+def _from_lanes(batch: Sequence[Asked]) -> list[tuple[str, int]]:
+    return [(state.name, count) for state, count in batch]

@@ -1,0 +1,62 @@
+"""When the claimer scans, and how it sleeps between its passes.
+
+Claims start from the floors, and follow notices and free slots. A scan from the front comes once each poll interval, and
+sooner after a claim that came back short, since what commits behind a floor is seen by nothing else. A scan may cost
+much (it walks what vacuum could not remove yet), so the pause after it is at least 25 times what it took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+SCAN_SHARE = 25.0
+# The shortest pause between two scans, in seconds.
+SOON = 0.010
+
+
+class Pace:
+    """Times are those of `time.monotonic`."""
+
+    def __init__(self, poll_interval: float) -> None:
+        self._poll = poll_interval
+        self._next_scan = 0.0
+        self._earliest_scan = 0.0
+
+    @property
+    def scan_at(self) -> float:
+        """When the next scan is due."""
+        return max(self._next_scan, self._earliest_scan)
+
+    def scan_soon(self) -> None:
+        """Let the next scan come as soon as the cost of the last one allows."""
+        self._next_scan = min(self._next_scan, self._earliest_scan)
+
+    def scanned(self, began: float, ended: float) -> None:
+        """A scan is over."""
+        cost = ended - began
+        self._earliest_scan = ended + max(SOON, cost * SCAN_SHARE)
+        self._next_scan = ended + self._poll
+
+
+class Alarm:
+    """The sleep of a loop that others may end: because there is something to do, or for good."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self.is_stopping = False
+
+    def wake(self) -> None:
+        self._event.set()
+
+    def stop(self) -> None:
+        self.is_stopping = True
+        self._event.set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Until `wake` or `stop`, and for so many seconds at most."""
+        self._event.clear()
+        try:
+            async with asyncio.timeout(max(seconds, 0)):
+                await self._event.wait()
+        except TimeoutError:
+            pass

@@ -1,0 +1,126 @@
+"""What a worker knows of one of its queues: whether it is worth a claim, from where, and from when on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from queue_service.runs.queries import Allowed, Due, Scan
+from queue_service.worker.executor import Executor
+from queue_service.worker.floors import Floors
+
+# A queue at its limit is not asked again for this long, in seconds, unless a run of it ends here.
+AT_LIMIT = 0.050
+# A queue from which another session is claiming within its limit is asked again after so many seconds.
+CONTENDED = 0.010
+# Runs that one statement claims of several queues: the sweep can take a lease of so many.
+MAX_CLAIM = 1_000
+
+
+class Source(Enum):
+    """Where the runs of a queue stand: in the queue itself, or in its lanes."""
+
+    QUEUE = auto()
+    LANES = auto()
+
+
+@dataclass(slots=True, eq=False)
+class QueueState:
+    """`may_give` are the sources from which a claim may get something. `has_lanes` and `has_limit` are what was seen last:
+    only a scan looks for lanes where none were seen. `not_before` (monotonic) is when a claim within the limit makes sense
+    again, and `has_room` whether a run of the queue has ended since the last such claim began."""
+
+    executor: Executor
+    floors: Floors = field(default_factory=Floors)
+    may_give: set[Source] = field(default_factory=lambda: {Source.QUEUE})
+    has_lanes: bool = False
+    has_limit: bool = False
+    not_before: float = 0.0
+    has_room: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.executor.queue
+
+    def wants(self, *, ahead: bool = True) -> int:
+        """How many runs to claim now; `ahead` of free slots only where no limit applies, since others could begin them."""
+        self.executor.measure_speed()
+        return self.executor.wants(ahead=ahead)
+
+    # What others report
+
+    def enqueued(self, priority: int) -> None:
+        """A notice: something was enqueued."""
+        self.floors.hint(priority)
+        self._expect_all()
+
+    def lane_freed(self) -> None:
+        """A run that stood in a lane has ended."""
+        self.has_lanes = True
+        self.may_give.add(Source.LANES)
+
+    def room_made(self) -> None:
+        """A run that counted in the limit has ended."""
+        self.not_before, self.has_room = 0.0, True
+        self._expect_all()
+
+    def _expect_all(self) -> None:
+        self.may_give |= {Source.QUEUE, Source.LANES} if self.has_lanes else {Source.QUEUE}
+
+    # What scans and claims find
+
+    def scanned(self, scan: Scan, due: Sequence[Due]) -> None:
+        """`due` are the entries of this queue."""
+        self.floors.scanned(scan.at, due)
+        if due:
+            self.may_give.add(Source.QUEUE)
+        if self.name in scan.laned:
+            self.lane_freed()
+        if due or self.name in scan.laned:
+            self.has_limit = self.name in scan.limited
+
+    def claimed_within_limit(self, source: Source, allowed: Allowed, now: float, *, got_some: bool) -> bool:
+        """Note when a claim makes sense again. False: only a scan can tell more."""
+        if self.name not in allowed.waits:
+            # Another session is claiming from it at this moment; or it has no limit any more, which a scan finds.
+            self.not_before = now + CONTENDED
+            self.may_give.add(source)
+            return False
+        wait = allowed.waits[self.name]
+        if wait is not None:
+            self.not_before = now + wait
+            self.may_give.add(source)
+        elif not got_some and not self.has_room:
+            self.not_before = now + AT_LIMIT
+        return True
+
+
+class Asked(NamedTuple):
+    """A queue, and how many runs a claim is to take from it."""
+
+    state: QueueState
+    runs: int
+
+
+def askable(states: Iterable[QueueState], source: Source, now: float, *, limited: bool) -> list[Asked]:
+    """The queues to claim from now, of those with a limit or of those without."""
+    chosen = (
+        state for state in states if source in state.may_give and state.has_limit is limited and state.not_before <= now
+    )
+    return [Asked(state, count) for state in chosen if (count := state.wants(ahead=not limited)) > 0]
+
+
+def batches(asked: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
+    """What goes into one statement: one queue, or as many as want no more than MAX_CLAIM runs together."""
+    batch: list[Asked] = []
+    size = 0
+    for each in asked:
+        if batch and size + each.runs > MAX_CLAIM:
+            yield batch
+            batch, size = [], 0
+        batch.append(each)
+        size += each.runs
+    if batch:
+        yield batch
