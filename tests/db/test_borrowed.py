@@ -234,7 +234,9 @@ class TestNotices:
 
 
 class TestWhatIsRefused:
-    @pytest.mark.parametrize("thing", [object(), "postgresql://", 1, psycopg.connect], ids=repr)
+    @pytest.mark.parametrize(
+        "thing", [pytest.param(object(), id="object()"), "postgresql://", 1, psycopg.connect], ids=repr
+    )
     async def test_what_is_no_connection(self, app: App, thing: Any) -> None:
         with pytest.raises(ConfigError, match="psycopg Connection or AsyncConnection"):
             await app.enqueue("noop", {}, conn=thing)

@@ -145,7 +145,7 @@ def broken(answer: Any) -> Any:
     "answer",
     [
         RuntimeError("a bug"), SystemExit(1), KeyboardInterrupt(), asyncio.CancelledError(), Strange(), RecursionError(),
-        -1, -0.001, math.nan, math.inf, -math.inf, 1e300, 10**400, "soon", True, object(), timedelta(seconds=-1),
+        -1, -0.001, math.nan, math.inf, -math.inf, 1e300, 10**400, "soon", True, pytest.param(object(), id="object()"), timedelta(seconds=-1),
         timedelta.max,
     ],
     ids=lambda value: repr(value)[:24],
