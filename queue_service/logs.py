@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import structlog
 
+from queue_service.printable import printable
+
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "console", "json")
 
@@ -107,7 +109,8 @@ def configure(*, level: str, fmt: str) -> None:
             foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _foreign_context, *stamps],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *([] if console else [structlog.processors.format_exc_info]),
+                structlog.processors.format_exc_info,
+                *([_printable] if console else []),
                 renderer,
             ],
         )
@@ -117,6 +120,14 @@ def configure(*, level: str, fmt: str) -> None:
     root.setLevel(level.upper())
     # Its lines about plugins and contexts help nobody who migrates.
     logging.getLogger("alembic").setLevel(max(logging.WARNING, root.level))
+
+
+def _printable(_logger: Any, _method: str, event: Any) -> Any:
+    """What a terminal would obey is escaped: some of what is logged was written by others."""
+    return {
+        printable(str(name)): printable(value, keep="\n\t") if isinstance(value, str) else value
+        for name, value in event.items()
+    }
 
 
 def _foreign_context(logger: Any, method: str, event: Any) -> Any:

@@ -49,4 +49,4 @@ def version(as_json: bool, database_url: str | None) -> None:
     if as_json:
         render.as_json({"version": __version__, "schema": HEAD})
     else:
-        click.echo(f"queue_service {__version__}, schema {HEAD}")
+        render.echo(f"queue_service {__version__}, schema {HEAD}")

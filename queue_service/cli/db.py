@@ -36,7 +36,7 @@ def migrate(revision: str, database_url: str | None) -> None:
             schema.downgrade(conninfo, revision)
         else:
             schema.upgrade(conninfo, revision)
-        click.echo(f"schema queue_service: {have or 'none'} -> {_current(conninfo) or 'none'}")
+        render.echo(f"schema queue_service: {have or 'none'} -> {_current(conninfo) or 'none'}")
 
 
 @db.command()
@@ -49,7 +49,7 @@ def current(as_json: bool, database_url: str | None) -> None:
     if as_json:
         render.as_json({"have": have, "want": revision.HEAD})
     else:
-        click.echo(f"schema queue_service: {have or 'none'} (this version needs {revision.HEAD})")
+        render.echo(f"schema queue_service: {have or 'none'} (this version needs {revision.HEAD})")
     if have != revision.HEAD:
         raise click.exceptions.Exit(SchemaMismatch.exit_code)
 
@@ -83,8 +83,8 @@ def start(database_url: str | None) -> None:
     """Start the embedded Postgres and leave it running until `db stop`."""
     cluster = _cluster(database_url)
     cluster.start(keep=True)
-    click.echo(f"embedded Postgres is running at {cluster.path}", err=True)
-    click.echo(cluster.url)
+    render.echo(f"embedded Postgres is running at {cluster.path}", err=True)
+    render.echo(cluster.url)
 
 
 @db.command()
@@ -92,7 +92,7 @@ def start(database_url: str | None) -> None:
 def stop(database_url: str | None) -> None:
     """Stop the embedded Postgres."""
     cluster = _cluster(database_url)
-    click.echo(f"embedded Postgres at {cluster.path}: {'stopped' if cluster.stop() else 'was not running'}")
+    render.echo(f"embedded Postgres at {cluster.path}: {'stopped' if cluster.stop() else 'was not running'}")
 
 
 @db.command("url")
@@ -101,9 +101,9 @@ def url_(database_url: str | None) -> None:
     """Print how to connect, for other programs. Passwords are masked."""
     target = _target(database_url)
     if isinstance(target, url.Server):
-        click.echo(url.masked(target.conninfo))
+        render.echo(url.masked(target.conninfo))
     else:
-        click.echo(embedded.cluster(target.path).url)
+        render.echo(embedded.cluster(target.path).url)
 
 
 @db.command(context_settings={"ignore_unknown_options": True})
@@ -138,7 +138,7 @@ class _Reached:
         self._cluster: Cluster | None = None
 
     def __enter__(self) -> str:
-        click.echo(f"database: {self._target}", err=True)
+        render.echo(f"database: {self._target}", err=True)
         conninfo, self._cluster = embedded.reach(self._target)
         return conninfo
 

@@ -60,15 +60,15 @@ def demo(directory: Path | None, database_url: str | None) -> None:
     files = _files(directory, besides=() if chosen else ("site-packages", "__pycache__"))
     if not files:
         raise click.ClickException(f"{directory} holds no readable file. Name another directory.")
-    click.echo(f"input: {len(files):,} files of {directory}")
+    render.echo(f"input: {len(files):,} files of {directory}")
     scratch = None if database_url else _scratch()
     target = url.parse(database_url or f"file:{scratch}/postgres", source="--database-url" if database_url else "demo")
     try:
-        click.echo(f"database: {target}")
+        render.echo(f"database: {target}")
         conninfo, cluster = embedded.reach(target)
         try:
             schema.upgrade(conninfo)
-            click.echo(f"schema at revision {revision.HEAD} ({time.monotonic() - begun:.1f} s)")
+            render.echo(f"schema at revision {revision.HEAD} ({time.monotonic() - begun:.1f} s)")
             verdict = run(_demo(conninfo, files))
             _report(files, verdict, time.monotonic() - begun)
             run(_conversations(conninfo))
@@ -78,11 +78,11 @@ def demo(directory: Path | None, database_url: str | None) -> None:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-    click.echo("Try next: queue-service db start; queue-service --help; the example in README.md")
+    render.echo("Try next: queue-service db start; queue-service --help; the example in README.md")
 
 
 def _report(files: Sequence[str], verdict: Verdict, seconds: float) -> None:
-    click.echo(
+    render.echo(
         f"files {len(files):,} | done {verdict.done:,} | rescued {verdict.rescued:,} | lost {verdict.lost} | "
         f"wrong {verdict.wrong} | {seconds:.1f} s"
     )
@@ -111,7 +111,7 @@ async def _demo(conninfo: str, files: Sequence[str]) -> Verdict:
             workers.append(_start_worker(conninfo, "survivor"))
             held = await _held_by(app, "doomed")
             workers[0].kill()
-            click.echo(f"killed worker {workers[0].pid} with SIGKILL while it held {held} claims")
+            render.echo(f"killed worker {workers[0].pid} with SIGKILL while it held {held} claims")
             await _until_ended(app, ids, workers[1])
         finally:
             for worker in workers:
@@ -148,7 +148,7 @@ async def _enqueued_and_stopped(
     for _ in range(TRIES):
         ids = await app.enqueue_many("checksum", [{"path": path} for path in files], queue="demo")
         if await _stop_holding(app, worker, name):
-            click.echo(f"enqueued {len(ids):,} runs, ids {ids[0]} to {ids[-1]}")
+            render.echo(f"enqueued {len(ids):,} runs, ids {ids[0]} to {ids[-1]}")
             return ids
     raise QueueServiceError("The worker was done before it could be killed. Name a directory with more files.")
 

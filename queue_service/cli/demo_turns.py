@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import click
-
 from queue_service.app import App
+from queue_service.cli import render
 from queue_service.errors import QueueServiceError
 from queue_service.turns.model import Outcome, Turn
 
@@ -47,18 +46,18 @@ async def _converse(app: App, scene: Scene) -> None:
     turn = Turn(deployment=scene.deployment, message_id="m1", stream=f"conversation with {scene.deployment}")
     await app.turns.dispatch(turn, "agent_turn", {"text": scene.text}, queue="agents", execution=EXECUTION)
     waiting = asyncio.create_task(app.turns.wait(turn.deployment, turn.message_id, timeout=PATIENCE))
-    click.echo(f"\n{scene.deployment} < {scene.text}")
+    render.echo(f"\n{scene.deployment} < {scene.text}")
     pid, struck, words = 0, time.monotonic(), 0
     async for event in app.events.follow(turn.stream):
         if event.kind == "status":
             pid = int(event.body["pid"])
         elif event.kind == "delta":
             words += 1
-            click.echo(f"{scene.deployment} > {event.body['text']}")
+            render.echo(f"{scene.deployment} > {event.body['text']}")
             if words == 3 and scene.harm is not None:
                 os.kill(pid, scene.harm)
                 struck = time.monotonic()
-                click.echo(f"          {scene.harm.name} to its process {pid}")
+                render.echo(f"          {scene.harm.name} to its process {pid}")
         elif event.terminal:
             break
     outcome = await waiting
@@ -68,10 +67,10 @@ async def _converse(app: App, scene: Scene) -> None:
 def _tell(scene: Scene, outcome: Outcome, seconds: float) -> None:
     body = outcome.body or {}
     if outcome.code is None:
-        click.echo(f"{scene.deployment} > {body.get('text')}   [{outcome.kind}, event {outcome.seq}]")
+        render.echo(f"{scene.deployment} > {body.get('text')}   [{outcome.kind}, event {outcome.seq}]")
     else:
-        click.echo(f"{scene.deployment} ! {outcome.message}   [{outcome.code}: {body.get('reason')}]")
-        click.echo(
+        render.echo(f"{scene.deployment} ! {outcome.message}   [{outcome.code}: {body.get('reason')}]")
+        render.echo(
             f"          its one ending, event {outcome.seq}, came {seconds * 1000:,.0f} ms after the {_name(scene)}"
         )
     if (outcome.code or outcome.kind) != scene.ending:

@@ -52,11 +52,11 @@ def enqueue(
     given = {name: value for name, value in options.items() if value is not None}
     if payload == "-":
         count = with_app(app, lambda opened: _many(opened, task, sys.stdin, given))
-        render.as_json({"count": count}) if as_json else click.echo(f"enqueued {count:,} runs")
+        render.as_json({"count": count}) if as_json else render.echo(f"enqueued {count:,} runs")
         return
     value = _parse(payload or "{}", "The payload")
     run_id = with_app(app, lambda opened: opened.enqueue(task, value, **given))
-    render.as_json({"id": run_id}) if as_json else click.echo(f"enqueued run {run_id}")
+    render.as_json({"id": run_id}) if as_json else render.echo(f"enqueued run {run_id}")
 
 
 async def _many(app: App, task: str, lines: IO[str], options: dict[str, Any]) -> int:
@@ -71,7 +71,7 @@ async def _many(app: App, task: str, lines: IO[str], options: dict[str, Any]) ->
                 advance(len(stored))
     except BaseException:
         if count:
-            click.echo(
+            render.echo(
                 f"The lines up to {last:,} are enqueued, {count:,} runs: leave them out the next time.", err=True
             )
         raise

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from queue_service.app import App
+from queue_service.cli import render
 from queue_service.cli.options import app_option, command, load_app, run
 from queue_service.errors import ConfigError, install_extra
 
@@ -101,5 +102,5 @@ async def _serve(app: App, made: Gateway, listening: socket.socket, *, with_page
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)
     async with app:
-        click.echo(f"gateway on {address}. Ctrl-C stops.", err=True)
+        render.echo(f"gateway on {address}. Ctrl-C stops.", err=True)
         await uvicorn.Server(config).serve(sockets=[listening])

@@ -59,7 +59,7 @@ def list_(as_json: bool, database_url: str | None, **filters: Any) -> None:
         ],
         empty="No turns match.",
     )
-    click.echo(counted(tally), err=True)
+    render.echo(counted(tally), err=True)
 
 
 @markers.command()
@@ -83,11 +83,11 @@ def show(deployment: str, message_id: str, as_json: bool, database_url: str | No
     if as_json:
         render.as_json({"why": sentence, "marker": marker, "outcome": outcome})
         return
-    click.echo(sentence)
+    render.echo(sentence)
     for name in standing.__struct_fields__:
         value = getattr(standing, name)
         if value is not None and value is not False:
-            click.echo(f"{name:16} {format_duration(value) if isinstance(value, timedelta) else value}")
+            render.echo(f"{name:16} {format_duration(value) if isinstance(value, timedelta) else value}")
 
 
 @markers.command()
@@ -95,7 +95,7 @@ def show(deployment: str, message_id: str, as_json: bool, database_url: str | No
 def sweep(database_url: str | None) -> None:
     """End the turns whose deadline has passed. Workers do this all the time."""
     count = with_app(load_app(None, database_url), lambda app: app.turns.sweep())
-    click.echo(f"ended {_turns(count)}")
+    render.echo(f"ended {_turns(count)}")
 
 
 @markers.command()
@@ -125,9 +125,9 @@ def fail(
     _confirm(f"End every turn of deployment {deployment} with {code}?", yes=yes)
     ids = with_app(load_app(None, database_url), lambda app: app.turns.fail_deployment(deployment, failure))
     for message_id in ids:
-        click.echo(f"turn {message_id}: ended with {code}")
+        render.echo(f"turn {message_id}: ended with {code}")
     if not ids:
-        click.echo(f"No turn of deployment {deployment} is owed an ending.", err=True)
+        render.echo(f"No turn of deployment {deployment} is owed an ending.", err=True)
 
 
 @markers.command()
@@ -196,7 +196,7 @@ def _each(
     for message_id in message_ids:
         outcome = untouched.get(message_id)
         said = done if message_id not in untouched else "unknown" if outcome is None else f"no. {ended(outcome)}"
-        click.echo(f"turn {message_id}: {said}")
+        render.echo(f"turn {message_id}: {said}")
     for message_id, outcome in untouched.items():
         if outcome is None:
             raise TurnUnknown(deployment, message_id)

@@ -19,6 +19,7 @@ from psycopg import errors as pg
 from queue_service import logs
 from queue_service import settings as settings_module
 from queue_service.app import App
+from queue_service.cli import render
 from queue_service.db import url
 from queue_service.errors import ConfigError, DatabaseUnavailable, QueueServiceError, nearest
 from queue_service.settings import Settings
@@ -102,21 +103,21 @@ def command(function: F) -> F:
             return function(*args, **kwargs)
         except QueueServiceError as error:
             if debug:
-                traceback.print_exc()
+                render.echo(traceback.format_exc(), err=True)
             raise Failure(error) from None
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             # Whoever reads what is printed may stop doing so; click ends without a word then.
             raise
         except pg.InsufficientPrivilege as refused:
             if debug:
-                traceback.print_exc()
+                render.echo(traceback.format_exc(), err=True)
             raise click.ClickException(
                 f"The database does not allow it: {str(refused).splitlines()[0]}. Connect as the user that migrated it, "
                 "who owns the schema queue_service; to migrate, as one that may create a schema."
             ) from None
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a person gets a sentence, or with --debug the traceback
             if debug:
-                raise
+                render.echo(traceback.format_exc(), err=True)
             raise click.ClickException(f"{type(error).__name__}: {error} (--debug shows where)") from None
 
     return wrapped  # type: ignore[return-value]
@@ -132,7 +133,24 @@ app_option = click.option(
     show_envvar=True,
     help="Where the App is.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, show_envvar=True, help="Print JSON, for programs.")
+
+
+def json_option(function: F) -> F:
+    """For commands that show data: `--json`, and `--raw`."""
+    as_json = click.option("--json", "as_json", is_flag=True, show_envvar=True, help="Print JSON, for programs.")
+    raw = click.option(
+        "--raw",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_raw,
+        show_envvar=True,
+        help="Print data as it is, also characters that a terminal obeys.",
+    )
+    return as_json(raw(function))
+
+
+def _set_raw(context: click.Context, _option: click.Parameter, value: bool) -> None:
+    context.meta[render.RAW] = value
 
 
 def load_app(path: str | None, database_url: str | None, **settings: Any) -> App:
@@ -143,7 +161,7 @@ def load_app(path: str | None, database_url: str | None, **settings: Any) -> App
         app.settings = loaded
         if database_url:
             app.database = url.parse(database_url, source="argument")
-    click.echo(f"database: {app.database}", err=True)
+    render.echo(f"database: {app.database}", err=True)
     return app
 
 

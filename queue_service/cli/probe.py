@@ -68,7 +68,7 @@ def probe(
         if not is_well:
             raise click.exceptions.Exit(1)
     elif is_well:
-        click.echo(f"{asked}: {heard.url} says {heard.why or 'ok'}")
+        render.echo(f"{asked}: {heard.url} says {heard.why or 'ok'}")
     else:
         raise click.ClickException(f"not {asked}: {heard.url} {heard.why}")
 

@@ -60,7 +60,7 @@ def pause(name: str, until: datetime | None, lasting: timedelta | None, database
     if until is not None and lasting is not None:
         raise ConfigError("--until and --for both say for how long. Pass one of them.")
     changed = with_app(load_app(None, database_url), lambda app: app.queues.pause(name, until=until or lasting))
-    click.echo(f"queue {name}: {'paused' if changed else 'was paused already'}")
+    render.echo(f"queue {name}: {'paused' if changed else 'was paused already'}")
 
 
 @queues.command()
@@ -76,7 +76,7 @@ def purge(name: str, yes: bool, database_url: str | None) -> None:
             load_app(None, database_url),
             lambda app: app.queues.purge(name, on_progress=lambda count: told(f"{count:,} forgotten")),
         )
-    click.echo(f"queue {name}: {count:,} runs forgotten")
+    render.echo(f"queue {name}: {count:,} runs forgotten")
 
 
 @queues.command()
@@ -85,7 +85,7 @@ def purge(name: str, yes: bool, database_url: str | None) -> None:
 def resume(name: str, database_url: str | None) -> None:
     """Let workers claim from the queue NAME again."""
     changed = with_app(load_app(None, database_url), lambda app: app.queues.resume(name))
-    click.echo(f"queue {name}: {'resumed' if changed else 'was not paused'}")
+    render.echo(f"queue {name}: {'resumed' if changed else 'was not paused'}")
 
 
 @queues.command()
@@ -121,7 +121,7 @@ def limit(
     changed = with_app(
         load_app(None, database_url), lambda app: app.queues.limit(name, **given, rate=number, period=period)
     )
-    click.echo(f"queue {name}: {'limits set' if changed else 'had these limits already'}")
+    render.echo(f"queue {name}: {'limits set' if changed else 'had these limits already'}")
 
 
 def limits_of(queue: Queue) -> str | None:

@@ -1,4 +1,8 @@
-"""Output: tables for people, JSON for programs, progress on a terminal."""
+"""Output: tables for people, JSON for programs, progress on a terminal.
+
+All that the command line prints goes through here, where characters that a terminal would obey are escaped: much of it is
+data, written by whoever may enqueue. `--raw` prints it as it is.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,36 @@ from typing import Any
 import click
 import msgspec
 
+from queue_service.printable import printable, printable_json
 from queue_service.runs.queries import COUNT_LIMIT
 
 Advance = Callable[[int], None]
 
+RAW = "queue_service.raw"
+
+
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print lines, on standard output or standard error."""
+    if _is_raw():
+        # With colours, or click would take out what looks like one where this is no terminal.
+        click.echo(text, err=err, nl=nl, color=True)
+    else:
+        click.echo(printable(text, keep="\n\t"), err=err, nl=nl)
+
 
 def as_json(value: Any) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    click.echo(printable_json(msgspec.json.format(msgspec.json.encode(value), indent=2).decode()))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) -> None:
     """Aligned columns; `empty` is said, on standard error, where there is nothing to show."""
     if not rows:
-        click.echo(empty, err=True)
+        echo(empty, err=True)
         return
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(headers), *cells]) for i in range(len(headers))]
     for row in [[header.upper() for header in headers], *cells]:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def ago(moment: datetime | None) -> str:
@@ -59,7 +75,7 @@ def line() -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield lambda _text: None
         return
-    yield lambda text: click.echo(f"\r{text}", nl=False, err=True)
+    yield lambda text: click.echo(f"\r{printable(text)}", nl=False, err=True)
     click.echo(err=True)
 
 
@@ -90,4 +106,10 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, datetime):
         return ago(value)
-    return str(value)
+    # A line break would look like another row.
+    return str(value) if _is_raw() else printable(str(value))
+
+
+def _is_raw() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(RAW))

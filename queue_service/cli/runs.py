@@ -49,9 +49,9 @@ def list_(as_json: bool, database_url: str | None, state: str | None, before: in
     if below is None:
         return
     if len(found) == filters["limit"]:
-        click.echo(f"More: --before {below}", err=True)
+        render.echo(f"More: --before {below}", err=True)
     else:
-        click.echo(
+        render.echo(
             f"Stopped looking at run {below}: go on with --before {below}, or look for longer with "
             "QUEUE_SERVICE_READ_TIMEOUT=10s.",
             err=True,
@@ -105,9 +105,9 @@ def show(run_id: int, as_json: bool, database_url: str | None) -> None:
     for field in msgspec.structs.fields(Run):
         value = getattr(run, field.name)
         if field.name != "attempts" and value is not None and value is not False:
-            click.echo(f"{field.encode_name:16} {_shown(value)}")
+            render.echo(f"{field.encode_name:16} {_shown(value)}")
     if run.attempts:
-        click.echo()
+        render.echo()
         render.table(
             ("attempt", "worker", "began", "took", "what"),
             [
@@ -147,7 +147,7 @@ def why(run_id: int, as_json: bool, database_url: str | None) -> None:
     if as_json:
         render.as_json({"id": run.id, "state": run.state, "why": sentence})
     else:
-        click.echo(sentence)
+        render.echo(sentence)
 
 
 @runs.command()
@@ -197,10 +197,10 @@ def retry(
     if as_json:
         render.as_json({**done._asdict(), "dry_run": dry_run})
     elif dry_run:
-        click.echo(f"{render.count(done.runs)} runs would be queued again")
+        render.echo(f"{render.count(done.runs)} runs would be queued again")
     else:
         skipped = f"; {done.skipped:,} skipped: a live run holds their singleton key" if done.skipped else ""
-        click.echo(f"{done.runs:,} runs queued again{skipped}")
+        render.echo(f"{done.runs:,} runs queued again{skipped}")
 
 
 @runs.command()
@@ -316,7 +316,7 @@ def _each(
 
     untouched = with_app(load_app(None, database_url), body)
     for run_id in run_ids:
-        click.echo(f"run {run_id}: {otherwise if run_id in untouched else done}")
+        render.echo(f"run {run_id}: {otherwise if run_id in untouched else done}")
     if untouched:
         raise click.exceptions.Exit(1)
 

@@ -64,7 +64,7 @@ def show(name: str, as_json: bool, database_url: str | None) -> None:
     for field in Schedule.__struct_fields__:
         value = getattr(found, field)
         if value is not None:
-            click.echo(f"{field:16} {_shown(value)}")
+            render.echo(f"{field:16} {_shown(value)}")
 
 
 @schedules.command("next")
@@ -85,9 +85,9 @@ def next_(name: str, count: int, as_json: bool, database_url: str | None) -> Non
         render.as_json({"name": name, "paused_at": schedule.paused_at, "slots": local})
         return
     for slot in local:
-        click.echo(f"{slot:%a %Y-%m-%d %H:%M:%S %Z}  {render.ago(slot)}")
+        render.echo(f"{slot:%a %Y-%m-%d %H:%M:%S %Z}  {render.ago(slot)}")
     if schedule.paused_at is not None:
-        click.echo(f"It is paused: `queue-service schedules resume {name}` goes on with it.", err=True)
+        render.echo(f"It is paused: `queue-service schedules resume {name}` goes on with it.", err=True)
 
 
 @schedules.command()
@@ -97,7 +97,7 @@ def next_(name: str, count: int, as_json: bool, database_url: str | None) -> Non
 def run(name: str, as_json: bool, database_url: str | None) -> None:
     """Enqueue the schedule's run now, out of turn, also while it is paused."""
     run_id = _there(with_app(load_app(None, database_url), lambda app: app.schedules.run_now(name)), name)
-    render.as_json({"id": run_id}) if as_json else click.echo(f"enqueued run {run_id}")
+    render.as_json({"id": run_id}) if as_json else render.echo(f"enqueued run {run_id}")
 
 
 @schedules.command()
@@ -152,7 +152,7 @@ def add(
     if app_path is not None and task not in app.tasks:
         raise TaskUnknown(task, app.tasks)
     stored = with_app(app, lambda opened: opened.schedules.put(name, task, value, **options))
-    click.echo(f"schedule {name}: {'added' if stored else 'is like this already' if stored is None else 'changed'}")
+    render.echo(f"schedule {name}: {'added' if stored else 'is like this already' if stored is None else 'changed'}")
 
 
 @schedules.command()
@@ -182,7 +182,7 @@ def _each(
 
     answers = with_app(load_app(None, database_url), body)
     for name, changed in answers.items():
-        click.echo(f"schedule {name}: {'unknown' if changed is None else done if changed else otherwise}")
+        render.echo(f"schedule {name}: {'unknown' if changed is None else done if changed else otherwise}")
     if None in answers.values():
         raise click.exceptions.Exit(1)
 

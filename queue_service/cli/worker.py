@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from queue_service.cli import render
 from queue_service.cli.options import app_option, command, load_app, run, setting
 from queue_service.errors import ConfigError
 from queue_service.worker.dump import on_signal
@@ -95,13 +96,13 @@ async def _work(worker: Worker, *, once: bool) -> Tally:
         nonlocal signals
         signals += 1
         again = "Signal again to cancel what is running." if signals == 1 else "Cancelling what is running."
-        click.echo(f"Stopping. {again}", err=True)
+        render.echo(f"Stopping. {again}", err=True)
         worker.stop(now=signals > 1)
 
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, stop)
     shown = ", ".join(f"{queue} ({concurrency} at once)" for queue, concurrency in worker.queues.items())
-    click.echo(f"working on {shown}. Ctrl-C stops.", err=True)
+    render.echo(f"working on {shown}. Ctrl-C stops.", err=True)
     return await worker.run(once=once)
 
 

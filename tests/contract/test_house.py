@@ -94,3 +94,11 @@ def test_no_test_sleeps_to_wait() -> None:
                 r"^    (?:    )?(?:await )?(?:asyncio|time)\.sleep\((?!0\))[^#\n]*$", path.read_text(), re.MULTILINE
             )
             assert waits == [], f"{path.relative_to(ROOT)} sleeps; wait on a condition, or say why in a comment"
+
+
+def test_the_command_line_prints_in_one_place() -> None:
+    for path in (PACKAGE / "cli").glob("*.py"):
+        if path.name != "render.py":
+            assert not re.search(r"click\.s?echo\(|(?<![\w.])print\(", path.read_text()), (
+                f"{path.name}: use render.echo"
+            )
