@@ -46,19 +46,28 @@ def conninfo() -> str:
 
 
 def online() -> None:
+    given = context.config.attributes.get("connection")
+    if given is not None:
+        # Whoever gave it commits, or rolls back.
+        migrate(given)
+        return
     engine = sqlalchemy.create_engine(
         "postgresql+psycopg://", creator=lambda: psycopg.connect(conninfo()), poolclass=sqlalchemy.NullPool
     )
     with engine.connect() as connection:
-        # Whoever comes second waits here, and then finds the revisions applied. The lock falls with the transaction.
-        connection.exec_driver_sql("select pg_advisory_xact_lock(%s)", (LOCK,))
-        # The session's own 10 s would end the wait above; the one below is for tables that a long query holds.
-        connection.exec_driver_sql("set local lock_timeout = '10s'")
-        connection.exec_driver_sql(f"create schema if not exists {SCHEMA}")
-        configure(connection=connection)
-        with context.begin_transaction():
-            context.run_migrations()
+        migrate(connection)
         connection.commit()
+
+
+def migrate(connection: sqlalchemy.Connection) -> None:
+    # Whoever comes second waits here, and then finds the revisions applied. The lock falls with the transaction.
+    connection.exec_driver_sql("select pg_advisory_xact_lock(%s)", (LOCK,))
+    # The session's own 10 s would end the wait above; the one below is for tables that a long query holds.
+    connection.exec_driver_sql("set local lock_timeout = '10s'")
+    connection.exec_driver_sql(f"create schema if not exists {SCHEMA}")
+    configure(connection=connection)
+    with context.begin_transaction():
+        context.run_migrations()
 
 
 def offline() -> None:

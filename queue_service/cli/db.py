@@ -14,6 +14,7 @@ from queue_service.cli import render
 from queue_service.cli.options import command, json_option, run
 from queue_service.db import embedded, revision, schema, url
 from queue_service.db.cluster import Cluster
+from queue_service.db.downgrade import downgrade, is_older
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import ConfigError, SchemaMismatch
 
@@ -26,17 +27,37 @@ def db() -> None:
 
 
 @db.command()
-@click.option("--to", "revision", default="head", show_envvar=True, help="Revision; an older one migrates down.")
+@click.option(
+    "--to", "target", default="head", show_envvar=True, help="Revision; an older one drops what came after it."
+)
+@click.option(
+    "--yes", is_flag=True, show_envvar=True, help="Drop what an older revision does not have, without asking."
+)
+@click.option(
+    "--force", is_flag=True, show_envvar=True, help="Also while turns are owed, runs wait or workers are at work."
+)
 @command
-def migrate(revision: str, database_url: str | None) -> None:
-    """Bring the schema to this version's revision. Safe to run from many places at once."""
+def migrate(target: str, yes: bool, force: bool, database_url: str | None) -> None:
+    """Bring the schema to this version's revision. Safe to run from many places at once. An older revision (`--to`) drops
+    tables and columns with all that is in them: they are listed, and you are asked."""
     with _Reached(database_url) as conninfo:
         have = _current(conninfo)
-        if have is not None and (revision == "base" or revision < have):
-            schema.downgrade(conninfo, revision)
+        if have is not None and is_older(have, target):
+            _downgrade(conninfo, have, target, yes=yes, force=force)
         else:
-            schema.upgrade(conninfo, revision)
+            schema.upgrade(conninfo, target)
         render.echo(f"schema queue_service: {have or 'none'} -> {_current(conninfo) or 'none'}")
+
+
+def _downgrade(conninfo: str, have: str, target: str, *, yes: bool, force: bool) -> None:
+    lease = settings_module.load(os.environ).lease
+    losses = downgrade(conninfo, target, lease=lease, force=force, commit=False)
+    render.echo(f"Going back from revision {have} to {target} drops for good:\n{losses}", err=True)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("Nothing was changed. Say --yes to drop it.")
+        click.confirm("Drop it?", abort=True, err=True)
+    downgrade(conninfo, target, lease=lease, force=force, commit=True)
 
 
 @db.command()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psycopg import errors as pg
 
 from queue_service.db.pool import options
 from queue_service.db.revision import HEAD
 from queue_service.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
+
+if TYPE_CHECKING:
+    # It is imported where it is used, since most commands migrate nothing.
+    import sqlalchemy
 
 # Alembic keeps its context in globals of the process; across processes the lock in the database decides.
 _ALEMBIC = threading.Lock()
@@ -24,8 +28,9 @@ def upgrade(conninfo: str, revision: str = "head") -> None:
     _run(conninfo, "upgrade", revision)
 
 
-def downgrade(conninfo: str, revision: str) -> None:
-    _run(conninfo, "downgrade", revision)
+def downgrade(where: str | sqlalchemy.Connection, revision: str) -> None:
+    """Migrate back to `revision`, which drops what came after it; on a connection that is given, in its transaction."""
+    _run(where, "downgrade", revision)
 
 
 def check(conninfo: str) -> None:
@@ -40,7 +45,7 @@ def sql() -> None:
     command.upgrade(_config(None), "head", sql=True)
 
 
-def _run(conninfo: str, verb: str, *arguments: str) -> None:
+def _run(where: str | sqlalchemy.Connection, verb: str, *arguments: str) -> None:
     import sqlalchemy
     from alembic.util import CommandError
 
@@ -48,7 +53,7 @@ def _run(conninfo: str, verb: str, *arguments: str) -> None:
 
     try:
         with _ALEMBIC:
-            getattr(command, verb)(_config(conninfo), *arguments)
+            getattr(command, verb)(_config(where), *arguments)
     except CommandError as refused:
         # The database names a revision that is not among ours.
         unknown = re.search(r"Can't locate revision identified by '([^']*)'", str(refused))
@@ -63,11 +68,14 @@ def _run(conninfo: str, verb: str, *arguments: str) -> None:
         raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost
 
 
-def _config(conninfo: str | None) -> Any:
+def _config(where: str | sqlalchemy.Connection | None) -> Any:
     from alembic.config import Config
 
     config = Config()
     scripts = _PACKAGED if _PACKAGED.is_dir() else _REPOSITORY
     config.set_main_option("script_location", str(scripts).replace("%", "%%"))
-    config.attributes["conninfo"] = None if conninfo is None else options(conninfo, "queue_service migrate")
+    if isinstance(where, str):
+        config.attributes["conninfo"] = options(where, "queue_service migrate")
+    elif where is not None:
+        config.attributes["connection"] = where
     return config

@@ -294,7 +294,7 @@ def test_migrate_current_and_check_on_an_empty_database(empty_database: str) -> 
 def test_migrate_goes_down_and_up_again(empty_database: str) -> None:
     on = {"QUEUE_SERVICE_DATABASE_URL": empty_database}
     succeeded(call("db", "migrate", "--to", revision.HEAD, **on))
-    assert f"{revision.HEAD} -> none" in succeeded(call("db", "migrate", "--to", "base", **on)).stdout
+    assert f"{revision.HEAD} -> none" in succeeded(call("db", "migrate", "--to", "base", "--yes", **on)).stdout
     assert call("db", "current", **on).exit_code == 4
     succeeded(call("db", "migrate", **on))
 
@@ -306,7 +306,7 @@ def test_migrate_to_a_revision_that_is_not_there_is_told(invoke: Invoke) -> None
 def test_check_exits_with_four_where_the_schema_is_behind(empty_database: str) -> None:
     on = {"QUEUE_SERVICE_DATABASE_URL": empty_database}
     assert "queue-service db migrate" in said(call("db", "check", **on), 4)
-    succeeded(call("db", "migrate", "--to", "0001", **on))
+    succeeded(call("db", "migrate", "--to", "0001", "--yes", **on))
     assert "queue-service db migrate" in said(call("db", "check", **on), 4)
 
 

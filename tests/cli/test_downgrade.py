@@ -1,0 +1,98 @@
+"""An older revision drops data: what, is listed, and nothing goes that somebody still needs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+
+from queue_service import App, Turn
+from queue_service.cli import cli
+from queue_service.db.revision import HEAD
+
+
+def migrate(database: str, *arguments: str) -> Result:
+    environment = {"QUEUE_SERVICE_DATABASE_URL": database}
+    return CliRunner().invoke(cli, ["db", "migrate", *arguments], env=environment, prog_name="queue-service")
+
+
+def revision_of(database: str) -> str:
+    with psycopg.connect(database) as conn:
+        row = conn.execute("select version_num from queue_service.alembic_version").fetchone()
+        assert row is not None
+        return str(row[0])
+
+
+def using(database: str, use: Callable[[App], Awaitable[Any]]) -> None:
+    async def used() -> None:
+        async with App(database) as app:
+            await use(app)
+
+    asyncio.run(used())
+
+
+async def end_a_turn(app: App) -> None:
+    await app.turns.arm(Turn(deployment="dep", message_id="m", stream="s", platform="api"))
+    await app.turns.commit_reply("dep", ["m"], {"text": "hello"})
+
+
+async def owe_a_turn(app: App) -> None:
+    await app.turns.arm(Turn(deployment="dep", message_id="m", stream="s", platform="api"))
+
+
+async def join(app: App) -> None:
+    async with app.pool.connection() as conn:
+        await conn.execute("insert into queue_service.workers (name, version, queues) values ('w', '1', '{}')")
+
+
+async def enqueue(app: App) -> None:
+    await app.enqueue("noop", {})
+
+
+def test_what_would_go_is_listed_and_stays_until_yes_is_said(database: str) -> None:
+    using(database, end_a_turn)
+    refused = migrate(database, "--to", "0001")
+    assert refused.exit_code == 2
+    assert "table events (1 row)" in refused.stderr
+    assert "table turn_markers (0 rows)" in refused.stderr
+    assert "--yes" in refused.stderr
+    assert revision_of(database) == HEAD
+    done = migrate(database, "--to", "0001", "--yes")
+    assert done.exit_code == 0, done.output
+    assert "table events (1 row)" in done.stderr
+    assert revision_of(database) == "0001"
+
+
+def test_a_column_that_goes_is_listed(database: str) -> None:
+    assert "column runs.progress" in migrate(database, "--to", "0010").stderr
+
+
+@pytest.mark.parametrize(
+    ("use", "to", "why"),
+    [
+        (owe_a_turn, "0011", "1 turn is owed"),
+        (join, "0011", "1 worker is at work"),
+        (enqueue, "base", "1 row in the queue"),
+    ],
+    ids=["an owed turn", "a live worker", "a queued run"],
+)
+def test_what_is_needed_stays_unless_force_is_said(
+    use: Callable[[App], Awaitable[Any]], to: str, why: str, database: str
+) -> None:
+    using(database, use)
+    refused = migrate(database, "--to", to, "--yes")
+    assert refused.exit_code != 0
+    assert why in refused.stderr
+    assert "--force" in refused.stderr
+    assert revision_of(database) == HEAD
+    assert migrate(database, "--to", to, "--force").exit_code == 2, "--force is no --yes"
+    assert migrate(database, "--to", to, "--force", "--yes").exit_code == 0
+
+
+def test_queued_runs_do_not_stand_against_a_downgrade_that_keeps_them(database: str) -> None:
+    using(database, enqueue)
+    assert migrate(database, "--to", "0011", "--yes").exit_code == 0
