@@ -6,6 +6,7 @@ The schema is migrated once, into a template; each test that asks for `database`
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from queue_service.db.pool import Connection, connect
 from queue_service.settings import load
 from queue_service.testing import databases
 from queue_service.testing.options import given_server
-from tests.support import local_programs
+from queue_service.testing.watcher import watched
+from tests.support import local_programs, taking_turns
 
 # Variables that would lead a test, or a process it starts, to a developer's own database.
 for _name in ("QUEUE_SERVICE_DATABASE_URL", "DATABASE_URL", *url.PG_VARIABLES):
@@ -36,6 +38,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the server under test: the bundled one, programs found on this machine, or a container "
         "(QUEUE_SERVICE_TEST_DATABASE_URL, when set, comes first)",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For tests in parallel: those that share what was made for their module stay in one process, and what takes long is
+    begun first."""
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009 - pytest has no other way to ask
+        if any(fixture.scope == "module" for several in fixtures for fixture in several):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: item.get_closest_marker("chaos") is None and item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test marked `alone` runs while no other test of this run does, in whatever process."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return (yield)
+    with taking_turns(
+        Path(tempfile.gettempdir(), f"queue_service-{run}"), alone=bool(item.get_closest_marker("alone"))
+    ):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +77,13 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     else:
         with databases.embedded_server(local_programs() if kind == "local" else None) as conninfo:
             yield conninfo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers and processes that tests start in directories of their own end with this process, also when it is killed."""
+    with watched(tmp_path_factory.getbasetemp()):
+        yield
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
 import shutil
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ async def refusing(conn: Connection, table: str, what: str) -> AsyncIterator[Non
         yield
     finally:
         await conn.execute(f"alter table queue_service.{table} drop constraint refused".encode())
+
+
+@contextmanager
+def taking_turns(path: Path, *, alone: bool) -> Iterator[None]:
+    """Be in the block together with other processes, or alone. Whoever waits to be alone holds the door, so that the others
+    come out and nobody goes in."""
+    with path.with_suffix(".door").open("w") as door, path.with_suffix(".room").open("w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
 
 
 def free_port() -> int:

@@ -17,6 +17,7 @@ from queue_service.app import App
 from queue_service.db import embedded, schema, url
 from queue_service.db.cluster import Cluster
 from queue_service.errors import ConfigError
+from queue_service.testing.watcher import watched
 
 # Tests check logic; what survives a power cut is the server's business, and its flushes would double the time.
 FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
@@ -24,16 +25,18 @@ FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 
 @contextmanager
 def embedded_server(programs: Path | None = None) -> Iterator[str]:
-    """The conninfo of a superuser on a server that is gone after the block, run by the bundled programs or by these."""
+    """The conninfo of a superuser on a server that is gone after the block, run by the bundled programs or by these.
+    When this process is killed, the server ends as well, and so does what was started with its conninfo."""
     scratch = Path(tempfile.mkdtemp(prefix="queue_service-tests-"))
     # A server that may not run as root is run by another user, who has to pass through.
     scratch.chmod(0o711)
     cluster = Cluster(scratch / "cluster", programs or embedded.programs(), FAST)
-    try:
-        yield cluster.use()
-    finally:
-        cluster.leave()
-        shutil.rmtree(scratch, ignore_errors=True)
+    with watched(scratch):
+        try:
+            yield cluster.use()
+        finally:
+            cluster.leave()
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

@@ -132,6 +132,7 @@ def migrating(conninfo: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 async def test_many_processes_may_migrate_an_empty_database_at_once(empty_database: str, look: Connection) -> None:
     processes = [migrating(empty_database) for _ in range(4)]
     ended = await asyncio.gather(*(asyncio.to_thread(process.communicate, "\n") for process in processes))

@@ -58,6 +58,7 @@ def filled(server: str, template: str) -> Iterator[Sync]:
         conn.execute(pool._SESSION.encode())
         for number, (query, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", query)
+        conn.execute("set statement_timeout = 0")
         conn.execute(FILL.encode())
         yield conn
 

@@ -243,6 +243,7 @@ def storable(text: str) -> bool:
     return clean(json.loads(text, parse_constant=no_constant))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400)
 @given(VALUES)
 def test_the_text_of_any_result_can_be_loaded_and_stored(value: Any) -> None:
@@ -251,6 +252,7 @@ def test_the_text_of_any_result_can_be_loaded_and_stored(value: Any) -> None:
     assert storable(text)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400)
 @given(st.dictionaries(TEXT, VALUES, max_size=4))
 def test_a_payload_is_stored_exactly_or_refused(payload: dict[str, Any]) -> None:

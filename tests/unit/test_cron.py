@@ -93,6 +93,7 @@ def by_the_day(zone: tzinfo, start: datetime, end: datetime, hours: set[int], mi
 ALL_HOURS = set(range(24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("expression", "oracle", "hours", "minutes"),
     [

@@ -1,0 +1,73 @@
+"""What tests start in a directory of their own ends with them, however they end: also when they are killed.
+
+A second process waits for the end of a pipe that only the first one holds. When that ends without a word, it kills every
+process that was started with the directory on its command line or in its environment (a server by its data directory, a
+worker by its database URL), and removes the directory.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Run with `-I`: it needs the standard library only, and starts quickly. Killed with SIGKILL, since nobody reads what these
+# processes would still say, and a server that is killed leaves nothing outside of its directory.
+_PROGRAM = r"""
+import os, shutil, signal, subprocess, sys, time
+
+directory = sys.argv[1]
+if sys.stdin.buffer.read():
+    sys.exit()
+
+def theirs():
+    if os.path.isdir("/proc/self"):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                texts = [open(f"/proc/{name}/{kind}", "rb").read() for kind in ("cmdline", "environ")]
+            except OSError:
+                continue
+            if any(os.fsencode(directory) in text for text in texts):
+                yield int(name)
+    else:
+        listed = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True).stdout
+        for line in listed.splitlines():
+            pid, _, command = line.strip().partition(" ")
+            if directory in command:
+                yield int(pid)
+
+# A server forks while it is being killed: look until there is nothing left.
+for _ in range(100):
+    found = [pid for pid in theirs() if pid != os.getpid()]
+    if not found:
+        break
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass
+    time.sleep(0.05)
+shutil.rmtree(directory, ignore_errors=True)
+"""
+
+
+@contextmanager
+def watched(directory: Path) -> Iterator[None]:
+    """In the block, this process is watched. One that leaves the block puts away by itself what it started."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-c", _PROGRAM, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A signal to our group, such as Ctrl-C, must not end it.
+        start_new_session=True,
+    )
+    assert watcher.stdin is not None
+    try:
+        yield
+    finally:
+        watcher.stdin.write(b"done")
+        watcher.stdin.close()
+        watcher.wait()

@@ -1,0 +1,54 @@
+"""Whatever ends a test run ends what it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import eventually, is_gone
+
+MODULE = """
+import os, subprocess, sys, time
+import pytest
+
+pytest_plugins = ["queue_service.testing"]
+
+def test_that_never_ends(queue_service_database, tmp_path):
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        env={**os.environ, "QUEUE_SERVICE_DATABASE_URL": queue_service_database},
+    )
+    import psycopg
+    with psycopg.connect(queue_service_database) as conn:
+        directory = conn.execute("show data_directory").fetchone()[0]
+    server = int(open(os.path.join(directory, "postmaster.pid")).readline())
+    print(server, worker.pid, directory, flush=True)
+    worker.wait()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+async def test_a_server_and_a_worker_end_with_a_run_that_is_killed(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "test_module.py").write_text(MODULE)
+    running = subprocess.Popen(  # noqa: ASYNC220 - the loop has nothing else to do
+        [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "test_module.py"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert running.stdout is not None
+    line = next(line for line in running.stdout if line.split()[:1] and line.split()[0].isdecimal())
+    server, worker, directory = line.split(maxsplit=2)
+    assert not is_gone(int(server))
+    running.send_signal(number)
+    running.wait()
+    running.stdout.close()
+    await eventually(lambda: is_gone(int(server)) and is_gone(int(worker)), within=30)
+    await eventually(lambda: not Path(directory.strip()).exists(), within=30)
