@@ -245,6 +245,7 @@ class Tasks(Mapping[str, Task[..., Any]]):
         return len(self._by_name)
 
     def add(self, task: Task[..., Any]) -> None:
+        """Register a task. ConfigError if another function has its name already."""
         taken = self._by_name.get(task.name)
         if taken is not None and taken.function is not task.function:
             raise ConfigError(

@@ -41,13 +41,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For tests in parallel: those that share what was made for their module stay in one process, and what takes long is
-    begun first."""
+    """For tests in parallel: those that share what was made for their module stay in one process, what takes long is begun
+    first, and what must be alone comes last, when there is little that it has to wait for."""
     for item in items:
         fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009 - pytest has no other way to ask
         if any(fixture.scope == "module" for several in fixtures for fixture in several):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: item.get_closest_marker("chaos") is None and item.get_closest_marker("slow") is None)
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("alone"):
+        return 2
+    return 0 if item.get_closest_marker("chaos") or item.get_closest_marker("slow") else 1
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

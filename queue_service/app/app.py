@@ -170,6 +170,7 @@ class App(Runs):
 
     @settings.setter
     def settings(self, settings: Settings) -> None:
+        """Set them, for an App that is closed."""
         self._core.settings = settings
 
     @property
@@ -194,6 +195,7 @@ class App(Runs):
 
     @database.setter
     def database(self, database: Server | EmbeddedCluster) -> None:
+        """Set it, for an App that is closed."""
         self._core.database = database
 
     @property

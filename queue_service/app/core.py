@@ -63,6 +63,7 @@ class Core:
 
     @property
     def is_open(self) -> bool:
+        """Whether it holds connections."""
         return self._opened is not None
 
     @property

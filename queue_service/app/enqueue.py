@@ -138,6 +138,7 @@ def notice(new: NewRun) -> channels.Notice | None:
 
 
 def check_policy(on_conflict: str) -> None:
+    """ConfigError for a word that `on_conflict` does not know."""
     if on_conflict not in POLICIES:
         raise ConfigError(f"on_conflict must be one of {', '.join(POLICIES)}.{nearest(str(on_conflict), POLICIES)}")
 
@@ -203,6 +204,7 @@ def _check_integer(value: object, what: str, least: int, most: int) -> None:
 
 
 def check_moment(moment: object, what: str) -> None:
+    """ConfigError for what is no datetime with a time zone, of the years 1901 to 8998."""
     if not isinstance(moment, datetime):
         raise ConfigError(f"{what} must be a datetime, not {type(moment).__name__}.")
     if moment.utcoffset() is None:

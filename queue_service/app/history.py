@@ -31,6 +31,8 @@ OnProgress = Callable[[Retried], object]
 
 
 def chosen(state: str, queue: str | None, task: str | None, since: datetime | timedelta | float | None) -> Filter:
+    """The runs that these arguments of `App.retry_many` name. ConfigError for a state that cannot be retried, and for a
+    time without a zone."""
     if state not in RETRIABLE:
         raise ConfigError(f"Runs that are {state!r} cannot be retried. Choose one of {', '.join(RETRIABLE)}.")
     if not isinstance(since, datetime):

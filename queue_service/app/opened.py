@@ -53,7 +53,9 @@ class Opened:
             poll_interval=settings.poll_interval.total_seconds(),
             grace=settings.lease.total_seconds() / 3,
         )
-        self._sweeper = Sweeper(self.pool.fetch, self._tell, max_losses=settings.max_losses, grace=settings.lease / 3)
+        self._sweeper = Sweeper(
+            self.pool.fetch, self.notifier.send, max_losses=settings.max_losses, grace=settings.lease / 3
+        )
         self._sweep_interval = settings.sweep_interval
         self._sweeping: asyncio.Task[None] | None = None
         self._waiters = 0
@@ -82,6 +84,7 @@ class Opened:
         return opened
 
     async def close(self) -> None:
+        """Send the notices that wait, and let go of all connections and of the embedded cluster."""
         self._stop_sweeping()
         await self.fanout.close()
         await self.endings.close()
@@ -91,6 +94,7 @@ class Opened:
             await asyncio.to_thread(self._cluster.leave)
 
     async def sweep_turns(self) -> int:
+        """End the turns whose deadline has passed. Returns how many."""
         return await self._sweeper.turns()
 
     @contextmanager
@@ -112,13 +116,12 @@ class Opened:
             self._sweeping.cancel()
             self._sweeping = None
 
-    def _tell(self, notices: list[channels.Notice]) -> None:
-        self.notifier.send(notices)
-
     async def fetch(self, query: Query[T]) -> T:
+        """The result of one query, run on a connection of the pool."""
         return await self.pool.fetch(query)
 
     async def copy(self, statement: str, data: str) -> None:
+        """Send rows in the text format of COPY, all or none."""
         with translated():
             async with self.pool.connection() as conn, conn.cursor() as cursor, cursor.copy(statement.encode()) as copy:
                 await copy.write(data)

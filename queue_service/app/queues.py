@@ -24,8 +24,8 @@ log = get_logger(__name__)
 # Rows that one statement of a purge forgets, and of lanes that it changes.
 PURGE_BATCH, LANES_BATCH = 5_000, 1_000
 # How long lanes that others hold are waited for, in seconds.
-PATIENCE = 10.0
-MOST = 1_000_000
+WIDEN_SECONDS = 10.0
+MAX_LIMIT = 1_000_000
 
 
 class Queues:
@@ -119,7 +119,7 @@ class Queues:
 
     async def _widen(self, queue: str, width: int) -> None:
         """Let lanes that exist know how many of their runs go on at once."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + WIDEN_SECONDS
         while await self._core.fetch(queries.widen(queue, width, limit=LANES_BATCH)):
             if time.monotonic() > deadline:
                 log.warning(
@@ -131,7 +131,7 @@ class Queues:
 
 
 def _check_count(count: int | None, what: str) -> None:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST):
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_LIMIT):
         raise ConfigError(
-            f"{what} must be a whole number from 1 to {MOST:,}, not {count!r}. To let nothing begin, pause the queue."
+            f"{what} must be a whole number from 1 to {MAX_LIMIT:,}, not {count!r}. To let nothing begin, pause the queue."
         )

@@ -35,6 +35,7 @@ class Loop:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Start the thread. ConfigError if it runs already."""
         if self._loop is not None:
             raise ConfigError("This is open already. Take another `app.sync` for a second use at the same time.")
         self._loop = asyncio.new_event_loop()
@@ -42,6 +43,7 @@ class Loop:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread, once what it is at has ended. One that was not started is left as it is."""
         loop, self._loop = self._loop, None
         if loop is not None and self._thread is not None:
             loop.call_soon_threadsafe(loop.stop)
@@ -50,9 +52,11 @@ class Loop:
 
     @property
     def is_running(self) -> bool:
+        """Whether there is a thread."""
         return self._loop is not None
 
     def call(self, call: Coroutine[Any, Any, T]) -> T:
+        """The result of the coroutine, run in the thread. ConfigError if there is none, or this is that thread."""
         if self._loop is None or threading.current_thread() is self._thread:
             call.close()
             raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")

@@ -29,20 +29,20 @@ from queue_service.services.sweeper import about_turns
 from queue_service.tasks import duration
 from queue_service.turns import queries
 from queue_service.turns.model import (
-    Ended,
-    Ending,
+    EndedTurn,
     Marker,
     Outcome,
     Receipt,
     Standing,
     Turn,
+    TurnEnding,
     TurnFailure,
     failed,
     key_of,
     may_name,
     replied,
 )
-from queue_service.turns.queries import Key, Owed, Tally
+from queue_service.turns.queries import Key, Owed, TurnCounts
 from queue_service.words import check_word
 
 log = get_logger(__name__)
@@ -61,7 +61,7 @@ class Turns:
         self._arming: Combiner[Owed, bool | None] = Combiner(
             self._arm, name="arm", weigh=lambda owed: len(str(owed.fields["metadata"]))
         )
-        self._ending: Combiner[Sequence[Ending], Sequence[Ended]] = Combiner(
+        self._ending: Combiner[Sequence[TurnEnding], Sequence[EndedTurn]] = Combiner(
             self._end, name="end", weigh=lambda endings: sum(len(ending.body) for ending in endings)
         )
 
@@ -303,7 +303,7 @@ class Turns:
             )
         )  # fmt: skip
 
-    async def tally(self) -> Tally:
+    async def tally(self) -> TurnCounts:
         """How many turns are owed an ending, how many are overdue, and for how long the oldest of them has been."""
         return await self._core.fetch(queries.tally())
 
@@ -327,13 +327,13 @@ class Turns:
                 armed[turn.key] = False
         return answers
 
-    async def _end(self, calls: Sequence[Sequence[Ending]]) -> Sequence[Sequence[Ended] | Busy]:
+    async def _end(self, calls: Sequence[Sequence[TurnEnding]]) -> Sequence[Sequence[EndedTurn] | Busy]:
         """One statement for the endings of several calls. Of two calls for one turn, the first wins."""
         tell = self._core.opened.notifier.try_reserve(channels.EVENTS)
         ended, busy = await self._core.fetch(queries.end_free(calls, tell=tell))
         self._told(ended, tell=tell)
         unclaimed = {(each.deployment, each.message_id): each for each in ended}
-        answers: list[Sequence[Ended] | Busy] = []
+        answers: list[Sequence[EndedTurn] | Busy] = []
         for call in calls:
             if busy and any((ending.deployment, ending.message_id) in busy for ending in call):
                 answers.append(BUSY)
@@ -342,7 +342,7 @@ class Turns:
             answers.append([each for each in mine if each is not None])
         return answers
 
-    async def _decide(self, endings: Sequence[Ending], conn: Any) -> Sequence[Ended]:
+    async def _decide(self, endings: Sequence[TurnEnding], conn: Any) -> Sequence[EndedTurn]:
         if not endings:
             return []
         if conn is not None:
@@ -355,7 +355,7 @@ class Turns:
             why = TurnFailure("reply_refused", reason=f"The database could not store the reply: {refused}")
             return await self._ending([failed(each.deployment, each.message_id, why) for each in endings])
 
-    def _told(self, ended: Collection[Ended], *, tell: bool) -> None:
+    def _told(self, ended: Collection[EndedTurn], *, tell: bool) -> None:
         if ended and not tell:
             self._core.opened.notifier.send(about_turns(ended))
 

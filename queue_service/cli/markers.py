@@ -12,7 +12,7 @@ from queue_service.cli.options import command, json_option, load_app, read, with
 from queue_service.errors import TurnUnknown
 from queue_service.settings import format_duration
 from queue_service.turns.model import SENTENCES, Marker, Outcome, TurnFailure
-from queue_service.turns.queries import COUNT_LIMIT, Tally
+from queue_service.turns.queries import COUNT_LIMIT, TurnCounts
 
 deployment_argument = click.argument("deployment")
 yes_option = click.option("--yes", is_flag=True, show_envvar=True, help="Do not ask.")
@@ -35,7 +35,7 @@ def markers() -> None:
 def list_(as_json: bool, database_url: str | None, **filters: Any) -> None:
     """The turns that are owed an ending, those first that lapse first, and how many there are in all."""
 
-    async def body(app: App) -> tuple[list[Marker], Tally]:
+    async def body(app: App) -> tuple[list[Marker], TurnCounts]:
         return await app.turns.list(**filters), await app.turns.tally()
 
     found, tally = read(database_url, body)
@@ -171,7 +171,7 @@ def ended(outcome: Outcome) -> str:
     return f"Failed {render.ago(outcome.ended_at)}: {outcome.code}, {event}. {outcome.message}"
 
 
-def counted(tally: Tally) -> str:
+def counted(tally: TurnCounts) -> str:
     """How many turns are owed an ending, and for how long the oldest overdue one has been."""
     owed = f"{_turns(tally.owed)} owed an ending"
     if tally.oldest_overdue is None:

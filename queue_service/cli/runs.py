@@ -122,7 +122,7 @@ class Surroundings(NamedTuple):
     """What a run depends on: its queue, the workers, and the turn it works on, with its deadline."""
 
     queue: queues.Queue | None
-    workers: Sequence[roster.Worker]
+    workers: Sequence[roster.WorkerRow]
     turn: tuple[str, str, datetime] | None
 
 

@@ -38,10 +38,6 @@ def column(rows: Rows) -> list[Any]:
     return [row[0] for row in rows]
 
 
-def all_rows(rows: Rows) -> Rows:
-    return rows
-
-
 def array_literal(values: Sequence[object]) -> str:
     """A Postgres array of numbers or of words that need no quoting, as text. Ten times quicker than adapting a list."""
     return "{" + ",".join(map(str, values)) + "}"

@@ -57,6 +57,7 @@ def gap(stream: str, first: int, last: int, head: int) -> Event:
 
 
 def check_kind(kind: object) -> None:
+    """ConfigError for what is no kind of an event, and for those that only the ending of a turn stores."""
     if not isinstance(kind, str) or not kind or len(kind) > MAX_KIND or not kind.isprintable():
         raise ConfigError(f"The kind of an event is a word of up to {MAX_KIND} characters, not {kind!r}.")
     if kind in RESERVED:

@@ -13,7 +13,7 @@ from queue_service.db.statements import Statements
 SQL = Statements("queue_service.roster")
 
 
-class Worker(NamedTuple):
+class WorkerRow(NamedTuple):
     """`queues` maps a queue to its concurrency; `holds` counts the runs under its leases."""
 
     id: int
@@ -39,9 +39,9 @@ def leave(worker_id: int) -> Query[None]:
     return SQL.query("leave", nothing, worker_id=worker_id)
 
 
-def listed(silence: timedelta) -> Query[list[Worker]]:
-    def decode(rows: Rows) -> list[Worker]:
-        return [Worker(row[0], row[1], row[2], loads(row[3]), row[4], row[5], row[6], row[7]) for row in rows]
+def listed(silence: timedelta) -> Query[list[WorkerRow]]:
+    def decode(rows: Rows) -> list[WorkerRow]:
+        return [WorkerRow(row[0], row[1], row[2], loads(row[3]), row[4], row[5], row[6], row[7]) for row in rows]
 
     return SQL.query("listed", decode, silence=silence)
 

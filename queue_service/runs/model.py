@@ -34,6 +34,7 @@ class RunState(StrEnum):
 
     @property
     def finished(self) -> bool:
+        """Whether it is an ending."""
         return self not in {RunState.QUEUED, RunState.RUNNING}
 
 
@@ -101,6 +102,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def claim(self) -> Claim:
+        """The right to work on this run, as it was when the run was read."""
         return Claim(self.id, self.attempt)
 
     @property
@@ -220,4 +222,5 @@ class Floor(NamedTuple):
 
 
 def json_or_none(text: str | None) -> Any:
+    """The JSON value in this text; None where there is no text."""
     return None if text is None else loads(text)

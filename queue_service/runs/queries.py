@@ -44,7 +44,7 @@ class Scan(NamedTuple):
     limited: set[str]
 
 
-class Swept(NamedTuple):
+class SweptRun(NamedTuple):
     run_id: int
     state: RunState
     queue: str
@@ -196,7 +196,7 @@ def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[in
     return SQL.query("give_back", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
-def sweep(*, limit: int, max_losses: int, but: Collection[int] = ()) -> Query[list[Swept]]:
+def sweep(*, limit: int, max_losses: int, but: Collection[int] = ()) -> Query[list[SweptRun]]:
     """What was taken from lapsed leases, `but` these. `limit` counts leases, each of which holds what one claim took."""
     return SQL.query("sweep", _swept, limit=limit, max_losses=max_losses, but=array_literal(sorted(but)))
 
@@ -342,8 +342,8 @@ def _id_set(rows: Rows) -> set[int]:
     return {row[0] for row in rows}
 
 
-def _swept(rows: Rows) -> list[Swept]:
-    return [Swept(run_id, RunState(state), queue, priority) for run_id, state, queue, priority in rows]
+def _swept(rows: Rows) -> list[SweptRun]:
+    return [SweptRun(run_id, RunState(state), queue, priority) for run_id, state, queue, priority in rows]
 
 
 def _scan(rows: Rows) -> Scan:

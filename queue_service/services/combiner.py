@@ -25,11 +25,11 @@ R = TypeVar("R")
 # Two, so that one is prepared here while the server works on the other.
 CARRIERS = 2
 # So much goes into one statement: items, and bytes of what they carry.
-MOST = 200
-MOST_BYTES = 1_000_000
-# What is busy goes again after this many seconds, then after twice as many, and is given up in the end.
+MAX_ITEMS = 200
+MAX_BYTES = 1_000_000
+# What is busy goes again after the first pause, then after twice as long, and is given up after LOCK_SECONDS.
 FIRST_PAUSE, LAST_PAUSE = 0.002, 0.1
-PATIENCE = 10.0
+LOCK_SECONDS = 10.0
 
 
 class Busy:
@@ -61,14 +61,14 @@ class Combiner(Generic[A, R]):
 
     async def __call__(self, item: A) -> R:
         """Raises DatabaseUnavailable where a lock was not let go of in time, and whatever `send` raises."""
-        pauses, deadline = Pauses(FIRST_PAUSE, LAST_PAUSE, jitter=spread), time.monotonic() + PATIENCE
+        pauses, deadline = Pauses(FIRST_PAUSE, LAST_PAUSE, jitter=spread), time.monotonic() + LOCK_SECONDS
         while True:
             answer = await self._sent(item)
             if not isinstance(answer, Busy):
                 return answer
             if time.monotonic() > deadline:
                 raise DatabaseUnavailable(
-                    f"Another transaction has held what this needs ({self._name}) for {PATIENCE:g} s. Is one left open?"
+                    f"Another transaction has held what this needs ({self._name}) for {LOCK_SECONDS:g} s. Is one left open?"
                 )
             # With jitter, so that two who collide drift apart.
             await asyncio.sleep(pauses.next())
@@ -83,11 +83,11 @@ class Combiner(Generic[A, R]):
                 await asyncio.sleep(0)
             except asyncio.CancelledError:
                 future.cancel()
-                self._carry()
+                self._start_carrier()
                 raise
             if len(self._pending) == 1 and self._pending[0][1] is future:
                 return await self._alone()
-            self._carry()
+            self._start_carrier()
         return await future
 
     async def _alone(self) -> R | Busy:
@@ -95,25 +95,25 @@ class Combiner(Generic[A, R]):
         try:
             (answer,) = await self._send([item])
         finally:
-            self._go_on()
+            self._statement_ended()
         return answer
 
-    def _go_on(self) -> None:
+    def _statement_ended(self) -> None:
         """One who was under way is done. What came meanwhile goes together in its place."""
         self._under_way -= 1
         if self._pending and self._under_way < CARRIERS:
             self._under_way += 1
-            self._carry()
+            self._start_carrier()
 
-    def _carry(self) -> None:
+    def _start_carrier(self) -> None:
         carrier = asyncio.create_task(self._work(), name=self._name)
         self._carriers.add(carrier)
-        carrier.add_done_callback(self._carried)
+        carrier.add_done_callback(self._carrier_ended)
 
-    def _carried(self, carrier: asyncio.Task[None]) -> None:
+    def _carrier_ended(self, carrier: asyncio.Task[None]) -> None:
         # Here and not in the task, which may have been cancelled before it began.
         self._carriers.discard(carrier)
-        self._go_on()
+        self._statement_ended()
 
     async def _work(self) -> None:
         while batch := self._batch():
@@ -131,11 +131,11 @@ class Combiner(Generic[A, R]):
         given up is left out."""
         batch: list[tuple[A, asyncio.Future[R | Busy]]] = []
         size = 0
-        while self._pending and len(batch) < MOST:
+        while self._pending and len(batch) < MAX_ITEMS:
             item, future = self._pending[0]
             if not future.done():
                 size += self._weigh(item)
-                if batch and size > MOST_BYTES:
+                if batch and size > MAX_BYTES:
                     break
                 batch.append((item, future))
             self._pending.popleft()

@@ -21,7 +21,7 @@ from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.turns import queries as turns
-from queue_service.turns.model import Ended
+from queue_service.turns.model import EndedTurn
 
 log = get_logger(__name__)
 
@@ -38,7 +38,7 @@ Fetch = Callable[[Query[Any]], Awaitable[Any]]
 Notify = Callable[[list[channels.Notice]], None]
 
 
-class Swept(NamedTuple):
+class SweepCounts(NamedTuple):
     """Runs requeued, runs that ended (`failed` or `cancelled`), runs that expired; turns that were ended."""
 
     requeued: int
@@ -60,7 +60,7 @@ class Sweeper:
         # For how long the oldest turn was overdue when the last pass was over: None is as it should be.
         self.oldest_overdue: timedelta | None = None
 
-    async def once(self) -> Swept:
+    async def once(self) -> SweepCounts:
         """Sweep until nothing has lapsed. After an outage, leases and turns get `grace` first: they all lapsed while nobody
         could extend them, and whoever still lives is to have the first word."""
         try:
@@ -68,13 +68,13 @@ class Sweeper:
             if self._disturbed:
                 self._disturbed, self._resume_at = False, time.monotonic() + self._grace
             if time.monotonic() < self._resume_at:
-                return Swept(0, 0, expired, 0)
+                return SweepCounts(0, 0, expired, 0)
             requeued, ended = await self._sweep()
             ended_turns = await self.turns()
         except DatabaseUnavailable:
             self._disturbed = True
             raise
-        return Swept(requeued, ended, expired, ended_turns)
+        return SweepCounts(requeued, ended, expired, ended_turns)
 
     async def turns(self) -> int:
         """End the turns whose deadline has passed, until none is left that could be taken."""
@@ -88,17 +88,17 @@ class Sweeper:
             log.info("turns are still overdue", oldest=str(self.oldest_overdue))
         return count
 
-    async def _sweep_turns(self) -> list[Ended]:
+    async def _sweep_turns(self) -> list[EndedTurn]:
         try:
-            swept: list[Ended] = await self._fetch(turns.sweep(limit=TURNS))
+            swept: list[EndedTurn] = await self._fetch(turns.sweep(limit=TURNS))
         except psycopg.Error as refused:
             log.error("a batch of turns cannot be ended; trying each", why=str(refused))
             return await self._sweep_singly()
         return swept
 
-    async def _sweep_singly(self) -> list[Ended]:
+    async def _sweep_singly(self) -> list[EndedTurn]:
         """Step over the ones that cannot be ended, so that they do not hold up the others."""
-        ended: list[Ended] = []
+        ended: list[EndedTurn] = []
         for deployment, message_id in await self._fetch(turns.overdue(limit=SINGLES)):
             try:
                 ended += await self._fetch(turns.sweep_one(deployment, message_id))
@@ -121,7 +121,7 @@ class Sweeper:
             )
         return requeued, ended
 
-    async def _sweep_runs(self) -> list[queries.Swept]:
+    async def _sweep_runs(self) -> list[queries.SweptRun]:
         try:
             return await self._take()
         except DatabaseUnavailable as lost:
@@ -135,8 +135,8 @@ class Sweeper:
         )
         return await self._take()
 
-    async def _take(self) -> list[queries.Swept]:
-        swept: list[queries.Swept] = await self._fetch(
+    async def _take(self) -> list[queries.SweptRun]:
+        swept: list[queries.SweptRun] = await self._fetch(
             queries.sweep(limit=LEASES, max_losses=self._max_losses, but=self._busy)
         )
         return swept
@@ -151,7 +151,7 @@ class Sweeper:
         return count
 
 
-def about_turns(ended: Collection[Ended]) -> list[channels.Notice]:
+def about_turns(ended: Collection[EndedTurn]) -> list[channels.Notice]:
     """What to tell of turns that ended: the followers of their streams, and whoever delivers."""
     heads: dict[str, int] = {}
     for each in ended:

@@ -90,6 +90,7 @@ async def refute_enqueued(
 
 
 def named(task: str | Task[..., Any]) -> str:
+    """The name of a task that is given by its name or as itself."""
     return task if isinstance(task, str) else task.name
 
 

@@ -58,6 +58,7 @@ class TurnFailure:
 
     @property
     def sentence(self) -> str:
+        """What a person is to read: the message, or the usual sentence for the code."""
         return self.message or SENTENCES[self.code]
 
 
@@ -180,7 +181,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     seconds_left: float | None
 
 
-class Ended(msgspec.Struct, frozen=True):
+class EndedTurn(msgspec.Struct, frozen=True):
     """A turn that a call ended, and the event it ended with."""
 
     deployment: str
@@ -192,7 +193,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class TurnEnding:
     """What a turn is to end with; `body` is JSON text of an object."""
 
     deployment: str
@@ -202,21 +203,21 @@ class Ending:
     code: str | None = None
 
 
-def failed(deployment: str, message_id: str, failure: TurnFailure) -> Ending:
+def failed(deployment: str, message_id: str, failure: TurnFailure) -> TurnEnding:
     """The ending of a turn that failed."""
     body = {"code": failure.code, "message": failure.sentence}
     if failure.reason:
         body["reason"] = failure.reason
-    return Ending(deployment, message_id, "error", msgspec.json.encode(body).decode(), failure.code)
+    return TurnEnding(deployment, message_id, "error", msgspec.json.encode(body).decode(), failure.code)
 
 
-def replied(deployment: str, message_id: str, body: Any, limit: int) -> Ending:
+def replied(deployment: str, message_id: str, body: Any, limit: int) -> TurnEnding:
     """The ending of a turn that got this reply. It can always be written: characters that Postgres refuses are replaced,
     and where the reply cannot be stored at all, the ending is an error that says why.
     """
     try:
         text = codec.dumps_result(_object(body), limit=limit)
-        return Ending(deployment, message_id, "reply", text)
+        return TurnEnding(deployment, message_id, "reply", text)
     except Exception as refused:  # noqa: BLE001 - whatever a reply does when it is read, its turn gets an ending
         return failed(deployment, message_id, TurnFailure("reply_refused", reason=codec.describe(refused)))
 

@@ -13,7 +13,16 @@ from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.query import Query, Rows, column, found, scalar
 from queue_service.db.statements import Statements
-from queue_service.turns.model import SENTENCES, Ended, Ending, Marker, Outcome, Standing, TurnFailure, known_code
+from queue_service.turns.model import (
+    SENTENCES,
+    EndedTurn,
+    Marker,
+    Outcome,
+    Standing,
+    TurnEnding,
+    TurnFailure,
+    known_code,
+)
 
 SQL = Statements("queue_service.turns")
 
@@ -53,7 +62,7 @@ class Sent(NamedTuple):
     digest: str | None
 
 
-class Tally(NamedTuple):
+class TurnCounts(NamedTuple):
     """Counts up to COUNT_LIMIT, and for how long the oldest overdue turn has been so."""
 
     owed: int
@@ -97,22 +106,22 @@ def send(
     )
 
 
-def end(endings: Sequence[Ending], *, tell: bool) -> Query[list[Ended]]:
+def end(endings: Sequence[TurnEnding], *, tell: bool) -> Query[list[EndedTurn]]:
     """The turns this ended. With `tell`, notices go out with the commit."""
     return SQL.query("end", _ended, endings=_endings([endings]), tell=tell)
 
 
-def end_free(calls: Sequence[Sequence[Ending]], *, tell: bool) -> Query[tuple[list[Ended], set[Key]]]:
+def end_free(calls: Sequence[Sequence[TurnEnding]], *, tell: bool) -> Query[tuple[list[EndedTurn], set[Key]]]:
     """As `end`, for several calls, waiting for nobody. Also the turns that another session holds or whose stream it writes
     to: each call that has one of them did nothing, and is to be made again."""
 
-    def decode(rows: Rows) -> tuple[list[Ended], set[Key]]:
+    def decode(rows: Rows) -> tuple[list[EndedTurn], set[Key]]:
         return _ended([row for row in rows if row[3] is not None]), {(row[0], row[1]) for row in rows if row[3] is None}
 
     return SQL.query("end_free", decode, endings=_endings(calls), tell=tell)
 
 
-def fail_deployment(deployment: str, failure: TurnFailure, *, tell: bool) -> Query[list[Ended]]:
+def fail_deployment(deployment: str, failure: TurnFailure, *, tell: bool) -> Query[list[EndedTurn]]:
     return SQL.query(
         "fail_deployment",
         _ended,
@@ -125,11 +134,11 @@ def fail_deployment(deployment: str, failure: TurnFailure, *, tell: bool) -> Que
     )
 
 
-def sweep(*, limit: int, tell: bool = False) -> Query[list[Ended]]:
+def sweep(*, limit: int, tell: bool = False) -> Query[list[EndedTurn]]:
     return SQL.query("sweep", _ended, limit=limit, sentences=_SENTENCES, tell=tell)
 
 
-def sweep_one(deployment: str, message_id: str) -> Query[list[Ended]]:
+def sweep_one(deployment: str, message_id: str) -> Query[list[EndedTurn]]:
     """Ends the turn if its deadline has passed, and tells of it."""
     return SQL.query("sweep_one", _ended, deployment=deployment, message_id=message_id, sentences=_SENTENCES, tell=True)
 
@@ -167,8 +176,8 @@ def overdue(*, limit: int) -> Query[list[Key]]:
     return SQL.query("overdue", lambda rows: [(row[0], row[1]) for row in rows], limit=limit)
 
 
-def tally() -> Query[Tally]:
-    return SQL.query("tally", lambda rows: Tally(*rows[0]), most=COUNT_LIMIT)
+def tally() -> Query[TurnCounts]:
+    return SQL.query("tally", lambda rows: TurnCounts(*rows[0]), most=COUNT_LIMIT)
 
 
 def page(
@@ -216,7 +225,7 @@ def _turns(turns: Sequence[Owed]) -> str:
     return msgspec.json.encode(objects).decode()
 
 
-def _endings(calls: Sequence[Sequence[Ending]]) -> str:
+def _endings(calls: Sequence[Sequence[TurnEnding]]) -> str:
     texts = [
         f'{{"call":{call},"deployment":{_json(each.deployment)},"message_id":{_json(each.message_id)},'
         f'"kind":{_json(each.kind)},"code":{_json(each.code)},"body":{each.body}}}'
@@ -234,8 +243,8 @@ def _json(value: str | None) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _ended(rows: Rows) -> list[Ended]:
-    return [Ended(*row[:6]) for row in rows]
+def _ended(rows: Rows) -> list[EndedTurn]:
+    return [EndedTurn(*row[:6]) for row in rows]
 
 
 def _standing(rows: Rows) -> Standing | None:

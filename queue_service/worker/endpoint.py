@@ -23,16 +23,16 @@ log = get_logger(__name__)
 MAX_HEAD = 8 * 1024
 MAX_CONNECTIONS = 32
 # For all of a connection: what it asks, what it is answered, and its end.
-PATIENCE = 5.0
+CONNECTION_SECONDS = 5.0
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     status: HTTPStatus
     body: bytes
     media_type: str = "text/plain; charset=utf-8"
 
 
-Paths = Mapping[str, Callable[[], Awaitable[Answer]]]
+Paths = Mapping[str, Callable[[], Awaitable[HttpAnswer]]]
 
 
 class Endpoint:
@@ -82,7 +82,7 @@ class Endpoint:
 
 async def _serve(paths: Paths, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(TimeoutError, OSError, EOFError):
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(CONNECTION_SECONDS):
             verb, answer = await _answer(paths, reader)
             writer.write(_head(answer) + (b"" if verb == "HEAD" else answer.body))
             await writer.drain()
@@ -90,7 +90,7 @@ async def _serve(paths: Paths, reader: asyncio.StreamReader, writer: asyncio.Str
             await writer.wait_closed()
 
 
-async def _answer(paths: Paths, reader: asyncio.StreamReader) -> tuple[str, Answer]:
+async def _answer(paths: Paths, reader: asyncio.StreamReader) -> tuple[str, HttpAnswer]:
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.LimitOverrunError:
@@ -110,11 +110,11 @@ async def _answer(paths: Paths, reader: asyncio.StreamReader) -> tuple[str, Answ
         return verb, _told(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def _told(status: HTTPStatus, more: str = "") -> Answer:
-    return Answer(status, f"{status.phrase}. {more}".strip().encode() + b"\n")
+def _told(status: HTTPStatus, more: str = "") -> HttpAnswer:
+    return HttpAnswer(status, f"{status.phrase}. {more}".strip().encode() + b"\n")
 
 
-def _head(answer: Answer) -> bytes:
+def _head(answer: HttpAnswer) -> bytes:
     allow = "Allow: GET, HEAD\r\n" if answer.status == HTTPStatus.METHOD_NOT_ALLOWED else ""
     return (
         f"HTTP/1.1 {answer.status.value} {answer.status.phrase}\r\n"

@@ -20,7 +20,7 @@ from queue_service.db.revision import HEAD, REVISION
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.logs import get_logger
 from queue_service.worker.claimer import Claimer
-from queue_service.worker.endpoint import Answer, Endpoint
+from queue_service.worker.endpoint import Endpoint, HttpAnswer
 
 log = get_logger(__name__)
 
@@ -30,8 +30,8 @@ STUCK = 120.0
 # The claim loop of a worker that works passes this long after it was due, at the latest.
 SLOW = 5.0
 # How long a probe waits for the database, and how long what it was told is good for others.
-PATIENCE = 1.0
-KEPT = 1.0
+PROBE_SECONDS = 1.0
+FRESH_SECONDS = 1.0
 
 
 class Status(IntEnum):
@@ -70,10 +70,10 @@ class Health:
         async with self._group:
             await endpoint.run({"/livez": self.live, "/readyz": self.ready})
 
-    async def live(self) -> Answer:
+    async def live(self) -> HttpAnswer:
         return self._answer({"claiming": self._progress()})
 
-    async def ready(self) -> Answer:
+    async def ready(self) -> HttpAnswer:
         return self._answer(
             {
                 "claiming": self._claiming(),
@@ -82,7 +82,7 @@ class Health:
             }
         )
 
-    def _answer(self, findings: dict[str, Finding]) -> Answer:
+    def _answer(self, findings: dict[str, Finding]) -> HttpAnswer:
         worst = max(finding.status for finding in findings.values())
         body = {
             "status": worst.name.lower(),
@@ -90,7 +90,7 @@ class Health:
             "checks": {name: finding.why for name, finding in findings.items()},
         }
         status = HTTPStatus.SERVICE_UNAVAILABLE if worst is Status.FAILING else HTTPStatus.OK
-        return Answer(status, msgspec.json.encode(body) + b"\n", "application/json")
+        return HttpAnswer(status, msgspec.json.encode(body) + b"\n", "application/json")
 
     # What is looked at
 
@@ -110,16 +110,18 @@ class Health:
         return self._progress()
 
     async def _database(self) -> Finding:
-        """One look at a time, however many ask; who asks waits no longer than PATIENCE, and the look goes on."""
-        if self._look is None or (self._look.done() and time.monotonic() - self._looked_at > KEPT):
+        """One look at a time, however many ask; who asks waits no longer than PROBE_SECONDS, and the look goes on."""
+        if self._look is None or (self._look.done() and time.monotonic() - self._looked_at > FRESH_SECONDS):
             self._look = self._group.create_task(self._ask())
-        done, _ = await asyncio.wait([self._look], timeout=PATIENCE)
+        done, _ = await asyncio.wait([self._look], timeout=PROBE_SECONDS)
         if done:
             return self._look.result()
         # The pool may be busy with what handlers ask: with one connection, the command line's, for as long as they like.
         if self._claimer.lost_since is None and time.monotonic() - self._claimer.last_pass < self._poll + SLOW:
-            return Finding(Status.DEGRADED, f"no connection of the pool was free for {PATIENCE:g} s; claims go through")
-        return Finding(Status.FAILING, f"the database did not answer within {PATIENCE:g} s")
+            return Finding(
+                Status.DEGRADED, f"no connection of the pool was free in {PROBE_SECONDS:g} s; claims go through"
+            )
+        return Finding(Status.FAILING, f"the database did not answer within {PROBE_SECONDS:g} s")
 
     async def _ask(self) -> Finding:
         try:
@@ -142,10 +144,10 @@ class Health:
 
     async def _revision(self) -> str | None:
         try:
-            return await self._pool.fetch(REVISION, deadline=PATIENCE)
+            return await self._pool.fetch(REVISION, deadline=PROBE_SECONDS)
         except DatabaseUnavailable:
             # A connection that broke while nobody used it says nothing about the database: another one does.
-            return await self._pool.fetch(REVISION, deadline=PATIENCE)
+            return await self._pool.fetch(REVISION, deadline=PROBE_SECONDS)
 
     def _notices(self) -> Finding:
         if self._listener.connected:

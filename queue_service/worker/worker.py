@@ -50,7 +50,7 @@ MAX_PORT = 65_535
 # A worker that ends does not wait for a server that is gone only to strike its own name out.
 LEAVE_DEADLINE = 2.0
 # How long endings wait for what another session has locked, before those that need it are set aside.
-PATIENCE = timedelta(seconds=1)
+MAX_LOCK_WAIT = timedelta(seconds=1)
 
 
 class Worker:
@@ -156,8 +156,8 @@ class _Parts:
         self._claimable = sorted(app.tasks)
         self._claiming = Wire(app.conninfo, application="queue_service claimer")
         # The keeper waits for it, and must come in time.
-        patience = min(PATIENCE, settings.lease / 6)
-        self._finishing = Wire(app.conninfo, application="queue_service finisher", lock_timeout=patience)
+        lock_wait = min(MAX_LOCK_WAIT, settings.lease / 6)
+        self._finishing = Wire(app.conninfo, application="queue_service finisher", lock_timeout=lock_wait)
         leases = Leases()
         self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free)
         self._app = app

@@ -11,7 +11,7 @@ from psycopg.pq import TransactionStatus
 from queue_service import App
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, Pool, Wire, connect
-from queue_service.db.query import Query, all_rows, nothing, scalar
+from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
@@ -225,7 +225,7 @@ class TestPool:
         await conn.execute(touch.format(second).encode())
         both: Query[object] = Query(
             f"with a as ({touch.format(first)}), b as ({touch.format(second)}) select id from a union all select id from b",
-            all_rows,
+            list,
         )
         calls = asyncio.ensure_future(app.fetch(both))
         await eventually(

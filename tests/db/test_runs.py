@@ -523,7 +523,7 @@ class TestSweep:
         kept = await enqueued(conn)
         ((_, lease),) = await claimed(conn)
         assert await fetch(conn, queries.sweep(limit=10, max_losses=3)) == [
-            queries.Swept(lost, RunState.QUEUED, "default", 0)
+            queries.SweptRun(lost, RunState.QUEUED, "default", 0)
         ]
         run = await found(conn, lost)
         assert (run.state, run.losses, run.failures, run.attempt, run.run_at) == (RunState.QUEUED, 1, 0, 1, moment)

@@ -92,7 +92,7 @@ async def test_events_that_waited_keep_the_order_of_their_call(owing: App, conn:
 async def test_a_turn_that_is_held_for_ever_is_reported_in_the_end_and_stays_owed(
     owing: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(combiner, "PATIENCE", 0.05)
+    monkeypatch.setattr(combiner, "LOCK_SECONDS", 0.05)
     async with holding(conn, MARKER):
         with pytest.raises(DatabaseUnavailable, match="Is one left open"):
             await reply(owing, "held")

@@ -16,7 +16,7 @@ from queue_service.db.query import Query
 from queue_service.events import queries as events
 from queue_service.events.queries import NewEvent
 from queue_service.turns import queries as turns
-from queue_service.turns.model import Ending, Turn, TurnFailure
+from queue_service.turns.model import Turn, TurnEnding, TurnFailure
 from queue_service.turns.queries import Owed
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 
@@ -84,8 +84,8 @@ def owed(message_id: str, deployment: str = "d5") -> Owed:
     return Owed(fields, timedelta(minutes=5), timedelta(minutes=1))
 
 
-def ending(number: int) -> Ending:
-    return Ending(f"d{number // 100}", f"m{number}", "reply", '{"text":"x"}')
+def ending(number: int) -> TurnEnding:
+    return TurnEnding(f"d{number // 100}", f"m{number}", "reply", '{"text":"x"}')
 
 
 RUN = {

@@ -20,7 +20,7 @@ from queue_service.events import queries as events
 from queue_service.events.model import StreamState
 from queue_service.runs.model import NewRun
 from queue_service.turns import queries
-from queue_service.turns.model import Ended, Turn, TurnFailure, failed, replied
+from queue_service.turns.model import EndedTurn, Turn, TurnFailure, failed, replied
 from queue_service.turns.queries import Key
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Turns(RuleBasedStateMachine):
     def log(self, stream: str) -> Log:
         return self.logs.setdefault(stream, Log())
 
-    def ended(self, found: list[Ended], expected: Mapping[Key, tuple[str, str | None]]) -> None:
+    def ended(self, found: list[EndedTurn], expected: Mapping[Key, tuple[str, str | None]]) -> None:
         """These turns ended, each with this kind and code, and with the next seqs of their streams."""
         assert sorted((each.deployment, each.message_id) for each in found) == sorted(expected)
         heads = {stream: log.head for stream, log in self.logs.items()}

@@ -21,7 +21,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query, column
 from queue_service.services.combiner import BUSY
 from queue_service.turns import queries
-from queue_service.turns.model import Ending, Turn, TurnFailure, failed, replied
+from queue_service.turns.model import Turn, TurnEnding, TurnFailure, failed, replied
 from tests.races.stepper import Actor, Finish, History, Role, Stage
 
 HOUR = timedelta(hours=1)
@@ -129,7 +129,7 @@ def actor(key: str, place: int, part: Part, position: str) -> Actor:
     return Actor(name, (steps[part.kind], part.finish), twin=part)
 
 
-def shared(ending: Ending) -> Query[Any]:
+def shared(ending: TurnEnding) -> Query[Any]:
     """The statement that callers share, which tells BUSY where it would have had to wait."""
     query = queries.end_free([[ending]], tell=True)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from queue_service.errors import DatabaseUnavailable
-from queue_service.services.combiner import CARRIERS, MOST, MOST_BYTES, Combiner
+from queue_service.services.combiner import CARRIERS, MAX_BYTES, MAX_ITEMS, Combiner
 
 
 class Server:
@@ -84,15 +84,15 @@ async def test_callers_that_go_together_stay_together(server: Server) -> None:
 
 
 async def test_a_batch_is_bounded(server: Server) -> None:
-    tasks = await server.call(*range(3 * MOST))
+    tasks = await server.call(*range(3 * MAX_ITEMS))
     server.gate.set()
-    assert await asyncio.gather(*tasks) == [2 * number for number in range(3 * MOST)]
-    assert max(map(len, server.batches)) == MOST
+    assert await asyncio.gather(*tasks) == [2 * number for number in range(3 * MAX_ITEMS)]
+    assert max(map(len, server.batches)) == MAX_ITEMS
 
 
 async def test_a_batch_is_bounded_by_what_it_carries_but_for_one_item(server: Server) -> None:
     tasks = await server.occupied()
-    sizes = [MOST_BYTES // 2, MOST_BYTES // 2, 1, 3 * MOST_BYTES, 2]
+    sizes = [MAX_BYTES // 2, MAX_BYTES // 2, 1, 3 * MAX_BYTES, 2]
     tasks += await server.call(*sizes)
     server.gate.set()
     await asyncio.gather(*tasks)

@@ -16,7 +16,7 @@ from queue_service.errors import DatabaseUnavailable, RunUnknown
 from queue_service.runs import queries
 from queue_service.runs.queries import Claimant
 from queue_service.services.pruner import Pruner
-from queue_service.services.sweeper import Sweeper, Swept
+from queue_service.services.sweeper import SweepCounts, Sweeper
 from tests.support import claimed, enqueued, eventually, lapse, one, rows, working
 
 KILL = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s and datname = current_database()"
@@ -28,9 +28,9 @@ class TestSweeper:
         await enqueued(conn)
         await claimed(conn)
         sweeper = Sweeper(app.fetch, told.extend, max_losses=3)
-        assert await sweeper.once() == Swept(0, 0, 0)
+        assert await sweeper.once() == SweepCounts(0, 0, 0)
         await lapse(conn)
-        assert await sweeper.once() == Swept(1, 0, 0)
+        assert await sweeper.once() == SweepCounts(1, 0, 0)
         assert await rows(conn, "select state, losses, attempt from queue_service.runs") == [("queued", 1, 1)]
         assert told == [channels.enqueued("default", 0)]
 
@@ -70,7 +70,7 @@ class TestSweeper:
         run_id = await enqueued(conn, expires_in=timedelta(hours=1))
         await conn.execute("update queue_service.runs set expires_at = clock_timestamp() - interval '1 s'")
         assert await claimed(conn) == []
-        assert await Sweeper(app.fetch, lambda _: None, max_losses=3).once() == Swept(0, 0, 1)
+        assert await Sweeper(app.fetch, lambda _: None, max_losses=3).once() == SweepCounts(0, 0, 1)
         run = await app.get(run_id)
         assert run is not None
         assert run.state is RunState.EXPIRED
@@ -90,7 +90,7 @@ class TestSweeper:
         with pytest.raises(DatabaseUnavailable):
             await patient.once()
         broken = False
-        assert await patient.once() == Swept(0, 0, 0)
+        assert await patient.once() == SweepCounts(0, 0, 0)
         assert (await Sweeper(app.fetch, lambda _: None, max_losses=3).once()).requeued == 1
 
 

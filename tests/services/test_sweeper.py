@@ -16,7 +16,7 @@ from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import queries
 from queue_service.runs.claim import hold
 from queue_service.runs.model import NewRun
-from queue_service.services.sweeper import LEASES, RUNS, TURNS, Sweeper, Swept
+from queue_service.services.sweeper import LEASES, RUNS, TURNS, SweepCounts, Sweeper
 from tests.support import claimed, enqueued, lapse, one, rows
 
 
@@ -45,7 +45,7 @@ async def told(app: App) -> Told:
 async def test_nothing_that_lapsed_is_told_of_to_nobody(told: Told, conn: Connection) -> None:
     await enqueued(conn)
     await claimed(conn)
-    assert await told.sweeper.once() == Swept(0, 0, 0)
+    assert await told.sweeper.once() == SweepCounts(0, 0, 0)
     assert told.notices == []
     assert await one(conn, "select state from queue_service.runs") == "running"
 
@@ -56,7 +56,7 @@ async def test_each_lane_that_gets_runs_back_is_told_of_once(told: Told, conn: C
     await claimed(conn, priorities=(5, 0))
     await claimed(conn, queue="other")
     await lapse(conn)
-    assert await told.sweeper.once() == Swept(4, 0, 0)
+    assert await told.sweeper.once() == SweepCounts(4, 0, 0)
     expected = {channels.enqueued("default", 0), channels.enqueued("default", 5), channels.enqueued("other", 0)}
     assert set(told.notices) == expected
     assert len(told.notices) == 3
@@ -68,7 +68,7 @@ async def test_those_that_ended_are_told_of_as_finished(told: Told, conn: Connec
     await conn.execute("update queue_service.runs set losses = 2 where id = %s", [often])
     await fetch(conn, queries.cancel(asked))
     await lapse(conn)
-    assert await told.sweeper.once() == Swept(0, 2, 0)
+    assert await told.sweeper.once() == SweepCounts(0, 2, 0)
     ((channel, payload),) = told.notices
     assert channel == channels.FINISHED
     assert channels.read_run_ids(payload) == {asked, often}
@@ -78,7 +78,7 @@ async def test_with_one_loss_allowed_the_first_ends_the_run(app: App, conn: Conn
     run_id = await enqueued(conn)
     await claimed(conn)
     await lapse(conn)
-    assert await Told(app, max_losses=1).sweeper.once() == Swept(0, 1, 0)
+    assert await Told(app, max_losses=1).sweeper.once() == SweepCounts(0, 1, 0)
     run = await app.get(run_id)
     assert run is not None
     assert (run.state, run.losses) == (RunState.FAILED, 1)
@@ -90,7 +90,7 @@ async def test_leases_are_taken_in_bounded_passes_until_none_is_left(told: Told,
         await enqueued(conn)
         await claimed(conn, limit=1)
     await lapse(conn)
-    assert await told.sweeper.once() == Swept(count, 0, 0)
+    assert await told.sweeper.once() == SweepCounts(count, 0, 0)
     limits = [query.params["limit"] for query in told.asked if "limit" in query.params]
     assert limits == [RUNS] + 4 * [LEASES] + [TURNS]
     assert await one(conn, "select count(*) from queue_service.leases") == 0
@@ -101,7 +101,7 @@ async def test_expiries_are_taken_in_bounded_passes_and_told_of(told: Told, conn
         "insert into queue_service.runs (queue, task, payload, expires_at) select 'default', 'noop', '{}', "
         "'2020-01-01Z' from generate_series(1, 2500)"
     )
-    assert await told.sweeper.once() == Swept(0, 0, 2_500)
+    assert await told.sweeper.once() == SweepCounts(0, 0, 2_500)
     assert {notice.channel for notice in told.notices} == {channels.FINISHED}
     assert len(told.notices) == 3
     assert await rows(conn, "select state, count(*) from queue_service.finished_runs group by 1") == [
@@ -121,8 +121,8 @@ class TestAfterAnOutage:
         with pytest.raises(DatabaseUnavailable):
             await told.sweeper.once()
         told.is_gone = False
-        assert await told.sweeper.once() == Swept(0, 0, 1)
-        assert await told.sweeper.once() == Swept(0, 0, 0)
+        assert await told.sweeper.once() == SweepCounts(0, 0, 1)
+        assert await told.sweeper.once() == SweepCounts(0, 0, 0)
 
     async def test_when_the_grace_is_over_what_lapsed_is_taken(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
@@ -139,12 +139,12 @@ class TestAfterAnOutage:
         with pytest.raises(DatabaseUnavailable):
             await told.sweeper.once()
         told.is_gone = False
-        assert await told.sweeper.once() == Swept(0, 0, 0)
+        assert await told.sweeper.once() == SweepCounts(0, 0, 0)
         assert await fetch(conn, queries.extend([other], timedelta(minutes=1))) == {other}
         now[0] += 9.9
-        assert await told.sweeper.once() == Swept(0, 0, 0)
+        assert await told.sweeper.once() == SweepCounts(0, 0, 0)
         now[0] += 0.2
-        assert await told.sweeper.once() == Swept(1, 0, 0)
+        assert await told.sweeper.once() == SweepCounts(1, 0, 0)
         assert await rows(conn, "select id from queue_service.leases") == [(other,)]
         assert await rows(conn, "select id from queue_service.runs where state = 'running'") == [(saved.id,)]
         assert lease != other
@@ -154,7 +154,7 @@ class TestAfterAnOutage:
         await enqueued(conn)
         await claimed(conn)
         await lapse(conn)
-        assert await told.sweeper.once() == Swept(1, 0, 0)
+        assert await told.sweeper.once() == SweepCounts(1, 0, 0)
 
 
 @pytest.mark.parametrize("what", ["run", "lane"])
@@ -184,17 +184,17 @@ async def test_what_a_transaction_has_locked_is_left_until_it_ends_and_holds_up_
         assert await fetch(other, hold(run.claim))
     else:
         await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a")))
-    assert await sweeper.once() == Swept(LEASES, 0, 0, 1)
+    assert await sweeper.once() == SweepCounts(LEASES, 0, 0, 1)
     assert await one(conn, "select state from queue_service.runs where id = %s", first) == "running"
     # Known from then on: there is no more waiting for it.
     await enqueued(conn, queue="other")
     await claimed(conn, queue="other")
     await conn.execute("update queue_service.leases set expires_at = clock_timestamp() where id <> 1")
     asked.clear()
-    assert await sweeper.once() == Swept(1, 0, 0)
+    assert await sweeper.once() == SweepCounts(1, 0, 0)
     assert len([query for query in asked if "max_losses" in query.params]) == 2
     await other.execute("commit")
-    assert await sweeper.once() == Swept(1, 0, 0)
+    assert await sweeper.once() == SweepCounts(1, 0, 0)
     assert await one(conn, "select count(*) from queue_service.leases") == 0
 
 
@@ -207,6 +207,6 @@ async def test_a_run_that_expired_in_a_lane_that_is_locked_is_left_and_holds_up_
     await conn.execute("update queue_service.runs set expires_at = clock_timestamp()")
     await other.execute("begin")
     await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a")))
-    assert await told.sweeper.once() == Swept(0, 0, 2)
+    assert await told.sweeper.once() == SweepCounts(0, 0, 2)
     await other.execute("commit")
-    assert await told.sweeper.once() == Swept(0, 0, 1)
+    assert await told.sweeper.once() == SweepCounts(0, 0, 1)

@@ -15,9 +15,9 @@ from queue_service.cli import markers
 from queue_service.cli.runs import Surroundings, awaited, turn_of
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.queues.queries import Queue
-from queue_service.roster.queries import Worker
-from queue_service.turns.model import MAX_REASON, SENTENCES, Ending, Marker, failed, known_code, replied
-from queue_service.turns.queries import COUNT_LIMIT, Tally
+from queue_service.roster.queries import WorkerRow
+from queue_service.turns.model import MAX_REASON, SENTENCES, Marker, TurnEnding, failed, known_code, replied
+from queue_service.turns.queries import COUNT_LIMIT, TurnCounts
 
 LIMIT = 1_000
 
@@ -57,15 +57,15 @@ def run(**fields: Any) -> Run:
     return Run(**given | fields)
 
 
-def worker(**fields: Any) -> Worker:
+def worker(**fields: Any) -> WorkerRow:
     given: dict[str, Any] = {
             "id": 3, "name": "host:1", "version": "1", "queues": {"mail": 10}, "started_at": since(hours=1),
             "seen_at": since(seconds=2), "holds": 1, "is_alive": True,
     }  # fmt: skip
-    return Worker(**given | fields)
+    return WorkerRow(**given | fields)
 
 
-def around(*workers: Worker, **of_queue: Any) -> Surroundings:
+def around(*workers: WorkerRow, **of_queue: Any) -> Surroundings:
     nothing = dict.fromkeys(Queue._fields)
     return Surroundings(Queue(**{**nothing, "name": "mail", **of_queue}), workers, None)
 
@@ -90,7 +90,7 @@ class TestAFailure:
 
     def test_becomes_an_error_with_code_and_message_and_without_an_empty_reason(self) -> None:
         ending = failed("d", "m", TurnFailure("cancelled"))
-        assert ending == Ending("d", "m", "error", ending.body, "cancelled")
+        assert ending == TurnEnding("d", "m", "error", ending.body, "cancelled")
         assert json.loads(ending.body) == {"code": "cancelled", "message": SENTENCES["cancelled"]}
         assert json.loads(failed("d", "m", TurnFailure("cancelled", "Stop.", "r")).body) == {
             "code": "cancelled", "message": "Stop.", "reason": "r",
@@ -209,13 +209,16 @@ class TestWhatIsSaidOfATurn:
     @pytest.mark.parametrize(
         ("tally", "said"),
         [
-            (Tally(0, 0, None), "0 turns owed an ending, none overdue."),
-            (Tally(1, 0, None), "1 turn owed an ending, none overdue."),
-            (Tally(1_200, 3, timedelta(seconds=12.4)), "1,200 turns owed an ending, 3 overdue, the oldest for 12s."),
-            (Tally(COUNT_LIMIT, 1, timedelta(0)), "50,000+ turns owed an ending, 1 overdue, the oldest for 1s."),
+            (TurnCounts(0, 0, None), "0 turns owed an ending, none overdue."),
+            (TurnCounts(1, 0, None), "1 turn owed an ending, none overdue."),
+            (
+                TurnCounts(1_200, 3, timedelta(seconds=12.4)),
+                "1,200 turns owed an ending, 3 overdue, the oldest for 12s.",
+            ),
+            (TurnCounts(COUNT_LIMIT, 1, timedelta(0)), "50,000+ turns owed an ending, 1 overdue, the oldest for 1s."),
         ],
     )
-    def test_and_of_how_many_there_are(self, tally: Tally, said: str) -> None:
+    def test_and_of_how_many_there_are(self, tally: TurnCounts, said: str) -> None:
         assert markers.counted(tally) == said
 
 

@@ -27,7 +27,7 @@ from queue_service.db.pool import Connection, connect
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.settings import load
 from queue_service.worker import endpoint, health
-from queue_service.worker.endpoint import Answer, Endpoint
+from queue_service.worker.endpoint import Endpoint, HttpAnswer
 from tests.support import eventually, one, rows, working
 from tests.worker.conftest import Observe
 from tests.worker.worker_process import Told, ask
@@ -96,7 +96,7 @@ async def test_probes_do_not_load_the_database(app: App, monkeypatch: pytest.Mon
         return await fetch(query, **options)
 
     monkeypatch.setattr(app.pool, "fetch", counted)
-    monkeypatch.setattr(health, "KEPT", 60.0)
+    monkeypatch.setattr(health, "FRESH_SECONDS", 60.0)
     async with probed(app) as (_, asked):
         told = await asyncio.gather(*(asked("/readyz") for _ in range(30)), *(asked("/livez") for _ in range(30)))
     assert {each.status for each in told} == {200}
@@ -144,7 +144,7 @@ async def test_an_outage_is_no_stuck_loop_however_long_it_takes(
 async def test_a_connection_that_broke_in_the_pool_is_no_outage(
     database: str, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "KEPT", 0.0)
+    monkeypatch.setattr(health, "FRESH_SECONDS", 0.0)
     settings = load({"QUEUE_SERVICE_POOL_SIZE": "1", "QUEUE_SERVICE_SWEEP_INTERVAL": "1h"})
     async with App(database, settings=settings) as app, probed(app) as (_, asked):
         await answers(lambda: asked("/readyz"), 200, notices="ok")
@@ -167,7 +167,7 @@ async def test_what_is_wrong_with_the_database_is_for_the_log_once(
             raise DatabaseUnavailable(where)
         return await fetch(query, **options)
 
-    monkeypatch.setattr(health, "KEPT", 0.0)
+    monkeypatch.setattr(health, "FRESH_SECONDS", 0.0)
     async with probed(app) as (_, asked):
         for _ in range(2):
             monkeypatch.setattr(app.pool, "fetch", lost)
@@ -363,7 +363,7 @@ async def test_ports_that_make_no_sense_are_refused(app: App, port: Any) -> None
 
 
 @contextlib.asynccontextmanager
-async def answering(**paths: Callable[[], Awaitable[Answer]]) -> AsyncIterator[Endpoint]:
+async def answering(**paths: Callable[[], Awaitable[HttpAnswer]]) -> AsyncIterator[Endpoint]:
     open_ = Endpoint("127.0.0.1", 0)
     running = asyncio.create_task(open_.run({f"/{path}": answer for path, answer in paths.items()}))
     yield open_
@@ -372,8 +372,8 @@ async def answering(**paths: Callable[[], Awaitable[Answer]]) -> AsyncIterator[E
         await running
 
 
-async def fine() -> Answer:
-    return Answer(HTTPStatus.OK, b"fine")
+async def fine() -> HttpAnswer:
+    return HttpAnswer(HTTPStatus.OK, b"fine")
 
 
 async def said(open_: Endpoint, request: bytes) -> bytes:
@@ -404,7 +404,7 @@ async def said(open_: Endpoint, request: bytes) -> bytes:
 async def test_what_is_asked_is_answered_once_and_the_connection_closed(
     request_: bytes, status: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "PATIENCE", 1.0)
+    monkeypatch.setattr(endpoint, "CONNECTION_SECONDS", 1.0)
     async with answering(fine=fine) as open_:
         answer = await said(open_, request_)
     assert answer.partition(b"\r\n")[0] == status
@@ -417,7 +417,7 @@ async def test_connections_that_say_nothing_keep_no_probe_out_and_are_closed(mon
         await eventually(lambda: sum(each.done() for each in silent) >= 20)
         for _ in range(5):
             assert (await ask(open_.url, "/fine")).status == 200
-        monkeypatch.setattr(endpoint, "PATIENCE", 0.2)
+        monkeypatch.setattr(endpoint, "CONNECTION_SECONDS", 0.2)
         assert await said(open_, b"GET /fi") == b""
         assert not all(each.done() for each in silent)
     for each in silent:
@@ -426,7 +426,7 @@ async def test_connections_that_say_nothing_keep_no_probe_out_and_are_closed(mon
 
 
 async def test_an_answer_that_breaks_is_told_and_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
-    async def broken() -> Answer:
+    async def broken() -> HttpAnswer:
         raise KeyError("a mistake")
 
     async with answering(fine=fine, broken=broken) as open_:

@@ -15,7 +15,7 @@ from queue_service import App, Retry, Run, RunState, Worker
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
-from queue_service.services.sweeper import Sweeper, Swept
+from queue_service.services.sweeper import SweepCounts, Sweeper
 from tests.support import enqueued, eventually, is_gone, lapse, one, rows, working
 from tests.worker import tasks_for_tests
 
@@ -56,7 +56,7 @@ async def test_a_killed_worker_ends_its_run_which_a_replica_that_knows_no_tasks_
         process.wait()
     await lapse(conn)
     assert app.tasks == {}
-    assert await Sweeper(app.fetch, app.notify, max_losses=3).once() == Swept(1, 1, 0)
+    assert await Sweeper(app.fetch, app.notify, max_losses=3).once() == SweepCounts(1, 1, 0)
     run = await found(app, once)
     assert (run.state, reason(run), run.attempt, run.losses, run.failures) == (RunState.FAILED, "worker_lost", 1, 1, 0)
     assert run.error is not None
