@@ -1,7 +1,7 @@
 """When a schedule is due: the slots of a cron expression in a time zone, or of a fixed interval. Pure arithmetic, in UTC.
 
 Slots ascend strictly, and the slot after a moment depends on that moment alone: whoever computes it, from wherever they
-came, finds the same one. What happens where a clock on the wall skips or goes back is told in `docs/schedules.md`: the
+came, finds the same one. What happens where a clock on the wall skips or goes back is described in `docs/schedules.md`: the
 rules are Debian cron's.
 """
 

@@ -8,7 +8,7 @@
     ├── EmbeddedUnavailable      the bundled Postgres is not installed, or did not start
     ├── TaskUnknown              no task of that name is registered here
     ├── RunUnknown               no run has this id: it never existed, or its history was pruned
-    ├── DuplicateRun             a live run holds the singleton key, and the caller asked to be told
+    ├── DuplicateRun             a live run holds the singleton key, and the caller asked for this error
     ├── ClaimLost                a handler writes for a run that is not its own any more
     ├── TurnUnknown              this turn was never armed, or was forgotten since
     ├── TurnEnded                this turn has had its ending; it cannot be armed again

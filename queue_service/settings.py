@@ -56,7 +56,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def default_data_dir() -> Path:
-    """Where the embedded cluster lives unless told otherwise."""
+    """Where the embedded cluster lives unless a setting says otherwise."""
     if os.name == "posix" and os.geteuid() == 0:
         return Path("/var/lib/queue_service")
     if sys.platform == "darwin":

@@ -98,7 +98,7 @@ class Events:
 
     async def trim(self, stream: str, *, upto: int) -> int:
         """Delete the events up to a seq, except endings, which stay for as long as their turns are remembered. Returns how
-        many went. A reader who comes for them later is told of the gap."""
+        many went. A reader who comes for them later gets an event about the gap."""
         count = 0
         while cut := await self._core.fetch(queries.trim(stream, upto=upto, limit=TRIM_BATCH)):
             count += cut

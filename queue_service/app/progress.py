@@ -38,14 +38,14 @@ async def _watch(
     look: Callable[[], Awaitable[Run | None]], on_progress: Callable[[Progress], object], poll_interval: float
 ) -> None:
     """For ever."""
-    told: Progress | None = None
+    last: Progress | None = None
     while True:
         try:
             run = await look()
         except DatabaseUnavailable as lost:
             log.debug("cannot look for progress; trying again", why=str(lost))
         else:
-            if run is not None and run.reported not in {None, told}:
-                told = run.reported
+            if run is not None and run.reported not in {None, last}:
+                last = run.reported
                 on_progress(run.reported)
         await asyncio.sleep(poll_interval)

@@ -232,7 +232,7 @@ class Turns:
         check_word(deployment, "deployment")
         tell = self._core.opened.notifier.try_reserve(channels.EVENTS)
         ended = await self._core.fetch(queries.fail_deployment(deployment, failure, tell=tell))
-        self._told(ended, tell=tell)
+        self._notify_followers(ended, tell=tell)
         return [each.message_id for each in ended]
 
     async def reject(self, deployment: str, message_id: str, reason: str) -> Outcome:
@@ -331,7 +331,7 @@ class Turns:
         """One statement for the endings of several calls. Of two calls for one turn, the first wins."""
         tell = self._core.opened.notifier.try_reserve(channels.EVENTS)
         ended, busy = await self._core.fetch(queries.end_free(calls, tell=tell))
-        self._told(ended, tell=tell)
+        self._notify_followers(ended, tell=tell)
         unclaimed = {(each.deployment, each.message_id): each for each in ended}
         answers: list[Sequence[EndedTurn] | Busy] = []
         for call in calls:
@@ -355,7 +355,7 @@ class Turns:
             why = TurnFailure("reply_refused", reason=f"The database could not store the reply: {refused}")
             return await self._ending([failed(each.deployment, each.message_id, why) for each in endings])
 
-    def _told(self, ended: Collection[EndedTurn], *, tell: bool) -> None:
+    def _notify_followers(self, ended: Collection[EndedTurn], *, tell: bool) -> None:
         if ended and not tell:
             self._core.opened.notifier.send(about_turns(ended))
 

@@ -71,10 +71,10 @@ def purge(name: str, yes: bool, database_url: str | None) -> None:
     """Forget all that is queued in the queue NAME, now or for later. It leaves no history; what is running goes on."""
     if not yes:
         click.confirm(f"Forget everything that is queued in {name}?", abort=True, err=True)
-    with render.line() as told:
+    with render.line() as show:
         count = with_app(
             load_app(None, database_url),
-            lambda app: app.queues.purge(name, on_progress=lambda count: told(f"{count:,} forgotten")),
+            lambda app: app.queues.purge(name, on_progress=lambda count: show(f"{count:,} forgotten")),
         )
     render.echo(f"queue {name}: {count:,} runs forgotten")
 

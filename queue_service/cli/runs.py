@@ -187,11 +187,11 @@ def retry(
         raise ConfigError(
             "Which runs? Name them by their ids, or choose them, such as all that failed: --state failed."
         )
-    with render.line() as told:
+    with render.line() as show:
         done = with_app(
             load_app(None, database_url),
             lambda app: app.retry_many(
-                **chosen, dry_run=dry_run, on_progress=lambda so_far: told(f"{so_far.runs:,} runs queued again")
+                **chosen, dry_run=dry_run, on_progress=lambda so_far: show(f"{so_far.runs:,} runs queued again")
             ),
         )
     if as_json:

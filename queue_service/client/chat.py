@@ -247,7 +247,7 @@ class ChatClient:
                 await self._stream.run()
                 # Backfills are left, and the group waits for them.
                 sending.cancel()
-        except* Exception as broken:  # noqa: BLE001 - told to whoever waits
+        except* Exception as broken:  # noqa: BLE001 - raised for whoever waits
             failure = broken.exceptions[0]
         self._end(failure, why=None if failure is None else str(failure))
 

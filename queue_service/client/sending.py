@@ -61,7 +61,7 @@ class Letter:
 
 
 class Sender:
-    """`forgotten` is told of a connection that the gateway does not know."""
+    """`forgotten` is called with a connection that the gateway does not know."""
 
     def __init__(
         self, wire: Wire, outbox: Outbox, timing: Timing, *, cap: int, forgotten: Callable[[str], None]

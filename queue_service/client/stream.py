@@ -1,4 +1,4 @@
-"""The connection: one response of events at a time, told what to send, and replaced when it is lost.
+"""The connection: one response of events at a time, which is asked for streams, and replaced when it is lost.
 
 It is open only when the gateway has taken the list of streams and what was queued has been flushed. All that leads there
 belongs to one `welcome`, and is cancelled with it, in the same step that notices a newer one or a loss: so an answer that
@@ -157,16 +157,16 @@ class EventStream:
 
     async def _arrive(self, connection: str) -> None:
         """From the welcome to open."""
-        told: set[str] = set()
-        # A stream may be left, or be watched for good, while the gateway is told of those before.
-        while told != (streams := self._tracks.settled()).keys():
+        announced: set[str] = set()
+        # A stream may be left, or be watched for good, while the gateway learns of those before.
+        while announced != (streams := self._tracks.settled()).keys():
             try:
                 await self._wire.post("reconnect", encoded({"streams": streams}), connection, msgspec.Raw)
             except SendFailed as failed:
                 self._asked = failed.retry_after
                 self.lose(str(failed))
                 return
-            told = set(streams)
+            announced = set(streams)
         await self._sender.flush(connection)
         self._pauses.reset()
         self._become("open")

@@ -1,5 +1,5 @@
 """The streams that are followed. Each event of a stream is delivered once and in the order of `seq`; what is missing in
-between is read from the history, and what is not there any more is told as a `gap`.
+between is read from the history, and what is not there any more is announced as a `gap`.
 
 A cursor moves only when its event is in the buffer, and only one task delivers events of a stream at a time: whoever reads
 the connection, or the backfill, whose presence makes that one pass by.
@@ -31,7 +31,7 @@ class Track:
     def __init__(self, stream: str, cursor: int) -> None:
         self.stream = stream
         self.cursor = self.given = self.wanted = cursor
-        # The gateway has been told, or is told with the next `reconnect`.
+        # The gateway knows, or learns with the next `reconnect`.
         self.is_settled = False
         self.has_ended = False
         self.backfill: asyncio.Task[None] | None = None

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # Events in a page of the history; the gateway gives 1,000 at most.
 PAGE = 500
-# Servers and proxies refuse long URLs; what does not fit is told by the POST `reconnect`, as all is.
+# Servers and proxies refuse long URLs; what does not fit goes with the POST `reconnect`, as all is.
 LONGEST_QUERY = 4_000
 NO_TIMEOUT = httpx2.Timeout(None)
 

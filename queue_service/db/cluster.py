@@ -307,7 +307,7 @@ def _environment() -> dict[str, str]:
 
 def _last(finished: subprocess.CompletedProcess[str]) -> str:
     lines = finished.stdout.strip().splitlines()
-    told = [line for line in lines if "error:" in line or "FATAL" in line]
-    if told:
-        return told[0]
+    errors = [line for line in lines if "error:" in line or "FATAL" in line]
+    if errors:
+        return errors[0]
     return lines[-1] if lines else f"{finished.args[0]} ended with {finished.returncode}"

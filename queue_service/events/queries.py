@@ -77,12 +77,12 @@ def tails(cursors: Mapping[str, int], *, limit: int) -> Query[list[Event]]:
 
 
 def set_state(name: str, state: StreamState) -> Query[int]:
-    """The head of the stream. Followers are told with the commit."""
+    """The head of the stream. Followers are notified with the commit."""
     return SQL.query("set_state", scalar, stream=name, state=state.value)
 
 
 def suspend(name: str) -> Query[bool]:
-    """False: the stream is closing or has ended, and stays so. Followers are told with the commit."""
+    """False: the stream is closing or has ended, and stays so. Followers are notified with the commit."""
     return SQL.query("suspend", found, stream=name)
 
 

@@ -47,7 +47,7 @@ class Gateway:
     `authorize` is asked who each request is from. Each message becomes a turn of the deployment that `deployment` names for
     its stream (by default the stream's own name), and a run of `task` with the message's body as payload, in `queue` or in
     the task's own. `origins` are those of pages served elsewhere. Durations are in seconds; `retry` is the range in which
-    clients are told to come again, each at a time of its own.
+    clients are asked to come again, each at a time of its own.
 
     Mount `routes()` and enter the gateway for your application's life (`lifespan=gateway.lifespan`, or in your own
     `async with gateway:`), or take `asgi()`, which does both. While it is entered, SIGTERM and SIGINT make it say goodbye
@@ -267,7 +267,7 @@ class Gateway:
         return cursors
 
     def _for_other_origins(self) -> list[Middleware]:
-        """What browsers have to be told before they let a page of another origin read an answer."""
+        """What browsers have to know before they let a page of another origin read an answer."""
         if not self._origins:
             return []
         return [

@@ -29,7 +29,7 @@ STATUS: tuple[tuple[type[QueueServiceError], int], ...] = (
 
 
 class Refused(Exception):
-    """`retry_after` is in seconds; callers are told whole ones."""
+    """`retry_after` is in seconds; callers get whole ones."""
 
     def __init__(self, status: int, why: str, *, field: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(why)
@@ -44,7 +44,7 @@ class Refused(Exception):
 
 
 def refusal(error: QueueServiceError) -> Refused:
-    """An error of ours, as its caller is told of it."""
+    """An error of ours, as its caller sees it."""
     status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
     # Not what the driver said: addresses and names are not for callers.
     why = {500: "This cannot be done now.", 503: "The database cannot be reached. Try again."}.get(status) or str(error)

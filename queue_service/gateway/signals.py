@@ -1,7 +1,7 @@
 """Hears the signals that stop a server, before the server does.
 
-A server that was told to stop waits for the responses that are open, and only then tells the application; event streams do
-not end by themselves.
+A server that was asked to stop waits for the responses that are open, and informs the application only then; event
+streams do not end by themselves.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     `attempt` counts claims, `failures` counts errors of the handler, `losses` counts workers that vanished.
     `attempts` are the one that goes on or was the last, and before it up to 20 that failed or lost their worker: what was
     snoozed or handed back is not among them, and numbers are missing. A handler's own run comes without them.
-    `reported` is the progress that the handler at work told of last, `progress` in JSON.
+    `reported` is the progress that the handler at work reported last, `progress` in JSON.
     """
 
     id: int
@@ -143,8 +143,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     def progress(self, value: float, note: str | None = None) -> bool:
         """For the handler this run was given to, of any kind: how far it is, from 0 to 1. Returns at once: of what is
-        reported the newest is stored within about a second, if the run is still this handler's, and no failure to store it
-        is told. False: the run is not this handler's any more, as `cancelled` says, and it should stop.
+        reported the newest is stored within about a second, if the run is still this handler's, and a failure to store it
+        is not raised. False: the run is not this handler's any more, as `cancelled` says, and it should stop.
         """
         progress = context.encoded_progress(value, note)
         try:

@@ -211,7 +211,7 @@ def expire(*, limit: int) -> Query[list[int]]:
 
 
 def cancel(run_id: int) -> Query[str | None]:
-    """`cancelled`, `requested` (it is running, and its worker will be told), or None: no such live run."""
+    """`cancelled`, `requested` (it is running, and its worker will be notified), or None: no such live run."""
     return SQL.query("cancel", scalar, run_id=run_id)
 
 

@@ -1,4 +1,4 @@
-"""Which claims' handlers were told to stop in this process.
+"""Which claims' handlers were asked to stop in this process.
 
 An attribute would cost every run that is claimed; this costs those that are stopped, and is read from any thread. What is
 kept is small, and the oldest goes first: nobody knows when the last thread that looks here has ended.

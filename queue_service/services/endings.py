@@ -54,7 +54,7 @@ class Endings:
                 self._forget(run_id, answer)
 
     def _forget(self, run_id: int, answer: Answer) -> None:
-        # An error is told to all who wait; of those that one caller waits for, it hears the first.
+        # An error is raised for all who wait; a caller who waits for several runs gets the first one.
         if not answer.cancel() and not answer.cancelled():
             answer.exception()
         others = self._waiting.get(run_id, set())
@@ -73,7 +73,7 @@ class Endings:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._listen())
                 group.create_task(self._poll())
-        except* Exception as broken:  # noqa: BLE001 - told to those who wait
+        except* Exception as broken:  # noqa: BLE001 - raised for those who wait
             # Whoever waits must hear of it: without the watch they would wait for ever.
             for answers in self._waiting.values():
                 for answer in answers:

@@ -261,7 +261,7 @@ class Fanout:
                 group.create_task(self._listen())
                 group.create_task(self._poll())
                 group.create_task(self._read())
-        except* Exception as broken:  # noqa: BLE001 - told to those who follow
+        except* Exception as broken:  # noqa: BLE001 - raised for those who follow
             self._fail(broken.exceptions[0])
 
     def _fail(self, why: BaseException) -> None:
@@ -271,14 +271,14 @@ class Fanout:
 
     async def _listen(self) -> None:
         async for heard in self._listener.notices():
-            told = None if isinstance(heard, Gap) else channels.read_appended(heard.payload)
-            if told is None:
+            appended = None if isinstance(heard, Gap) else channels.read_appended(heard.payload)
+            if appended is None:
                 # Not every ending has an event: a discharged turn has none, and its notice may be what was lost.
                 for each in self._tails.values():
                     each.ended_turns.ring()
                 self._doubt(self._tails)
                 continue
-            stream, seq = told
+            stream, seq = appended
             tail = self._tails.get(stream)
             if tail is None:
                 continue

@@ -80,19 +80,19 @@ class Scheduler:
         count = 0
         if together:
             try:
-                count += self._told(await self._fetch(queries.fire(together, retention=self._retention)))
+                count += self._announce(await self._fetch(queries.fire(together, retention=self._retention)))
             except psycopg.Error as refused:
                 log.error("a batch of schedules cannot fire; trying each", why=str(refused))
                 singly += together
         for each in singly:
             try:
-                count += self._told(await self._fetch(queries.fire([each], retention=self._retention)))
+                count += self._announce(await self._fetch(queries.fire([each], retention=self._retention)))
                 self._refused.pop(each.due.name, None)
             except psycopg.Error as refused:
                 self._refuse(each.due.name, refused)
         return count
 
-    def _told(self, fired: Sequence[Fired]) -> int:
+    def _announce(self, fired: Sequence[Fired]) -> int:
         runs = [each for each in fired if each.run_id is not None]
         self._notify([channels.enqueued(*where) for where in {(each.queue, each.priority) for each in runs}])
         for each in runs:

@@ -57,7 +57,7 @@ Handler = Callable[[Conversation], Awaitable[Mapping[str, Any] | TurnFailure]]
 
 
 async def serve(handler: Handler, *, beat: float = 1.0) -> None:
-    """Answer turns until told to stop, or until the supervisor is gone. `handler` returns the reply, or a TurnFailure;
+    """Answer turns until asked to stop, or until the supervisor is gone. `handler` returns the reply, or a TurnFailure;
     what it raises ends its turn with `internal_error`. Turns are handled at the same time.
 
     Signs of life are given every `beat` seconds while there is a turn, from the event loop: a handler that blocks the
@@ -107,15 +107,15 @@ class _Child:
     async def _read(self, lines: asyncio.StreamReader) -> None:
         """Until standard input ends."""
         while line := await lines.readline():
-            told = msgspec.json.decode(line)
-            if told["type"] == "stop":
+            message = msgspec.json.decode(line)
+            if message["type"] == "stop":
                 self._stopped.set()
-            elif told["type"] == "turn" and not self._stopped.is_set():
-                task = asyncio.create_task(self._handle(msgspec.convert(told, TurnGiven)))
+            elif message["type"] == "turn" and not self._stopped.is_set():
+                task = asyncio.create_task(self._handle(msgspec.convert(message, TurnGiven)))
                 self._working.add(task)
                 task.add_done_callback(self._working.discard)
-            elif told["type"] == "late":
-                log.warning("an answer came too late and was dropped", message_ids=told["message_ids"])
+            elif message["type"] == "late":
+                log.warning("an answer came too late and was dropped", message_ids=message["message_ids"])
 
     async def _handle(self, turn: TurnGiven) -> None:
         try:

@@ -80,7 +80,7 @@ class Supervisor:
         self._how: str | None = None
         self._gone = asyncio.Event()
         self._heard = asyncio.Event()
-        self._writer = Writer(app, deployment, late=self._tell_late, done=self._resume)
+        self._writer = Writer(app, deployment, late=self._report_late, done=self._resume)
 
     # For whoever has turns
 
@@ -228,12 +228,12 @@ class Supervisor:
         if self._child is not None:
             self._child.resume()
 
-    def _tell_late(self, message_ids: list[str]) -> None:
+    def _report_late(self, message_ids: list[str]) -> None:
         if self._child is not None and not self._child.is_full:
             self._child.write(msgspec.json.encode({"type": "late", "message_ids": message_ids}))
 
     def _give_up(self, why: str) -> None:
-        """End the child for breaking the protocol; its end is then told as any other, with this reason."""
+        """End the child for breaking the protocol; its end is then reported like any other, with this reason."""
         if self._fault is None:
             self._fault = why
             self._log.error("a deployment's child is killed", why=why)

@@ -31,7 +31,7 @@ LOST = (DatabaseUnavailable, SchemaMismatch, psycopg.Error)
 
 
 class Writer:
-    """`late` is told of turns whose answer came after their ending; `done` is called when there is room for more."""
+    """`late` is called with the ids of turns whose answer came after their ending, and `done` when there is room."""
 
     def __init__(
         self, app: App, deployment: str, *, late: Callable[[list[str]], None], done: Callable[[], None]

@@ -1,4 +1,4 @@
-"""What tests say about the queue, and what they are told where it is otherwise: what is there instead."""
+"""What tests say about the queue, and the message where it is otherwise: what is there instead."""
 
 from __future__ import annotations
 
@@ -183,14 +183,16 @@ async def _instead(app: App, wish: _Wish, fetch: Fetch) -> list[str]:
         if run.state is not wish.state:
             misfit = "; ".join(["it is " + run.state, *([misfit] if misfit else [])])
         lines.append(f"run {run.id}: {misfit}" if misfit else f"{_shown(run)}, as it should be")
-    told = (
+    report = (
         [f"Runs of {wish.task!r}:", *_listed(iter(lines))] if lines else [f"No run of {wish.task!r} is there at all."]
     )
     if others:
-        told.append(f"Other tasks, {wish.state}: " + ", ".join(f"{name!r} ({n})" for name, n in sorted(others.items())))
+        report.append(
+            f"Other tasks, {wish.state}: " + ", ".join(f"{name!r} ({n})" for name, n in sorted(others.items()))
+        )
     if not lines and wish.task not in app.tasks:
-        told.append(f"This App has no task of that name.{nearest(wish.task, app.tasks)}")
-    return told
+        report.append(f"This App has no task of that name.{nearest(wish.task, app.tasks)}")
+    return report
 
 
 def _listed(lines: Iterator[str]) -> list[str]:

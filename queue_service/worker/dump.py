@@ -1,7 +1,7 @@
 """Tells the log what a worker does at this moment: each run and where its handler is, and what else goes on.
 
 It is read from outside, by a thread that needs the event loop for nothing: the loop may be the very thing that is stuck.
-Stacks are lines of source, without values, so that no payload is told.
+Stacks are lines of source, without values, so that no payload is logged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from queue_service.worker.leases import Held
 
 log = get_logger(__name__)
 
-# Handlers, threads and tasks that are told of, of each; those that run longest come first.
+# How many handlers, threads and tasks are logged, of each; those that run longest come first.
 SHOWN = 100
 DEPTH = 30
 
@@ -47,7 +47,7 @@ class _Handler(NamedTuple):
 
 
 class Dump:
-    """Made on the event loop that it tells of. `slots` are the tasks of that loop which are told of as runs."""
+    """Made on the event loop that it describes. `slots` are the tasks of that loop which are logged as runs."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class Dump:
     def tell(self) -> None:
         """May be called from any thread."""
         handlers = sorted(self._handlers(), key=lambda each: each.since)
-        runs, told = sum(each.together for each in handlers), min(len(handlers), SHOWN)
-        log.warning("what this worker does", runs=runs, handlers=len(handlers), told=told)
+        runs, shown = sum(each.together for each in handlers), min(len(handlers), SHOWN)
+        log.warning("what this worker does", runs=runs, handlers=len(handlers), shown=shown)
         seen = {threading.current_thread()}
         for each in handlers[:SHOWN]:
-            self._tell_handler(each, seen)
-        self._tell_threads([thread for thread in threading.enumerate() if thread not in seen])
+            self._log_handler(each, seen)
+        self._log_threads([thread for thread in threading.enumerate() if thread not in seen])
         others = [task for task in asyncio.all_tasks(self._loop) if task not in self._slots]
         for task in others[:SHOWN]:
             stack = _text(_awaited(task.get_coro()))
@@ -86,7 +86,7 @@ class Dump:
                 slots.setdefault(slot, []).append(held)
         return [_Handler(slot, held[0].run, len(held), held[0].lease.taken_at) for slot, held in slots.items()]
 
-    def _tell_handler(self, each: _Handler, seen: set[threading.Thread]) -> None:
+    def _log_handler(self, each: _Handler, seen: set[threading.Thread]) -> None:
         run, task = each.run, self._tasks[each.run.task]
         more: dict[str, object] = {"together": each.together} if each.together > 1 else {}
         if task.process:
@@ -108,7 +108,7 @@ class Dump:
             seconds=round(time.monotonic() - each.since, 1), where=where, **more,
         )  # fmt: skip
 
-    def _tell_threads(self, threads: Sequence[threading.Thread]) -> None:
+    def _log_threads(self, threads: Sequence[threading.Thread]) -> None:
         for thread in threads[:SHOWN]:
             run = self._threads.at_work.get(thread)
             stack = _text(_frames_of(thread))
@@ -136,7 +136,7 @@ def on_signal(number: int, call: Callable[[], object]) -> Iterator[None]:
                 try:
                     call()
                 except Exception:
-                    log.exception("what this worker does cannot be told")
+                    log.exception("what this worker does cannot be logged")
         os.close(reading)
 
     threading.Thread(target=watch, name="queue_service dump", daemon=True).start()

@@ -55,7 +55,7 @@ class Endpoint:
         self._socket.close()
 
     async def run(self, paths: Paths) -> None:
-        """Answer until cancelled. What is wrong with an answer is logged, and its caller told 500."""
+        """Answer until cancelled. What is wrong with an answer is logged, and its caller gets 500."""
         async with asyncio.TaskGroup() as group:
 
             def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -94,23 +94,23 @@ async def _answer(paths: Paths, reader: asyncio.StreamReader) -> tuple[str, Http
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.LimitOverrunError:
-        return "GET", _told(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        return "GET", _text(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
     line = head.partition(b"\r\n")[0].decode("latin-1").split(" ")
     if len(line) != 3 or not line[2].startswith("HTTP/1."):
-        return "GET", _told(HTTPStatus.BAD_REQUEST)
+        return "GET", _text(HTTPStatus.BAD_REQUEST)
     verb, path = line[0], line[1].partition("?")[0]
     if path not in paths:
-        return verb, _told(HTTPStatus.NOT_FOUND, f"There is {', '.join(paths)}.")
+        return verb, _text(HTTPStatus.NOT_FOUND, f"There is {', '.join(paths)}.")
     if verb not in {"GET", "HEAD"}:
-        return verb, _told(HTTPStatus.METHOD_NOT_ALLOWED)
+        return verb, _text(HTTPStatus.METHOD_NOT_ALLOWED)
     try:
         return verb, await paths[path]()
     except Exception:
         log.exception("a probe could not be answered", path=path)
-        return verb, _told(HTTPStatus.INTERNAL_SERVER_ERROR)
+        return verb, _text(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def _told(status: HTTPStatus, more: str = "") -> HttpAnswer:
+def _text(status: HTTPStatus, more: str = "") -> HttpAnswer:
     return HttpAnswer(status, f"{status.phrase}. {more}".strip().encode() + b"\n")
 
 

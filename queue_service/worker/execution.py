@@ -63,17 +63,17 @@ class Execution(msgspec.Struct, eq=False):
             self.task.cancel()
 
 
-def told(execution: Execution, outcome: Outcome) -> Outcome | None:
+def outcome_to_write(execution: Execution, outcome: Outcome) -> Outcome | None:
     """The outcome, once it was logged if something went wrong; None if the run has ended already."""
     if execution.ended is not None:
-        _tell_of_more(execution.held.run, execution.ended, outcome)
+        _log_ignored(execution.held.run, execution.ended, outcome)
         return None
     if outcome.error != "null":
-        _tell(execution.held.run, outcome)
+        _log_failure(execution.held.run, outcome)
     return outcome
 
 
-def _tell(run: Run, outcome: Outcome) -> None:
+def _log_failure(run: Run, outcome: Outcome) -> None:
     """Log what went wrong, if that is what it was; neither payload nor message, which may hold what is private."""
     error = codec.loads(outcome.error)
     if error["reason"] == "result_refused":
@@ -85,7 +85,7 @@ def _tell(run: Run, outcome: Outcome) -> None:
         )  # fmt: skip
 
 
-def _tell_of_more(run: Run, ending: Ending, outcome: Outcome) -> None:
+def _log_ignored(run: Run, ending: Ending, outcome: Outcome) -> None:
     """Log what a handler did after it had ended its run, if that would have been another ending."""
     if outcome not in {ending, Ending(run.claim, RunState.SUCCEEDED)}:
         error = None if outcome.error == "null" else codec.loads(outcome.error).get("type")

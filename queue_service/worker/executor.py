@@ -22,7 +22,7 @@ from typing import Any
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
-from queue_service.worker.execution import Cause, Execution, told
+from queue_service.worker.execution import Cause, Execution, outcome_to_write
 from queue_service.worker.finisher import Finisher, Outcome
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
@@ -245,7 +245,7 @@ class Executor:
             if execution.timer is not None:
                 execution.timer.cancel()
             del self._running[key]
-        return outcome if outcome.error == "null" and execution.ended is None else told(execution, outcome)
+        return outcome if outcome.error == "null" and execution.ended is None else outcome_to_write(execution, outcome)
 
     async def _handle_batch(self, first: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> None:
         taken = batches.taken(first, task, self._waiting)
@@ -289,7 +289,7 @@ class Executor:
                     execution.timer.cancel()
                 del self._running[id(held.run)]
             self._beside -= len(batch) - 1
-        return {held: told(executions[held], outcome) for held, outcome in outcomes.items()}
+        return {held: outcome_to_write(executions[held], outcome) for held, outcome in outcomes.items()}
 
     def _answered(self, execution: Execution, task: Task[..., Any], answer: Any) -> Outcome:
         """What becomes of a run of a batch whose handler returned: what that says of it, unless it was stopped before. Of

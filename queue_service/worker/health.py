@@ -29,7 +29,7 @@ log = get_logger(__name__)
 STUCK = 120.0
 # The claim loop of a worker that works passes this long after it was due, at the latest.
 SLOW = 5.0
-# How long a probe waits for the database, and how long what it was told is good for others.
+# How long a probe waits for the database, and how long an answer is good for others.
 PROBE_SECONDS = 1.0
 FRESH_SECONDS = 1.0
 
@@ -95,7 +95,7 @@ class Health:
     # What is looked at
 
     def _progress(self) -> Finding:
-        """Whether the claim loop turns, whatever the database does; one that was told to stop need not."""
+        """Whether the claim loop turns, whatever the database does; one that was asked to stop need not."""
         silence = time.monotonic() - self._claimer.last_pass
         if self._claimer.is_stopping or silence < STUCK + self._poll:
             return Finding()

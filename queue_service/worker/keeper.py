@@ -26,7 +26,7 @@ log = get_logger(__name__)
 
 
 class Keeper:
-    """`on_lost` is told of swept leases, `on_cancel` of runs that someone wants cancelled; both on the worker's loop."""
+    """Calls, on the worker's loop, `on_lost` with swept leases, and `on_cancel` with runs that someone wants cancelled."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Keeper:
                 outcome: BaseException | None = error
             else:
                 outcome = None
-            # A closed loop: the worker is gone, and nobody is left to be told.
+            # A closed loop: the worker is gone, and nobody is left to be informed.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_settle, ended, outcome)
 

@@ -17,7 +17,7 @@ from queue_service.runs.model import Run
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """`outstanding` counts its runs that the database has not yet been told the outcome of. While it is `limited`, its runs
+    """`outstanding` counts its runs whose outcome is not stored yet. While it is `limited`, its runs
     count in the limits of their queues."""
 
     id: int

@@ -75,6 +75,6 @@ class HandlerContext:
         if asyncio._get_running_loop() is self.contexts.loop:  # noqa: SLF001 - None in a thread, where the public one raises
             self.executor.settle(self.run, ending)
         else:
-            # A closed loop: the worker is gone, and nobody is left to be told.
+            # A closed loop: the worker is gone, and nobody is left to be informed.
             with contextlib.suppress(RuntimeError):
                 self.contexts.loop.call_soon_threadsafe(self.executor.settle, self.run, ending)

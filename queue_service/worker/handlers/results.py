@@ -28,7 +28,7 @@ class TimedOut(TimeoutError):
 def returned(run: Run, value: Any, *, limit: int) -> Outcome:
     """`limit` bounds the result, in bytes."""
     if isinstance(value, WORDS):
-        return _as_told(run, value)
+        return _as_asked(run, value)
     try:
         return Ending(run.claim, RunState.SUCCEEDED, codec.dumps_result(value, limit=limit))
     except Exception as refused:  # noqa: BLE001 - whatever a result does when it is read, the run gets its ending
@@ -59,7 +59,7 @@ def interrupted(run: Run) -> Ending:
     return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("interrupted", message))
 
 
-def _as_told(run: Run, value: Snooze | Cancel) -> Outcome:
+def _as_asked(run: Run, value: Snooze | Cancel) -> Outcome:
     if isinstance(value, Cancel):
         return cancelled(run, value.reason)
     owner = value.owner if isinstance(value, Defer) else None

@@ -111,7 +111,7 @@ class Threads:
         while (job := jobs.get()) is not None:
             try:
                 outcome: tuple[Any, BaseException | None] = (job.call(), None)
-            except BaseException as error:  # noqa: BLE001 - it is the handler's, and told to the run
+            except BaseException as error:  # noqa: BLE001 - it is the handler's, and becomes its run's outcome
                 outcome = (None, error)
             try:
                 loop.call_soon_threadsafe(self._done, hand, job, outcome)
