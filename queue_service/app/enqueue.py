@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from queue_service import codec
 from queue_service.db import channels
+from queue_service.db.query import interval_literal
 from queue_service.db.steps import Copy, Steps
 from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, nearest
 from queue_service.runs import queries
@@ -195,7 +196,7 @@ def _escaped(text: str) -> str:
 
 
 def _interval(value: timedelta | None) -> str | None:
-    return None if value is None else f"{value.total_seconds():.6f} seconds"
+    return None if value is None else interval_literal(value)
 
 
 def _check_integer(value: object, what: str, least: int, most: int) -> None:

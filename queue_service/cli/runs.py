@@ -20,8 +20,6 @@ from queue_service.runs import walks
 from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.turns import queries as turns
 
-STATES = [state.value for state in RETRIABLE]
-
 ids = click.argument("run_ids", type=int, nargs=-1, required=True, metavar="ID...")
 
 

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
-import msgspec
-
 from queue_service.codec import loads
-from queue_service.db.query import Query, Rows, found, scalar
+from queue_service.db.query import Query, Rows, found, json_literal, scalar
 from queue_service.db.statements import Statements
 from queue_service.events.model import Event, Stream, StreamState
 
@@ -39,7 +37,10 @@ def append_free(events: Sequence[NewEvent], *, tell: bool) -> Query[list[int | N
 
 
 def _append(statement: str, events: Sequence[NewEvent], tell: bool) -> Query[list[int | None]]:
-    texts = [f'{{"stream":{_json(each.stream)},"kind":{_json(each.kind)},"body":{each.body}}}' for each in events]
+    texts = [
+        f'{{"stream":{json_literal(each.stream)},"kind":{json_literal(each.kind)},"body":{each.body}}}'
+        for each in events
+    ]
 
     def decode(rows: Rows) -> list[int | None]:
         seqs: list[int | None] = [None] * len(events)
@@ -94,10 +95,6 @@ def aged(age: timedelta, *, after: str, limit: int) -> Query[list[tuple[str, int
     """The next streams after a name, and the seq up to which the events of each are older than this; None where there
     is none to delete."""
     return SQL.query("aged", lambda rows: [(row[0], row[1]) for row in rows], age=age, after=after, limit=limit)
-
-
-def _json(value: str) -> str:
-    return msgspec.json.encode(value).decode()
 
 
 def _events(rows: Rows) -> list[Event]:

@@ -11,7 +11,7 @@ import msgspec
 
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.db.query import Query, Rows, array_literal, column, found, nothing, scalar
+from queue_service.db.query import Query, Rows, array_literal, column, found, interval_literal, nothing, scalar
 from queue_service.runs.claim import Claim
 from queue_service.runs.model import Ending, Floor, NewRun, Return, Run, RunState
 from queue_service.runs.rows import read_claimed, read_runs
@@ -274,7 +274,7 @@ def _object(new: NewRun) -> dict[str, object]:
             fields[name] = value
     for name in ("delay", "expires_in", "retry_delay", "timeout"):
         if (value := getattr(new, name)) is not None:
-            fields[name] = f"{value.total_seconds():.6f} s"
+            fields[name] = interval_literal(value)
     if new.metadata is not None:
         fields["metadata"] = msgspec.Raw(new.metadata.encode())
     return fields

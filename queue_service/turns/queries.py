@@ -11,7 +11,7 @@ import msgspec
 from queue_service.codec import loads
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.db.query import Query, Rows, column, found, scalar
+from queue_service.db.query import Query, Rows, column, found, interval_literal, json_literal, scalar
 from queue_service.db.statements import Statements
 from queue_service.turns.model import (
     SENTENCES,
@@ -219,7 +219,7 @@ def prune(age: timedelta, *, limit: int) -> Query[int]:
 
 def _turns(turns: Sequence[Owed]) -> str:
     objects = [
-        {**turn.fields, "admission": _interval(turn.admission), "execution": _interval(turn.execution)}
+        {**turn.fields, "admission": interval_literal(turn.admission), "execution": interval_literal(turn.execution)}
         for turn in turns
     ]
     return msgspec.json.encode(objects).decode()
@@ -227,20 +227,12 @@ def _turns(turns: Sequence[Owed]) -> str:
 
 def _endings(calls: Sequence[Sequence[TurnEnding]]) -> str:
     texts = [
-        f'{{"call":{call},"deployment":{_json(each.deployment)},"message_id":{_json(each.message_id)},'
-        f'"kind":{_json(each.kind)},"code":{_json(each.code)},"body":{each.body}}}'
+        f'{{"call":{call},"deployment":{json_literal(each.deployment)},"message_id":{json_literal(each.message_id)},'
+        f'"kind":{json_literal(each.kind)},"code":{json_literal(each.code)},"body":{each.body}}}'
         for call, endings in enumerate(calls)
         for each in endings
     ]
     return "[" + ",".join(texts) + "]"
-
-
-def _interval(value: timedelta) -> str:
-    return f"{value.total_seconds():.6f} seconds"
-
-
-def _json(value: str | None) -> str:
-    return msgspec.json.encode(value).decode()
 
 
 def _ended(rows: Rows) -> list[EndedTurn]:
