@@ -52,7 +52,10 @@ def online() -> None:
         migrate(given)
         return
     engine = sqlalchemy.create_engine(
-        "postgresql+psycopg://", creator=lambda: psycopg.connect(conninfo()), poolclass=sqlalchemy.NullPool
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(conninfo()),
+        poolclass=sqlalchemy.NullPool,
+        isolation_level="READ COMMITTED",
     )
     with engine.connect() as connection:
         migrate(connection)

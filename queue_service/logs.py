@@ -124,10 +124,15 @@ def configure(*, level: str, fmt: str) -> None:
 
 def _printable(_logger: Any, _method: str, event: Any) -> Any:
     """What a terminal would obey is escaped: some of what is logged was written by others."""
-    return {
-        printable(str(name)): printable(value, keep="\n\t") if isinstance(value, str) else value
-        for name, value in event.items()
-    }
+    return {printable(str(name)): _visible(name, value) for name, value in event.items()}
+
+
+def _visible(name: str, value: Any) -> Any:
+    if isinstance(value, (bool, int, float)) or value is None:
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    # Only what we format has lines of its own: elsewhere a line break would begin what looks like another entry.
+    return printable(text, keep="\n\t" if name in {"exception", "stack"} else "")
 
 
 def _foreign_context(logger: Any, method: str, event: Any) -> Any:

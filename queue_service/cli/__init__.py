@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -26,6 +28,16 @@ COMMANDS = {
 }
 
 
+@contextlib.contextmanager
+def _printable_errors() -> Iterator[None]:
+    """The text of an error may quote data, and click prints it."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable(error.message, keep="\n\t")  # type: ignore[misc]
+        raise
+
+
 class LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
@@ -40,13 +52,13 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _printable_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _printable_errors():
             return super().invoke(ctx)
-        except click.ClickException as error:
-            # Its text may quote data; click prints it.
-            error.message = printable(error.message, keep="\n\t")  # type: ignore[misc]
-            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx

@@ -52,6 +52,8 @@ def downgrade(conninfo: str, to: str, *, lease: timedelta, force: bool, commit: 
         "postgresql+psycopg://",
         creator=lambda: psycopg.connect(options(conninfo, "queue_service migrate")),
         poolclass=sqlalchemy.NullPool,
+        # Each statement has to see what was committed while it waited for a lock, whatever the server's default is.
+        isolation_level="READ COMMITTED",
     )
     with engine.connect() as connection:
         connection.exec_driver_sql("set local lock_timeout = '10s'")

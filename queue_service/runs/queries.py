@@ -196,9 +196,9 @@ def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[in
     return SQL.query("give_back", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
-def sweep(*, limit: int, max_losses: int, but: Collection[int] = ()) -> Query[list[SweptRun]]:
-    """What was taken from lapsed leases, `but` these. `limit` counts leases, each of which holds what one claim took."""
-    return SQL.query("sweep", _swept, limit=limit, max_losses=max_losses, but=array_literal(sorted(but)))
+def sweep(*, limit: int, max_losses: int, excluding: Collection[int] = ()) -> Query[list[SweptRun]]:
+    """What was taken from lapsed leases, `excluding` these. `limit` counts leases; each holds what one claim took."""
+    return SQL.query("sweep", _swept, limit=limit, max_losses=max_losses, excluding=array_literal(sorted(excluding)))
 
 
 def busy_leases(*, limit: int) -> Query[set[int]]:

@@ -102,7 +102,7 @@ stretch as materialized (
       from (select id from queue_service.finished_runs
              where state <> 'succeeded' and state = %(state)s and id > %(after)s
                and finished_at >= (select date_trunc('day', moment.since) from moment)
-             order by id limit %(look)s) as following
+             order by id limit %(scan_limit)s) as following
 )
 
 -- define: chosen
@@ -598,7 +598,7 @@ union all
 select id, attempt from cancelled
 
 -- name: sweep
--- Take the leases that have lapsed, at most `limit` of them `but` these, and with them the runs they held. Each goes back to its
+-- Take the leases that have lapsed, at most `limit` of them, `excluding` these, and with them the runs they held. Each goes back to its
 -- place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at `max_losses`, and at the first
 -- loss if its task is among those that the lease says are not to be begun twice.
 -- Rows: run id, its state now, its queue and priority. The guard stands in the DELETE: an extend that commits first wins.
@@ -606,7 +606,7 @@ select id, attempt from cancelled
 with lapsed as materialized (
     delete from queue_service.leases
      where id = any(array(select id from queue_service.leases
-                           where expires_at < (select clock_timestamp()) and id <> all(%(but)s::bigint[])
+                           where expires_at < (select clock_timestamp()) and id <> all(%(excluding)s::bigint[])
                            order by expires_at limit %(limit)s for update skip locked))
        and expires_at < clock_timestamp()
     returning id, worker_id, run_ids, final_tasks
@@ -731,7 +731,7 @@ returning queue, priority
 
 -- name: retry_many
 -- As `retry`, the runs of history that ended in a state that is not success, of a queue, a task and a time: the oldest first,
--- at most `limit` of the next `look`, for what is chosen may be rare among what there is. One whose singleton key a live run
+-- at most `limit` of the next `scan_limit`, for what is chosen may be rare among what there is. One whose singleton key a live run
 -- holds stays where it is, and so does one that somebody else is moving. Row: the time up to which runs are chosen, where to
 -- go on (null: nowhere), how many were found, how many of those moved, and the notices. Of the partitions only those are read
 -- in which something can have ended since the time asked for; that is why the stretch compares the day.
@@ -809,27 +809,27 @@ select asked.id, ending.state
 
 -- name: page
 -- Runs by descending id, below `before`: one page of a listing, from the places that are named. Of these no more than
--- `look` runs are looked at, however few of them fit. Rows: those that fit, and the last one that was looked at if there may
+-- `scan_limit` runs are looked at, however few of them fit. Rows: those that fit, and the last one that was looked at if there may
 -- be more below it; the last two columns say so. Each place is an ordered walk with a limit of its own, or the planner would
 -- sort all of history. Those that are running are found by their leases: there may be a million queued ones.
-select {read_columns}, is_fitting, place = %(look)s from (
+select {read_columns}, is_fitting, place = %(scan_limit)s from (
     select looked.*, row_number() over (order by id desc) as place,
            (%(state)s::text is null or state = %(state)s) and (%(queue)s::text is null or queue = %(queue)s)
                and (%(task)s::text is null or task = %(task)s) as is_fitting
       from (
-        ({live_as_read} where %(live)s::boolean and id < %(before)s order by id desc limit %(look)s)
+        ({live_as_read} where %(live)s::boolean and id < %(before)s order by id desc limit %(scan_limit)s)
         union all
         ({live_as_read} where %(running)s::boolean and id < %(before)s
-            and id = any(array(select unnest(run_ids) from queue_service.leases)) order by id desc limit %(look)s)
+            and id = any(array(select unnest(run_ids) from queue_service.leases)) order by id desc limit %(scan_limit)s)
         union all
-        ({finished_as_read} where %(finished)s::boolean and id < %(before)s order by id desc limit %(look)s)
+        ({finished_as_read} where %(finished)s::boolean and id < %(before)s order by id desc limit %(scan_limit)s)
         union all
         ({finished_as_read} where %(unsuccessful)s::boolean and state <> 'succeeded' and state = %(state)s
-            and id < %(before)s order by id desc limit %(look)s)
-        order by id desc limit %(look)s
+            and id < %(before)s order by id desc limit %(scan_limit)s)
+        order by id desc limit %(scan_limit)s
       ) as looked
 ) as placed
- where is_fitting or place = %(look)s
+ where is_fitting or place = %(scan_limit)s
  order by id desc
  limit %(limit)s
 

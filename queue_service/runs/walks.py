@@ -15,7 +15,7 @@ from queue_service.runs.rows import read_runs
 from queue_service.runs.sql import SQL
 
 # Runs that one statement looks at. They lie apart in the table: a quarter of a second where nothing of it is in memory.
-LOOK = 5_000
+SCAN_LIMIT = 5_000
 
 
 class Page(NamedTuple):
@@ -33,10 +33,10 @@ def page(
     queue: str | None = None,
     task: str | None = None,
     limit: int = 50,
-    look: int = LOOK,
+    scan_limit: int = SCAN_LIMIT,
 ) -> Query[Page]:
     """The newest runs below the id `before`, of a state, a queue and a task where these are given: at most `limit` that fit
-    among the next `look`."""
+    among the next `scan_limit`."""
 
     def decode(rows: Rows) -> Page:
         stopped = len(rows) == limit or (rows and rows[-1][-1])
@@ -50,7 +50,7 @@ def page(
         queue=queue,
         task=task,
         limit=limit,
-        look=look,
+        scan_limit=scan_limit,
         live=state in {None, RunState.QUEUED},
         running=state is RunState.RUNNING,
         finished=state in {None, RunState.SUCCEEDED},
@@ -100,4 +100,4 @@ def count_many(chosen: Filter, place: Place, *, limit: int) -> Query[Batch]:
 
 
 def _asked(chosen: Filter, place: Place, limit: int) -> dict[str, Any]:
-    return {**asdict(chosen), "state": chosen.state.value, **place._asdict(), "limit": limit, "look": LOOK}
+    return {**asdict(chosen), "state": chosen.state.value, **place._asdict(), "limit": limit, "scan_limit": SCAN_LIMIT}

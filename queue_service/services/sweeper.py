@@ -29,7 +29,7 @@ log = get_logger(__name__)
 LEASES = 5
 RUNS = 1_000
 # Lapsed leases among which the ones that cannot be taken are looked for.
-LOOK = 100
+BUSY_LIMIT = 100
 TURNS = 2_000
 # Turns that are tried one by one where a batch of them is refused.
 SINGLES = 100
@@ -109,7 +109,7 @@ class Sweeper:
     async def _sweep(self) -> tuple[int, int]:
         requeued = ended = 0
         if self._busy:
-            self._busy = await self._fetch(queries.busy_leases(limit=LOOK))
+            self._busy = await self._fetch(queries.busy_leases(limit=BUSY_LIMIT))
         while swept := await self._sweep_runs():
             back = [run for run in swept if not run.state.finished]
             over = [run for run in swept if run.state.finished]
@@ -127,7 +127,7 @@ class Sweeper:
         except DatabaseUnavailable as lost:
             if not isinstance(lost.__cause__, pg.LockNotAvailable):
                 raise
-        self._busy = await self._fetch(queries.busy_leases(limit=LOOK))
+        self._busy = await self._fetch(queries.busy_leases(limit=BUSY_LIMIT))
         log.warning(
             "runs of a lost worker cannot be taken over yet: a transaction has them locked, or their lanes. Find it in "
             "pg_stat_activity, by its xact_start",
@@ -137,7 +137,7 @@ class Sweeper:
 
     async def _take(self) -> list[queries.SweptRun]:
         swept: list[queries.SweptRun] = await self._fetch(
-            queries.sweep(limit=LEASES, max_losses=self._max_losses, but=self._busy)
+            queries.sweep(limit=LEASES, max_losses=self._max_losses, excluding=self._busy)
         )
         return swept
 

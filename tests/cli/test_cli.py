@@ -6,7 +6,6 @@ import asyncio
 import functools
 import itertools
 import json
-import logging
 import os
 import re
 import signal
@@ -21,11 +20,10 @@ from typing import Any
 import click
 import psycopg
 import pytest
-import structlog
 from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
 
-from queue_service import App, __version__, logs
+from queue_service import App, __version__
 from queue_service.cli import COMMANDS, cli, options, render
 from queue_service.cli import runs as runs_commands
 from queue_service.db import embedded, revision
@@ -37,19 +35,6 @@ Invoke = Callable[..., Result]
 
 UNREACHABLE = "postgresql://127.0.0.1:1/nowhere"
 TASKS = "tests.worker.tasks_for_tests:app"
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """The command line sends the log where its standard error is, which is gone when the test is over."""
-    root = logging.getLogger()
-    handlers, level, of_alembic = root.handlers[:], root.level, logging.getLogger("alembic").level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("alembic").setLevel(of_alembic)
-    structlog.reset_defaults()
-    logs.configured = None
 
 
 @pytest.fixture
@@ -608,7 +593,7 @@ def test_a_list_that_takes_too_long_stops_and_says_where_to_go_on(
     ids = [new_id(invoke("enqueue", "rare" if n in {0, 3} else "other", "--json")) for n in range(5)]
     moments = itertools.count()
     monkeypatch.setattr(runs_commands, "time", SimpleNamespace(monotonic=lambda: float(next(moments))))
-    monkeypatch.setattr(walks, "page", functools.partial(walks.page, look=1))
+    monkeypatch.setattr(walks, "page", functools.partial(walks.page, scan_limit=1))
     first = succeeded(invoke("runs", "list", "--task", "rare", "--json"))
     assert [run["id"] for run in json.loads(first.stdout)] == [ids[3]]
     assert f"--before {ids[2]}" in first.stderr

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
+from psycopg.conninfo import make_conninfo
 
 from queue_service import App, Turn
 from queue_service.cli import cli
+from queue_service.db.downgrade import downgrade
+from queue_service.db.pool import Connection
 from queue_service.db.revision import HEAD
+from queue_service.errors import ConfigError
+from tests.support import eventually, one
 
 
 def migrate(database: str, *arguments: str) -> Result:
@@ -96,3 +102,27 @@ def test_what_is_needed_stays_unless_force_is_said(
 def test_queued_runs_do_not_stand_against_a_downgrade_that_keeps_them(database: str) -> None:
     using(database, enqueue)
     assert migrate(database, "--to", "0011", "--yes").exit_code == 0
+
+
+@pytest.mark.parametrize("isolation", ["read\\ committed", "serializable"])
+async def test_a_turn_that_is_armed_while_it_waits_for_a_lock_is_seen(
+    isolation: str, database: str, conn: Connection, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    """Whatever isolation the server has by default."""
+    where = make_conninfo(database, options=f"-c default_transaction_isolation={isolation}")
+    arming = await session()
+    async with arming.transaction():
+        await arming.execute(
+            "insert into queue_service.turn_markers (deployment, message_id, stream, deadline, admission, execution) "
+            "values ('dep', 'm', 's', now() + '1 h', '1 h', '1 h')"
+        )
+        going = asyncio.create_task(
+            asyncio.to_thread(downgrade, where, "0001", lease=timedelta(seconds=30), force=False, commit=True)
+        )
+        waits = (
+            "select count(*) > 0 from pg_locks where not granted and relation = 'queue_service.turn_markers'::regclass"
+        )
+        await eventually(lambda: one(conn, waits))
+    with pytest.raises(ConfigError, match="1 turn is owed"):
+        await going
+    assert await one(conn, "select count(*) from queue_service.turn_markers") == 1

@@ -12,9 +12,9 @@ import pytest
 
 from queue_service import App, Turn, TurnFailure
 from queue_service.app.sync import SyncApp
-from tests.cli.test_cli import Invoke, invoke, logging_as_it_was, rows, said, succeeded
+from tests.cli.test_cli import Invoke, invoke, rows, said, succeeded
 
-__all__ = ["invoke", "logging_as_it_was"]
+__all__ = ["invoke"]
 
 
 @pytest.fixture

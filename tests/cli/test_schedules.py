@@ -10,9 +10,9 @@ import pytest
 
 from queue_service import App
 from queue_service.app.sync import SyncApp
-from tests.cli.test_cli import Invoke, invoke, logging_as_it_was, rows, said, succeeded
+from tests.cli.test_cli import Invoke, invoke, rows, said, succeeded
 
-__all__ = ["invoke", "logging_as_it_was"]
+__all__ = ["invoke"]
 
 TASKS = "tests.worker.tasks_for_tests:app"
 

@@ -86,3 +86,9 @@ def test_an_error_that_quotes_data_is_escaped(database: str) -> None:
     )
     assert refused.exit_code != 0
     assert obeyed(refused.output) <= {"\n"}
+
+
+def test_an_unknown_option_is_escaped() -> None:
+    refused = CliRunner().invoke(cli, [f"--{EVIL}"], prog_name="queue-service")
+    assert refused.exit_code == 2
+    assert obeyed(refused.output) <= {"\n"}

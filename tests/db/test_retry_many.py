@@ -150,7 +150,7 @@ class TestHow:
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch, batch: int, look: int
     ) -> None:
         monkeypatch.setattr(history, "BATCH", batch)
-        monkeypatch.setattr(walks, "LOOK", look)
+        monkeypatch.setattr(walks, "SCAN_LIMIT", look)
         wanted = []
         for n in range(7):
             ids = await ended(conn, hours=n * 30, task="wanted" if n in {0, 3, 4, 6} else "noop")

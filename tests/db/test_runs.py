@@ -814,11 +814,11 @@ class TestPage:
     async def test_a_page_looks_at_so_many_runs_and_says_where_to_go_on(self, conn: Connection) -> None:
         rare, *others = [(await ended(conn)).id for _ in range(7)]
         await conn.execute("update queue_service.finished_runs set task = 'rare' where id = %s", [rare])
-        first = await fetch(conn, walks.page(task="rare", look=3))
+        first = await fetch(conn, walks.page(task="rare", scan_limit=3))
         assert (first.runs, first.below) == ([], others[3])
-        second = await fetch(conn, walks.page(task="rare", look=3, before=first.below))
+        second = await fetch(conn, walks.page(task="rare", scan_limit=3, before=first.below))
         assert (second.runs, second.below) == ([], others[0])
-        third = await fetch(conn, walks.page(task="rare", look=3, before=second.below))
+        third = await fetch(conn, walks.page(task="rare", scan_limit=3, before=second.below))
         assert ([run.id for run in third.runs], third.below) == ([rare], None)
 
     @pytest.mark.parametrize("look", [1, 2, 3, 100])
@@ -830,7 +830,7 @@ class TestPage:
         wanted = [ids[0], ids[3], ids[4]]
         for table in ("runs", "finished_runs"):
             await conn.execute(f"update queue_service.{table} set task = 'a' where id = any(%s)".encode(), [wanted])
-        assert await walked(conn, task="a", look=look, limit=limit) == wanted[::-1]
+        assert await walked(conn, task="a", scan_limit=look, limit=limit) == wanted[::-1]
 
 
 class TestDepth:

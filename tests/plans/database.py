@@ -16,7 +16,13 @@ from queue_service.db.query import Query
 Sync = psycopg.Connection[Any]
 
 # Where Postgres cannot tell from the statement.
-TYPES = {"priority": "smallint", "max_attempts": "integer", "tell": "boolean", "limit": "bigint", "look": "bigint"}
+TYPES = {
+    "priority": "smallint",
+    "max_attempts": "integer",
+    "tell": "boolean",
+    "limit": "bigint",
+    "scan_limit": "bigint",
+}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.runs import queries, walks
 from queue_service.runs.model import RunState
-from queue_service.runs.walks import LOOK, Filter, Place
+from queue_service.runs.walks import SCAN_LIMIT, Filter, Place
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 
 DAYS, ROWS = 4, 50_000
@@ -34,7 +34,7 @@ select {day} * 50000 + n, '2020-01-0{day}Z', '2020-01-01Z', '2020-01-01Z', 1, 0,
 
 def looking(query: Query[Any], look: int) -> Query[Any]:
     """The same, looking at so many runs."""
-    return replace(query, params={**query.params, "look": look})
+    return replace(query, params={**query.params, "scan_limit": look})
 
 
 FAILED = Filter(RunState.FAILED)
@@ -45,7 +45,7 @@ MERGED = DAYS + 2
 STATEMENTS: dict[str, tuple[Query[Any], int]] = {
     "a page": (walks.page(), 2 * (50 + MERGED)),
     "a page from the middle": (walks.page(before=120_000), 50 + MERGED),
-    "a page of what is rare": (walks.page(task="rare"), LOOK + MERGED),
+    "a page of what is rare": (walks.page(task="rare"), SCAN_LIMIT + MERGED),
     "a page of what failed": (walks.page(state=RunState.FAILED), 50 + MERGED),
     "a page of what failed and is rare": (walks.page(state=RunState.FAILED, task="rare"), 1_000 + MERGED),
     "a page of what succeeded": (walks.page(state=RunState.SUCCEEDED), 50 + 1 + MERGED),
@@ -58,7 +58,7 @@ STATEMENTS: dict[str, tuple[Query[Any], int]] = {
     "a batch of retries of what is rare": (walks.retry_many(RARE, Place(), limit=100), 2 * 1_000 + 8),
     "a stretch of what is rare": (looking(walks.retry_many(RARE, Place(), limit=100), 100), 2 * 100 + 3 + 2 * MERGED),
     "a batch of retries of what is recent": (walks.retry_many(RECENT, Place(), limit=100), 0),
-    "a count of what failed": (walks.count_many(FAILED, Place(), limit=LOOK), 2 * 1_000),
+    "a count of what failed": (walks.count_many(FAILED, Place(), limit=SCAN_LIMIT), 2 * 1_000),
 }
 
 

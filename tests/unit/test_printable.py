@@ -7,6 +7,7 @@ import logging
 import unicodedata
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +54,11 @@ def test_json_with_escapes_says_the_same(text: str) -> None:
     assert obeyed(written) <= {"\n"}
 
 
+class Loud:
+    def __repr__(self) -> str:
+        return "\x1b[5mloud"
+
+
 def test_log_lines_on_a_console_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -60,12 +66,14 @@ def test_log_lines_on_a_console_are_escaped(capsys: pytest.CaptureFixture[str]) 
         logs.configure(level="info", fmt="console")
         error = ValueError("\x1b]0;title\x07")
         log = logs.get_logger("queue_service.test")
-        log.error("it said \x1b[2J", task="\u202etask", more=["\x1b[1m"], exc_info=error)
+        log.error("it said \x1b[2J\nforged", task="\u202etask", more=Loud(), exc_info=error)
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+        structlog.reset_defaults()
     said = capsys.readouterr().err
     assert r"\x1b[2J" in said
     assert r"\u202etask" in said
     assert r"\x1b]0;title\x07" in said
-    assert not any(part in said for part in ("\x1b[2J", "\u202e", "\x1b]", "\x07"))
+    assert "\nforged" not in said
+    assert not any(part in said for part in ("\x1b[2J", "\u202e", "\x1b]", "\x07", "\x1b[5m"))

@@ -35,7 +35,7 @@ class _Job(NamedTuple):
     answer: asyncio.Future[tuple[Any, BaseException | None]]
 
 
-class _Hand(NamedTuple):
+class _PooledThread(NamedTuple):
     """A thread, and what it is given to do."""
 
     jobs: SimpleQueue[_Job | None]
@@ -46,7 +46,7 @@ class Threads:
     """Belongs to the event loop it is used on. `on_change` is called when it became exhausted, and when it no longer is."""
 
     def __init__(self, *, on_change: Callable[[], None] = lambda: None) -> None:
-        self._idle: list[_Hand] = []
+        self._idle: list[_PooledThread] = []
         self._abandoned: set[asyncio.Future[Any]] = set()
         # Whose handler each thread executes, also one that was given up.
         self.at_work: dict[threading.Thread, Run] = {}
@@ -62,13 +62,13 @@ class Threads:
         loop = asyncio.get_running_loop()
         context = contextvars.copy_context()
         job = _Job(lambda: context.run(call), loop.create_future())
-        hand = self._idle.pop() if self._idle else self._started(loop)
-        self.at_work[hand.thread] = run
-        hand.jobs.put(job)
+        pooled = self._idle.pop() if self._idle else self._started(loop)
+        self.at_work[pooled.thread] = run
+        pooled.jobs.put(job)
         try:
             value, error = await job.answer
         except BaseException:
-            self._abandon(run, job, hand)
+            self._abandon(run, job, pooled)
             raise
         if error is not None:
             raise error
@@ -80,18 +80,18 @@ class Threads:
         while self._idle:
             self._idle.pop().jobs.put(None)
 
-    def _started(self, loop: asyncio.AbstractEventLoop) -> _Hand:
+    def _started(self, loop: asyncio.AbstractEventLoop) -> _PooledThread:
         jobs: SimpleQueue[_Job | None] = SimpleQueue()
         thread = threading.Thread(target=self._work, args=(jobs, loop), name=NAME, daemon=True)
         thread.start()
-        return _Hand(jobs, thread)
+        return _PooledThread(jobs, thread)
 
-    def _abandon(self, run: Run, job: _Job, hand: _Hand) -> None:
+    def _abandon(self, run: Run, job: _Job, pooled: _PooledThread) -> None:
         if not job.answer.cancelled() and not job.answer.cancel():
             # It had just ended.
             return
         self._abandoned.add(job.answer)
-        frame = sys._current_frames().get(hand.thread.ident or 0)  # noqa: SLF001 - the one way to see what it is doing
+        frame = sys._current_frames().get(pooled.thread.ident or 0)  # noqa: SLF001 - the one way to see what it is doing
         log.warning(
             "a handler in a thread was given up; it runs on without its run",
             run_id=run.id, task=run.task, abandoned=len(self._abandoned),
@@ -107,28 +107,28 @@ class Threads:
             self._on_change()
 
     def _work(self, jobs: SimpleQueue[_Job | None], loop: asyncio.AbstractEventLoop) -> None:
-        hand = _Hand(jobs, threading.current_thread())
+        pooled = _PooledThread(jobs, threading.current_thread())
         while (job := jobs.get()) is not None:
             try:
                 outcome: tuple[Any, BaseException | None] = (job.call(), None)
             except BaseException as error:  # noqa: BLE001 - it is the handler's, and becomes its run's outcome
                 outcome = (None, error)
             try:
-                loop.call_soon_threadsafe(self._done, hand, job, outcome)
+                loop.call_soon_threadsafe(self._done, pooled, job, outcome)
             except RuntimeError:
                 # The loop is closed: this thread was given up long ago.
                 return
 
-    def _done(self, hand: _Hand, job: _Job, outcome: tuple[Any, BaseException | None]) -> None:
+    def _done(self, pooled: _PooledThread, job: _Job, outcome: tuple[Any, BaseException | None]) -> None:
         if not job.answer.done():
             job.answer.set_result(outcome)
         else:
             self._returned(job)
-        del self.at_work[hand.thread]
+        del self.at_work[pooled.thread]
         if self._closed:
-            hand.jobs.put(None)
+            pooled.jobs.put(None)
         else:
-            self._idle.append(hand)
+            self._idle.append(pooled)
 
     def _returned(self, job: _Job) -> None:
         """A handler that was given up has ended after all."""
