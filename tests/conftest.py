@@ -41,12 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For tests in parallel: those that share what was made for their module stay in one process, what takes long is begun
-    first, and what must be alone comes last, when there is little that it has to wait for."""
-    for item in items:
-        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009 - pytest has no other way to ask
-        if any(fixture.scope == "module" for several in fixtures for fixture in several):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """What takes long is begun first, and what must be alone comes last, when there is little that it has to wait for."""
     items.sort(key=_place)
 
 

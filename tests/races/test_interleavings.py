@@ -255,6 +255,7 @@ async def test_two_sessions_leave_a_turn_either_ended_once_or_owed_in_whatever_o
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("position", ["unarmed", "lapsed"])
 async def test_three_sessions_leave_a_turn_either_ended_once_or_owed_in_whatever_order_they_meet(
     theatre: Theatre, position: str
