@@ -2,7 +2,8 @@
 
 A second process waits for the end of a pipe that only the first one holds. When that ends without a word, it kills every
 process that was started with the directory on its command line or in its environment (a server by its data directory, a
-worker by its database URL), and removes the directory.
+worker by its database URL), and removes the directory. Only those: the path has to stand there as a whole, so that `run-2`
+is not found in `run-23`, and the process has to be younger than the watcher.
 """
 
 from __future__ import annotations
@@ -16,26 +17,35 @@ from pathlib import Path
 # Run with `-I`: it needs the standard library only, and starts quickly. Killed with SIGKILL, since nobody reads what these
 # processes would still say, and a server that is killed leaves nothing outside of its directory.
 _PROGRAM = r"""
-import os, shutil, signal, subprocess, sys, time
+import os, re, shutil, signal, subprocess, sys, time
 
 directory = sys.argv[1]
+named = re.compile(rb"(?<![\w./-])" + re.escape(os.fsencode(directory)) + rb"(?![\w.-])")
+
+def started(pid):
+    # In clock ticks since the machine started; what comes before it holds the name, which may have brackets of its own.
+    with open(f"/proc/{pid}/stat", "rb") as stat:
+        return int(stat.read().rpartition(b")")[2].split()[19])
+
+has_proc = os.path.isdir("/proc/self")
+own_start = started("self") if has_proc else 0
 if sys.stdin.buffer.read():
     sys.exit()
 
 def theirs():
-    if os.path.isdir("/proc/self"):
+    if has_proc:
         for name in filter(str.isdigit, os.listdir("/proc")):
             try:
                 texts = [open(f"/proc/{name}/{kind}", "rb").read() for kind in ("cmdline", "environ")]
+                if started(name) >= own_start and any(map(named.search, texts)):
+                    yield int(name)
             except OSError:
                 continue
-            if any(os.fsencode(directory) in text for text in texts):
-                yield int(name)
     else:
-        listed = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True).stdout
+        listed = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True).stdout
         for line in listed.splitlines():
-            pid, _, command = line.strip().partition(" ")
-            if directory in command:
+            pid, _, command = line.strip().partition(b" ")
+            if named.search(command):
                 yield int(pid)
 
 # A server forks while it is being killed: look until there is nothing left.

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.support import eventually, is_gone
@@ -27,7 +29,8 @@ def test_that_never_ends(queue_service_database, tmp_path):
     with psycopg.connect(queue_service_database) as conn:
         directory = conn.execute("show data_directory").fetchone()[0]
     server = int(open(os.path.join(directory, "postmaster.pid")).readline())
-    print(server, worker.pid, directory, flush=True)
+    # On a line of its own: pytest has begun one with the name of this file.
+    print(f"\\n{server} {worker.pid} {directory}", flush=True)
     worker.wait()
 """
 
@@ -52,3 +55,45 @@ async def test_a_server_and_a_worker_end_with_a_run_that_is_killed(number: signa
     running.stdout.close()
     await eventually(lambda: is_gone(int(server)) and is_gone(int(worker)), within=30)
     await eventually(lambda: not Path(directory.strip()).exists(), within=30)
+
+
+def sleeper(directory: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    return subprocess.Popen(command, env={**os.environ, "STARTED_FOR": f"host={directory}/data"})
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from queue_service.testing.watcher import watched
+
+with watched(Path(sys.argv[1])):
+    print("watched", flush=True)
+    sys.stdin.read()
+"""
+
+
+async def test_nothing_else_is_killed(tmp_path: Path) -> None:
+    """Neither what has a longer name, nor what stands deeper in another directory, nor what was there before."""
+    ours = tmp_path / "run-2"
+    ours.mkdir()
+    older = sleeper(ours)
+    await eventually(lambda: time.time() - psutil.Process(older.pid).create_time() > 0.1)
+    holder = subprocess.Popen(  # noqa: ASYNC220 - the loop has nothing else to do
+        [sys.executable, "-c", HOLDER, str(ours)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"watched\n"
+    victim, spared = sleeper(ours), [older, sleeper(tmp_path / "run-23"), sleeper(Path(f"/elsewhere{ours}"))]
+    try:
+        holder.kill()
+        holder.wait()
+        await eventually(lambda: is_gone(victim.pid) and not ours.exists(), within=30)
+        assert [each.poll() for each in spared] == [None, None, None]
+    finally:
+        for each in (victim, *spared):
+            each.kill()
+            each.wait()
+        holder.stdin.close()
+        holder.stdout.close()
