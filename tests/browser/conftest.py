@@ -166,7 +166,7 @@ async def visit(browser: Browser, site: Site, app: App) -> AsyncIterator[Visit]:
         page.on("console", note)
         await page.goto(path)
         # The page names its conversation in its address, by itself where it was not told one.
-        await page.wait_for_function("location.search.includes('stream=')")
+        await page.wait_for_url("**/?*stream=*")
         return Chat(page, app)
 
     yield open_page

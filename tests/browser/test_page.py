@@ -197,8 +197,7 @@ async def test_the_keyboard_alone_is_enough(site: Site, visit: Visit) -> None:
     was = chat.stream
     await keyboard.press("Enter")
     await expect(chat.mine).to_have_count(0)
-    await chat.page.wait_for_function("location.search.includes('stream=')")
-    assert chat.stream != was
+    await chat.page.wait_for_url(lambda url: "stream=" in url and was not in url)
 
 
 async def test_a_gateway_that_wants_a_token_asks_for_it_and_goes_on(site: Site, visit: Visit) -> None:
@@ -239,7 +238,7 @@ async def test_a_connection_that_dies_without_a_sign_is_noticed_and_costs_the_pa
     ):
         shown = await browser.new_page()
         await shown.goto(proxy.address)
-        await shown.wait_for_function("location.search.includes('stream=')")
+        await shown.wait_for_url("**/?*stream=*")
         chat = Chat(shown, app)
         await expect(chat.connection).to_have_text("Connected")
         stalling = asyncio.create_task(proxy.stall(3_600))

@@ -105,7 +105,7 @@ async def test_many_runs_are_told_of_by_the_longest(
     assert len(told) == 3
     assert {each["run_id"] for each in told} > set(first)
     (head,) = [vars(record) for record in caplog.records if record.getMessage() == "what this worker does"]
-    assert (head["runs"], head["told"]) == (6, 3)
+    assert (head["runs"], head["shown"]) == (6, 3)
 
 
 async def test_a_batch_is_told_of_once(app: App, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,4 +160,4 @@ def test_what_fails_to_tell_does_not_end_the_watch(caplog: pytest.LogCaptureFixt
         for _ in range(2):
             signal.raise_signal(signal.SIGUSR1)
             assert called.acquire(timeout=10)
-    assert "what this worker does cannot be told" in caplog.messages
+    assert "what this worker does cannot be logged" in caplog.messages
