@@ -6,7 +6,6 @@ The schema is migrated once, into a template; each test that asks for `database`
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from queue_service.settings import load
 from queue_service.testing import databases
 from queue_service.testing.options import given_server
 from queue_service.testing.watcher import watched
+from tests import support
 from tests.support import local_programs, taking_turns
 
 # Variables that would lead a test, or a process it starts, to a developer's own database.
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long is begun first, and what must be alone comes last, when there is little that it has to wait for."""
+    """Of a file, what takes long comes first, and what must be alone comes last."""
     items.sort(key=_place)
 
 
@@ -53,13 +53,9 @@ def _place(item: pytest.Item) -> int:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A test marked `alone` runs while no other test of this run does, in whatever process."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:
-        return (yield)
-    with taking_turns(
-        Path(tempfile.gettempdir(), f"queue_service-{run}"), alone=bool(item.get_closest_marker("alone"))
-    ):
+    """A test marked `alone` runs while no other test of this checkout does, in whatever process."""
+    # Files that are there anyway: nothing has to be removed, whatever ends a process.
+    with taking_turns(Path(__file__), Path(support.__file__), alone=bool(item.get_closest_marker("alone"))):
         return (yield)
 
 

@@ -110,13 +110,13 @@ async def refusing(conn: Connection, table: str, what: str) -> AsyncIterator[Non
 
 
 @contextmanager
-def taking_turns(path: Path, *, alone: bool) -> Iterator[None]:
-    """Be in the block together with other processes, or alone. Whoever waits to be alone holds the door, so that the others
-    come out and nobody goes in."""
-    with path.with_suffix(".door").open("w") as door, path.with_suffix(".room").open("w") as room:
-        fcntl.flock(door, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(door, fcntl.LOCK_UN)
+def taking_turns(door: Path, room: Path, *, alone: bool) -> Iterator[None]:
+    """Be in the block together with other processes that lock these two files, or alone. Whoever waits to be alone holds the
+    door: those inside come out, and nobody goes in."""
+    with door.open() as at_door, room.open() as inside:
+        fcntl.flock(at_door, fcntl.LOCK_EX)
+        fcntl.flock(inside, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(at_door, fcntl.LOCK_UN)
         yield
 
 

@@ -3,7 +3,8 @@
 A second process waits for the end of a pipe that only the first one holds. When that ends without a word, it kills every
 process that was started with the directory on its command line or in its environment (a server by its data directory, a
 worker by its database URL), and removes the directory. Only those: the path has to stand there as a whole, so that `run-2`
-is not found in `run-23`, and the process has to be younger than the watcher.
+is not found in `run-23`, and the process has to be younger than the watcher. (Without /proc, as on macOS, only command
+lines are read, and ages are not: that is untested.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Run with `-I`: it needs the standard library only, and starts quickly. Killed with SIGKILL, since nobody reads what these
@@ -78,6 +79,10 @@ def watched(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        watcher.stdin.write(b"done")
-        watcher.stdin.close()
+        # It may have been killed itself, which is no failure of what was watched.
+        with suppress(BrokenPipeError):
+            watcher.stdin.write(b"done")
+            watcher.stdin.flush()
+        with suppress(BrokenPipeError):
+            watcher.stdin.close()
         watcher.wait()
