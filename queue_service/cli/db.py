@@ -52,7 +52,7 @@ def migrate(target: str, yes: bool, force: bool, database_url: str | None) -> No
 def _downgrade(conninfo: str, have: str, target: str, *, yes: bool, force: bool) -> None:
     lease = settings_module.load(os.environ).lease
     losses = downgrade(conninfo, target, lease=lease, force=force, commit=False)
-    render.echo(f"Going back from revision {have} to {target} drops for good:\n{losses}", err=True)
+    render.echo(f"Going back from revision {have} to {target} drops for good:", *losses.lines(), err=True)
     if not yes:
         if not sys.stdin.isatty():
             raise click.UsageError("Nothing was changed. Say --yes to drop it.")

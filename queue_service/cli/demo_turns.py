@@ -46,7 +46,7 @@ async def _converse(app: App, scene: Scene) -> None:
     turn = Turn(deployment=scene.deployment, message_id="m1", stream=f"conversation with {scene.deployment}")
     await app.turns.dispatch(turn, "agent_turn", {"text": scene.text}, queue="agents", execution=EXECUTION)
     waiting = asyncio.create_task(app.turns.wait(turn.deployment, turn.message_id, timeout=PATIENCE))
-    render.echo(f"\n{scene.deployment} < {scene.text}")
+    render.echo("", f"{scene.deployment} < {scene.text}")
     pid, struck, words = 0, time.monotonic(), 0
     async for event in app.events.follow(turn.stream):
         if event.kind == "status":

@@ -84,10 +84,12 @@ def show(deployment: str, message_id: str, as_json: bool, database_url: str | No
         render.as_json({"why": sentence, "marker": marker, "outcome": outcome})
         return
     render.echo(sentence)
-    for name in standing.__struct_fields__:
-        value = getattr(standing, name)
-        if value is not None and value is not False:
-            render.echo(f"{name:16} {format_duration(value) if isinstance(value, timedelta) else value}")
+    shown = ((name, getattr(standing, name)) for name in standing.__struct_fields__)
+    render.fields(
+        (name, format_duration(value) if isinstance(value, timedelta) else str(value))
+        for name, value in shown
+        if value is not None and value is not False
+    )
 
 
 @markers.command()

@@ -103,21 +103,21 @@ def command(function: F) -> F:
             return function(*args, **kwargs)
         except QueueServiceError as error:
             if debug:
-                render.echo(traceback.format_exc(), err=True)
+                render.echo(*traceback.format_exc().splitlines(), err=True)
             raise Failure(error) from None
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             # Whoever reads what is printed may stop doing so; click ends without a word then.
             raise
         except pg.InsufficientPrivilege as refused:
             if debug:
-                render.echo(traceback.format_exc(), err=True)
+                render.echo(*traceback.format_exc().splitlines(), err=True)
             raise click.ClickException(
                 f"The database does not allow it: {str(refused).splitlines()[0]}. Connect as the user that migrated it, "
                 "who owns the schema queue_service; to migrate, as one that may create a schema."
             ) from None
         except Exception as error:  # noqa: BLE001 - a person gets a sentence, or with --debug the traceback
             if debug:
-                render.echo(traceback.format_exc(), err=True)
+                render.echo(*traceback.format_exc().splitlines(), err=True)
             raise click.ClickException(f"{type(error).__name__}: {error} (--debug shows where)") from None
 
     return wrapped  # type: ignore[return-value]

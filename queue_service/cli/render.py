@@ -7,7 +7,7 @@ data, written by whoever may enqueue. `--raw` prints it as it is.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -23,13 +23,22 @@ Advance = Callable[[int], None]
 RAW = "queue_service.raw"
 
 
-def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
-    """Print lines, on standard output or standard error."""
-    if _is_raw():
-        # With colours, or click would take out what looks like one where this is no terminal.
-        click.echo(text, err=err, nl=nl, color=True)
-    else:
-        click.echo(printable(text, keep="\n\t"), err=err, nl=nl)
+def echo(*lines: str, err: bool = False) -> None:
+    """Print each of these as one line, on standard output or standard error. A line break in it is data's, and is escaped:
+    otherwise a name could add a line that looks like ours."""
+    for text in lines or ("",):
+        if _is_raw():
+            # With colours, or click would take out what looks like one where this is no terminal.
+            click.echo(text, err=err, color=True)
+        else:
+            click.echo(printable(text, keep="\t"), err=err)
+
+
+def fields(values: Iterable[tuple[str, str]]) -> None:
+    """Print names and values, one below the other. More lines of a value are indented, so that none looks like a name."""
+    for name, value in values:
+        first, *more = value.split("\n")
+        echo(f"{name:16} {first}", *(f"{'':17}{text}" for text in more))
 
 
 def as_json(value: Any) -> None:

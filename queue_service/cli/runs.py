@@ -100,10 +100,10 @@ def show(run_id: int, as_json: bool, database_url: str | None) -> None:
     if as_json:
         render.as_json(run)
         return
-    for field in msgspec.structs.fields(Run):
-        value = getattr(run, field.name)
-        if field.name != "attempts" and value is not None and value is not False:
-            render.echo(f"{field.encode_name:16} {_shown(value)}")
+    shown = ((field, getattr(run, field.name)) for field in msgspec.structs.fields(Run) if field.name != "attempts")
+    render.fields(
+        (field.encode_name, _shown(value)) for field, value in shown if value is not None and value is not False
+    )
     if run.attempts:
         render.echo()
         render.table(
@@ -337,5 +337,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, Progress):
         return f"{_progress(value)} ({render.ago(value.at)})"
     if isinstance(value, dict):
-        return "\n                 ".join(f"{key}: {item}" for key, item in value.items())
+        return "\n".join(f"{key}: {item}" for key, item in value.items())
     return str(value)

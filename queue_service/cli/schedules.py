@@ -61,10 +61,8 @@ def show(name: str, as_json: bool, database_url: str | None) -> None:
     if as_json:
         render.as_json(found)
         return
-    for field in Schedule.__struct_fields__:
-        value = getattr(found, field)
-        if value is not None:
-            render.echo(f"{field:16} {_shown(value)}")
+    shown = ((name, getattr(found, name)) for name in Schedule.__struct_fields__)
+    render.fields((name, _shown(value)) for name, value in shown if value is not None)
 
 
 @schedules.command("next")

@@ -6,10 +6,10 @@ missing then is what it drops, and the transaction is rolled back unless it was 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import NamedTuple
 
 import psycopg
 import sqlalchemy
@@ -21,13 +21,27 @@ from queue_service.errors import ConfigError
 
 # Rows of a table are counted up to here.
 COUNTED = 100_000
+# How long another transaction may keep us from a table.
+LOCK_TIMEOUT = "10s"
 
+# A partition comes and goes by itself, with the table that it belongs to.
 _COLUMNS = """
-select table_name, column_name from information_schema.columns
- where table_schema = 'queue_service' and table_name not like 'finished\\_runs\\_%%' and table_name <> 'alembic_version'
+select c.relname, a.attname, c.oid, a.attnum
+  from pg_catalog.pg_class as c join pg_catalog.pg_attribute as a on a.attrelid = c.oid
+ where c.relnamespace = to_regnamespace('queue_service') and c.relkind in ('r', 'p') and not c.relispartition
+   and c.relname <> 'alembic_version' and a.attnum > 0 and not a.attisdropped
 """
 # Nobody may arm a turn or enqueue a run between the look and the drop.
 _LOCK = "lock table queue_service.{} in exclusive mode"
+
+
+class Column(NamedTuple):
+    """With its numbers: one that is dropped and made again under its name has lost what it held."""
+
+    table: str
+    name: str
+    table_id: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +51,19 @@ class Losses:
     tables: dict[str, int]
     columns: Sequence[str]
 
-    def __str__(self) -> str:
-        tables = [f"table {name} ({_rows(count)})" for name, count in self.tables.items()]
-        return "\n".join([*tables, *(f"column {name}" for name in self.columns)]) or "no table and no column"
+    def lines(self) -> list[str]:
+        """For people, one for each."""
+        tables = [f"table {name} ({_counted(count, 'row')})" for name, count in self.tables.items()]
+        return [*tables, *(f"column {name}" for name in self.columns)] or ["no table and no column"]
 
 
 def downgrade(conninfo: str, to: str, *, lease: timedelta, force: bool, commit: bool) -> Losses:
-    """What a downgrade to revision `to` drops; with `commit` it has dropped that. The tables are locked meanwhile.
+    """What a downgrade to revision `to` drops; with `commit` it has dropped that.
 
     Raises ConfigError while turns are owed an ending, workers were seen within `lease`, or runs that are not over would be
-    dropped, unless `force` says that all of this may be lost.
+    dropped, unless `force` says that all of this may be lost; DatabaseUnavailable where another transaction has held a
+    table for LOCK_TIMEOUT. Nothing has changed then. Tables are locked only once nothing stands against it, so that a
+    question holds up nobody who is at work.
     """
     engine = sqlalchemy.create_engine(
         "postgresql+psycopg://",
@@ -55,21 +72,22 @@ def downgrade(conninfo: str, to: str, *, lease: timedelta, force: bool, commit: 
         # Each statement has to see what was committed while it waited for a lock, whatever the server's default is.
         isolation_level="READ COMMITTED",
     )
-    with engine.connect() as connection:
-        connection.exec_driver_sql("set local lock_timeout = '10s'")
+    with schema.translated(), engine.connect() as connection:
+        connection.exec_driver_sql("select set_config('lock_timeout', %s, true)", (LOCK_TIMEOUT,))
         before = _columns(connection)
-        needed = _needed(connection, before, lease)
-        counts = {table: _count(connection, table) for table, _ in before}
+        tables = {column.table for column in before}
+        if not force:
+            _refuse(_needs(connection, tables, lease))
+        for table in sorted({"runs", "turn_markers"} & tables):
+            connection.exec_driver_sql(_LOCK.format(table))
+        needs = _needs(connection, tables, lease)
+        counts = {table: _count(connection, table) for table in tables}
         schema.downgrade(connection, to)
         losses = _compared(before, _columns(connection), counts)
-        if losses.tables.get("runs"):
-            needed.append(f"{_rows(losses.tables['runs'])} in the queue, which would be lost")
-        if needed and not force:
-            connection.rollback()
-            raise ConfigError(
-                f"The database is in use: {'; '.join(needed)}. Stop the workers and wait for the turns to end, or say "
-                "--force to drop it all the same. Nothing was changed."
-            )
+        if runs := losses.tables.get("runs"):
+            needs.append(f"{_counted(runs, 'run')} queued or running, which would be lost")
+        if not force:
+            _refuse(needs)
         if commit:
             connection.commit()
     return losses
@@ -80,41 +98,46 @@ def is_older(have: str | None, to: str) -> bool:
     return have is not None and (to == "base" or (to != "head" and to < have <= HEAD))
 
 
-def _needed(connection: Any, columns: set[tuple[str, str]], lease: timedelta) -> list[str]:
-    """What stands against dropping anything, as clauses. Locks what it looks at."""
-    tables = {table for table, _ in columns}
-    for table in sorted({"runs", "turn_markers"} & tables):
-        connection.exec_driver_sql(_LOCK.format(table))
+def _refuse(needs: Sequence[str]) -> None:
+    if needs:
+        raise ConfigError(
+            f"The database is in use: {'; '.join(needs)}. Stop the workers and wait for the turns to end, or say --force "
+            "to drop it all the same. Nothing was changed."
+        )
+
+
+def _needs(connection: sqlalchemy.Connection, tables: Collection[str], lease: timedelta) -> list[str]:
+    """What stands against dropping anything, as clauses."""
     found = []
     if "turn_markers" in tables and (owed := _count(connection, "turn_markers")):
-        found.append(f"{owed:,} {'turn is' if owed == 1 else 'turns are'} owed an ending")
+        found.append(f"{_counted(owed, 'turn')} owed an ending")
     if "workers" in tables:
         seen = "select count(*) from queue_service.workers where seen_at > clock_timestamp() - %(lease)s::interval"
         live = connection.exec_driver_sql(seen, {"lease": lease}).scalar_one()
         if live:
-            found.append(f"{live:,} {'worker is' if live == 1 else 'workers are'} at work")
+            found.append(f"{_counted(live, 'worker')} at work")
     return found
 
 
-def _columns(connection: Any) -> set[tuple[str, str]]:
-    return {(table, column) for table, column in connection.exec_driver_sql(_COLUMNS, {}).all()}
+def _columns(connection: sqlalchemy.Connection) -> set[Column]:
+    return {Column(*row) for row in connection.exec_driver_sql(_COLUMNS).all()}
 
 
-def _count(connection: Any, table: str) -> int:
+def _count(connection: sqlalchemy.Connection, table: str) -> int:
     # The name comes from the catalogue, or from this module.
     rows = f'select count(*) from (select from queue_service."{table}" limit {COUNTED + 1}) as counted'  # noqa: S608
     count: int = connection.exec_driver_sql(rows).scalar_one()
     return count
 
 
-def _compared(before: set[tuple[str, str]], after: set[tuple[str, str]], counts: dict[str, int]) -> Losses:
-    stay = {table for table, _ in after}
-    gone = sorted({table for table, _ in before} - stay)
-    columns = sorted(f"{table}.{column}" for table, column in before - after if table in stay)
+def _compared(before: set[Column], after: set[Column], counts: Mapping[str, int]) -> Losses:
+    stay = {column.table_id for column in after}
+    gone = sorted({column.table for column in before if column.table_id not in stay})
+    columns = sorted(f"{column.table}.{column.name}" for column in before - after if column.table_id in stay)
     return Losses({table: counts[table] for table in gone}, columns)
 
 
-def _rows(count: int) -> str:
+def _counted(count: int, what: str) -> str:
     if count > COUNTED:
-        return f"more than {COUNTED:,} rows"
-    return f"{count:,} {'row' if count == 1 else 'rows'}"
+        return f"more than {COUNTED:,} {what}s"
+    return f"{count:,} {what if count == 1 else what + 's'}"

@@ -43,6 +43,8 @@ class Listener:
         self.connected = False
 
     async def notices(self) -> AsyncIterator[Notice | Gap]:
+        """Each notice as it comes, for ever. A Gap comes first, and again whenever notices may have been lost: then look
+        yourself. An outage ends nothing; it is logged once."""
         pauses = Pauses(FIRST_PAUSE, MAX_PAUSE, jitter=spread)
         while True:
             conn = None

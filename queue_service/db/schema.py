@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +47,26 @@ def sql() -> None:
     command.upgrade(_config(None), "head", sql=True)
 
 
-def _run(where: str | sqlalchemy.Connection, verb: str, *arguments: str) -> None:
+@contextmanager
+def translated() -> Iterator[None]:
+    """What SQLAlchemy raises around our migrations, as ours."""
     import sqlalchemy
+
+    try:
+        yield
+    except sqlalchemy.exc.ProgrammingError as refused:
+        raise (refused.orig if isinstance(refused.orig, pg.InsufficientPrivilege) else refused) from None
+    except sqlalchemy.exc.OperationalError as lost:
+        raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost
+
+
+def _run(where: str | sqlalchemy.Connection, verb: str, *arguments: str) -> None:
     from alembic.util import CommandError
 
     from alembic import command
 
     try:
-        with _ALEMBIC:
+        with translated(), _ALEMBIC:
             getattr(command, verb)(_config(where), *arguments)
     except CommandError as refused:
         # The database names a revision that is not among ours.
@@ -62,10 +76,6 @@ def _run(where: str | sqlalchemy.Connection, verb: str, *arguments: str) -> None
         if unknown[1] in arguments:
             raise ConfigError(f"There is no revision {unknown[1]!r}. This version goes up to {HEAD}.") from None
         raise SchemaMismatch(unknown[1], HEAD, newer=True) from None
-    except sqlalchemy.exc.ProgrammingError as refused:
-        raise (refused.orig if isinstance(refused.orig, pg.InsufficientPrivilege) else refused) from None
-    except sqlalchemy.exc.OperationalError as lost:
-        raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost
 
 
 def _config(where: str | sqlalchemy.Connection | None) -> Any:

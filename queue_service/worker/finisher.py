@@ -89,7 +89,7 @@ class Finisher:
         # Set aside, and whether it is time to look at them again.
         self._busy: list[tuple[Held, Outcome | None]] = []
         self._is_due = False
-        self._alarm: asyncio.TimerHandle | None = None
+        self._look_timer: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._closing = False
@@ -213,11 +213,11 @@ class Finisher:
                 self._busy.append((held, outcome))
         kept = {held.lease.id for held, _ in self._busy}
         batch.freed = [lease_id for lease_id in batch.freed if lease_id not in kept]
-        if self._busy and self._alarm is None:
-            self._alarm = asyncio.get_running_loop().call_later(AGAIN, self._look_again)
+        if self._busy and self._look_timer is None:
+            self._look_timer = asyncio.get_running_loop().call_later(AGAIN, self._look_again)
 
     def _look_again(self) -> None:
-        self._alarm, self._is_due = None, True
+        self._look_timer, self._is_due = None, True
         self._wake.set()
 
     async def _write_once(self, batch: _Batch) -> None:

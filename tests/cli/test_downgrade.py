@@ -9,15 +9,17 @@ from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy
 from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
 
 from queue_service import App, Turn
 from queue_service.cli import cli
+from queue_service.db import downgrade as downgrade_module
 from queue_service.db.downgrade import downgrade
 from queue_service.db.pool import Connection
 from queue_service.db.revision import HEAD
-from queue_service.errors import ConfigError
+from queue_service.errors import ConfigError, DatabaseUnavailable
 from tests.support import eventually, one
 
 
@@ -80,9 +82,9 @@ def test_a_column_that_goes_is_listed(database: str) -> None:
 @pytest.mark.parametrize(
     ("use", "to", "why"),
     [
-        (owe_a_turn, "0011", "1 turn is owed"),
-        (join, "0011", "1 worker is at work"),
-        (enqueue, "base", "1 row in the queue"),
+        (owe_a_turn, "0011", "1 turn owed an ending"),
+        (join, "0011", "1 worker at work"),
+        (enqueue, "base", "1 run queued or running"),
     ],
     ids=["an owed turn", "a live worker", "a queued run"],
 )
@@ -123,6 +125,42 @@ async def test_a_turn_that_is_armed_while_it_waits_for_a_lock_is_seen(
             "select count(*) > 0 from pg_locks where not granted and relation = 'queue_service.turn_markers'::regclass"
         )
         await eventually(lambda: one(conn, waits))
-    with pytest.raises(ConfigError, match="1 turn is owed"):
+    with pytest.raises(ConfigError, match="1 turn owed an ending"):
         await going
     assert await one(conn, "select count(*) from queue_service.turn_markers") == 1
+
+
+async def test_a_question_waits_for_nobody_while_something_stands_against_it(
+    database: str, conn: Connection, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    """It would hold up all who enqueue after it."""
+    async with App(database) as app:
+        await owe_a_turn(app)
+    enqueuing = await session()
+    async with enqueuing.transaction():
+        await enqueuing.execute("insert into queue_service.runs (queue, task, payload) values ('q', 't', '{}')")
+        with pytest.raises(ConfigError, match="1 turn owed an ending"):
+            await asyncio.to_thread(downgrade, database, "0001", lease=timedelta(seconds=30), force=False, commit=False)
+
+
+async def test_a_transaction_that_holds_a_table_is_told_of_in_a_sentence(
+    database: str, session: Callable[[], Awaitable[Connection]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downgrade_module, "LOCK_TIMEOUT", "100ms")
+    enqueuing = await session()
+    async with enqueuing.transaction():
+        await enqueuing.execute("insert into queue_service.runs (queue, task, payload) values ('q', 't', '{}')")
+        with pytest.raises(DatabaseUnavailable, match=r"The migration stopped: .*lock timeout"):
+            await asyncio.to_thread(downgrade, database, "0001", lease=timedelta(seconds=30), force=False, commit=True)
+
+
+def test_a_table_that_is_dropped_and_made_again_is_lost(database: str) -> None:
+    engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(database))
+    with engine.connect() as connection:
+        before = downgrade_module._columns(connection)
+        connection.exec_driver_sql("drop table queue_service.receipts")
+        connection.exec_driver_sql("create table queue_service.receipts (deployment text)")
+        connection.exec_driver_sql("alter table queue_service.events drop column terminal, add column terminal boolean")
+        counts = dict.fromkeys({column.table for column in before}, 7)
+        losses = downgrade_module._compared(before, downgrade_module._columns(connection), counts)
+    assert losses.lines() == ["table receipts (7 rows)", "column events.terminal"]
