@@ -1,14 +1,15 @@
-"""Reads a `.sql` file into named statements.
+"""Reads the `.sql` files of a package into named statements.
 
 `-- name: verb` starts a statement; the comment lines after it are its contract. `-- define: name` starts a fragment, which
-ends at the next blank line; its comment lines say what it is. `{name}` anywhere later stands for it. Nothing else is ever
-substituted, and comments are left out.
+ends at the next blank line; its comment lines say what it is. `{name}` in any file of the package stands for it. A fragment
+may hold fragments that hold none: whoever reads a statement has two looks to make at most. Nothing else is ever substituted,
+and comments are left out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -18,29 +19,47 @@ T = TypeVar("T")
 
 _DEFINE = re.compile(r"^-- define: (\w+)\n(.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+_STANDS_FOR = re.compile(r"\{(\w+)\}")
 
 
 class Statements:
-    def __init__(self, package: str, filename: str = "statements.sql") -> None:
-        self.texts = parse(resources.files(package).joinpath(filename).read_text(encoding="utf-8"))
+    def __init__(self, package: str) -> None:
+        files = (file for file in resources.files(package).iterdir() if file.name.endswith(".sql"))
+        self.texts = parse(*(file.read_text(encoding="utf-8") for file in files))
 
     def query(self, name: str, decode: Callable[[Rows], T], /, **params: Any) -> Query[T]:
         return Query(self.texts[name], decode, params)
 
 
-def parse(source: str) -> dict[str, str]:
-    fragments = {match[1]: _code(match[2]) for match in _DEFINE.finditer(source)}
-    parts = _NAME.split(_DEFINE.sub("", source))
-    texts: dict[str, str] = {}
-    for name, body in zip(parts[1::2], parts[2::2], strict=True):
-        if name in texts:
-            raise ValueError(f"statement {name!r} is defined twice")
-        code = _code(body)
-        for key, value in fragments.items():
-            code = code.replace("{" + key + "}", value)
-        texts[name] = code.rstrip(";")
-    return texts
+def parse(*sources: str) -> dict[str, str]:
+    """The statements of these files, by name. ValueError: a name stands for two things, or a fragment of a fragment holds one."""
+    fragments = _unique(found.groups() for source in sources for found in _DEFINE.finditer(source))
+    leaves = {name: code for name, code in fragments.items() if not _named(code, fragments)}
+    stages = {name: _filled(code, leaves) for name, code in fragments.items()}
+    for name, code in stages.items():
+        if _named(code, fragments):
+            raise ValueError(f"fragment {name!r} holds fragments that hold fragments")
+    return {name: _filled(code, stages).rstrip(";") for name, code in _unique(_statements(sources)).items()}
 
 
-def _code(body: str) -> str:
-    return "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--")).strip()
+def _statements(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for source in sources:
+        parts = _NAME.split(_DEFINE.sub("", source))
+        yield from zip(parts[1::2], parts[2::2], strict=True)
+
+
+def _unique(named: Iterable[tuple[str, ...]]) -> dict[str, str]:
+    codes: dict[str, str] = {}
+    for name, body in named:
+        if name in codes:
+            raise ValueError(f"{name!r} is defined twice")
+        codes[name] = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--")).strip()
+    return codes
+
+
+def _named(code: str, fragments: dict[str, str]) -> bool:
+    return any(name in fragments for name in _STANDS_FOR.findall(code))
+
+
+def _filled(code: str, fragments: dict[str, str]) -> str:
+    return _STANDS_FOR.sub(lambda found: fragments.get(found[1], found[0]), code)

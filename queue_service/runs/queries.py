@@ -1,4 +1,4 @@
-"""The operations on runs, as values: one function per statement of `statements.sql`."""
+"""The operations on runs, as values: one function for each statement of the `.sql` files beside this one."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def endings(run_ids: Collection[int]) -> Query[dict[int, RunState | None]]:
 
 
 def depth(queue: str) -> Query[Depth]:
-    return SQL.query("tally", lambda rows: Depth(*rows[0]), queue=queue, most=COUNT_LIMIT)
+    return SQL.query("depth", lambda rows: Depth(*rows[0]), queue=queue, most=COUNT_LIMIT)
 
 
 def _fields(new: NewRun, notice: Notice | None) -> dict[str, object]:

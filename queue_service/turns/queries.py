@@ -1,4 +1,4 @@
-"""The operations on turns, as values: one function per statement of `statements.sql`."""
+"""The operations on turns, as values: one function for each statement of the `.sql` files beside this one."""
 
 from __future__ import annotations
 

@@ -154,8 +154,7 @@ async def test_a_transaction_that_holds_a_table_is_told_of_in_a_sentence(
             await asyncio.to_thread(downgrade, database, "0001", lease=timedelta(seconds=30), force=False, commit=True)
 
 
-def test_a_table_that_is_dropped_and_made_again_is_lost(database: str) -> None:
-    engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(database))
+def test_a_table_that_is_dropped_and_made_again_is_lost(engine: sqlalchemy.Engine) -> None:
     with engine.connect() as connection:
         before = downgrade_module._columns(connection)
         connection.exec_driver_sql("drop table queue_service.receipts")

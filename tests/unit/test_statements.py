@@ -38,7 +38,7 @@ def everything() -> list[Found]:
     found = []
     for file in FILES:
         source = file.read_text(encoding="utf-8")
-        texts = parse(source)
+        texts = parse(*(each.read_text(encoding="utf-8") for each in file.parent.glob("*.sql")))
         for name, body in re.findall(r"^-- name: (\w+)\n((?:--.*\n)*)", source, re.MULTILINE):
             lines = [line.removeprefix("--").strip() for line in body.splitlines()]
             declared = [line.removeprefix("writes:") for line in lines if line.startswith("writes:")]
@@ -46,6 +46,21 @@ def everything() -> list[Found]:
             tables = {table.strip() for table in declared[0].split(",")} if declared else set()
             contract = [line for line in lines if not line.startswith("writes:")]
             found.append(Found(file, name, contract, tables, texts[name]))
+    return found
+
+
+class Fragment(NamedTuple):
+    name: str
+    lines: int
+    uses: int
+
+
+def fragments() -> list[Fragment]:
+    found = []
+    for package in {file.parent for file in FILES}:
+        source = "\n".join(file.read_text(encoding="utf-8") for file in package.glob("*.sql"))
+        for name, body in re.findall(r"^-- define: (\w+)\n(.*?)(?:\n\n|\Z)", source, re.MULTILINE | re.DOTALL):
+            found.append(Fragment(f"{package.name}-{name}", body.count("\n") + 1, source.count("{" + name + "}")))
     return found
 
 
@@ -82,8 +97,26 @@ def test_a_define_at_the_end_of_the_file_is_read_too() -> None:
 
 
 def test_two_statements_with_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="statement 'twice' is defined twice"):
+    with pytest.raises(ValueError, match="'twice' is defined twice"):
         parse("-- name: twice\nselect 1\n\n-- name: once\nselect 2\n\n-- name: twice\nselect 3\n")
+
+
+def test_a_define_of_one_file_stands_for_its_lines_in_another_and_in_another_define() -> None:
+    texts = parse("-- name: one\nselect {pair}\n", "-- define: pair\n{x}, {x}\n\n-- define: x\n1\n")
+    assert texts == {"one": "select 1, 1"}
+
+
+def test_a_define_of_defines_of_defines_is_refused() -> None:
+    deep = "-- define: a\n{b}\n\n-- define: b\n{c}\n\n-- define: c\n1\n\n-- name: one\nselect {a}\n"
+    with pytest.raises(ValueError, match="fragment 'a' holds fragments that hold fragments"):
+        parse(deep)
+    with pytest.raises(ValueError, match="holds fragments that hold fragments"):
+        parse("-- define: a\n{a}\n\n-- name: one\nselect 1\n")
+
+
+def test_two_defines_with_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="'a' is defined twice"):
+        parse("-- define: a\n1\n", "-- define: a\n2\n")
 
 
 def test_a_statement_nobody_wrote_is_a_key_error() -> None:
@@ -108,11 +141,23 @@ def test_writes_are_recognised_in_every_form() -> None:
 
 
 def test_every_file_of_statements_is_looked_at() -> None:
-    assert {file.parent.name for file in FILES} >= {"db", "queues", "roster", "runs"}
-    assert len(STATEMENTS) == sum(len(parse(file.read_text(encoding="utf-8"))) for file in FILES) > 25
+    assert {file.parent.name for file in FILES} >= {"db", "queues", "roster", "runs", "turns"}
+    assert len(STATEMENTS) > 70
     for file in FILES:
         marks = re.findall(r"^[ \t]*--[ \t]*name\b.*$", file.read_text(encoding="utf-8"), re.MULTILINE | re.IGNORECASE)
         assert all(re.fullmatch(r"-- name: \w+", mark) for mark in marks), marks
+
+
+def test_a_define_is_shared_by_three_places_or_saves_two_of_a_long_part() -> None:
+    found = fragments()
+    assert len(found) > 20
+    assert [each for each in found if each.uses < (2 if each.lines >= 10 else 3)] == []
+
+
+@each_statement
+def test_a_statement_fits_on_a_screen(found: Found) -> None:
+    source = found.file.read_text(encoding="utf-8").split(f"-- name: {found.name}\n")[1]
+    assert source.split("\n-- name: ")[0].split("\n-- define: ")[0].count("\n") <= 65
 
 
 @each_statement

@@ -1,0 +1,120 @@
+-- What becomes of claimed runs, and of each write whether its claim was still held: `attempt` has moved if it was not.
+-- Locks are taken leases first, then runs by ascending id.
+--
+-- The columns of a run that is running or has ended tell of its last attempt. Those before it that failed or lost their
+-- worker are in `attempts`, the last twenty, their errors shortened; null where there were none, which costs nothing.
+
+-- define: is_held
+-- `ids` ascend, so width_bucket finds the place of a run's attempt by bisection.
+runs.id = any(%(ids)s::bigint[])
+       and runs.attempt = (%(attempts)s::integer[])[width_bucket(runs.id, %(ids)s::bigint[])]
+       and runs.state = 'running'
+
+-- define: outcome
+-- Of a run, as it stands at the place of its id.
+(select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1)
+
+-- name: finish
+-- End claimed runs: out of `runs`, into history, and let go of leases that hold nothing more. One row for each claim
+-- that was still held; a claim that is missing was lost, and nothing about its run changed.
+-- An outcome is an object of state, result and error, or null for plain success. The leases are freed first (their count
+-- makes it so): a sweep locks in that order, and the two would deadlock.
+-- writes: runs, finished_runs, leases
+with freed as (
+    delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
+), gone as (
+    delete from queue_service.runs
+     where {is_held} and (select count(*) from freed) >= 0
+    returning runs.*, (select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1) as outcome
+)
+insert into queue_service.finished_runs ({history_columns})
+select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
+       failures + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts, priority,
+       coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key, organization_id,
+       retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error), attempts
+  from gone
+returning id, attempt
+
+-- name: give_back
+-- Return claimed runs to their queue: after a delay, or to their old place where there is none. One asked to be
+-- cancelled meanwhile ends so instead. One row for each claim that was still held. An outcome is an object of delay (in
+-- seconds), failed, error and reserved_for; without the last, the run is anyone's. The runs are locked before
+-- cancel_requested is looked at: a request that came in between would otherwise fit neither branch. The owner of a
+-- reserved run is told with the commit: it has a second, and a poll may come later (counting `told` makes it happen).
+-- writes: runs, finished_runs, leases
+with freed as (
+    delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
+), held as materialized (
+    select runs.id, runs.cancel_requested from queue_service.runs
+     where {is_held} and (select count(*) from freed) >= 0
+     order by runs.id
+       for update
+), gone as (
+    delete from queue_service.runs
+     where runs.id = any(array(select held.id from held where held.cancel_requested))
+    returning runs.*, {outcome} as outcome
+), cancelled as (
+    insert into queue_service.finished_runs ({history_columns})
+    select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
+           failures + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts, priority,
+           'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
+           metadata, null, coalesce(outcome -> 'error', jsonb_build_object('reason', 'cancelled', 'message',
+               'It was cancelled while it ran.')), attempts
+      from gone
+    returning id, attempt
+), queued as (
+    update queue_service.runs
+       set state = 'queued', lease_id = null, claimed_at = null,
+           failures = failures + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
+           run_at = coalesce(clock_timestamp() + make_interval(secs => ({outcome} ->> 'delay')::float8), run_at),
+           error = coalesce({outcome} -> 'error', error), reserved_for = {outcome} ->> 'reserved_for', progress = null,
+           attempts = case when ({outcome} -> 'failed')::boolean then (
+               select {attempts_and_this}
+                 from (select %(worker_id)s::bigint as worker_id, clock_timestamp() as ended_at,
+                              {outcome} -> 'error' as error) as this) else attempts end
+     where runs.id = any(array(select held.id from held where not held.cancel_requested))
+    returning id, attempt, queue, priority, reserved_for
+), told as (
+    select pg_notify('queue_service_runs', priority || ' ' || queue)::text from queued where reserved_for is not null
+)
+select id, attempt from queued where (select count(*) from told) >= 0
+union all
+select id, attempt from cancelled
+
+-- name: busy
+-- Of these claims, those that are held, but whose run or lane another session has locked: their endings would wait for it.
+-- Rows: the claims.
+with mine as materialized (
+    select runs.id, runs.attempt, runs.queue, runs.ordering_key from queue_service.runs where {is_held}
+), {unlocked}
+select mine.id, mine.attempt from mine
+ where mine.id not in (select unlocked.id from unlocked)
+    or mine.ordering_key is not null
+       and (mine.queue, mine.ordering_key) not in (select passable.queue, passable.ordering_key from passable)
+
+-- name: report
+-- Store how far claimed runs are: of each an object of value and note. Rows: the claims of which it was stored. A run that
+-- another session has locked, as its handler's own transaction may for long, is passed over: no other waits for it here.
+-- writes: runs
+with unlocked as materialized (
+    select runs.id from queue_service.runs
+     where {is_held}
+     order by runs.id
+       for update skip locked
+)
+update queue_service.runs
+   set progress = ((select %(reports)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1))
+                  || jsonb_build_object('at', clock_timestamp())
+ where runs.id = any(array(select unlocked.id from unlocked))
+returning runs.id, runs.attempt
+
+-- name: hold
+-- Keep everyone else from a run until the caller's transaction ends. Row: its id, if the claim is still held.
+select id from queue_service.runs
+ where id = %(run_id)s and attempt = %(attempt)s and state = 'running'
+   for update
+
+-- name: plan_as_ours
+-- In a session that is not ours: for the rest of its transaction, what our statements need of the planner.
+select set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+       set_config('enable_mergejoin', 'off', true)

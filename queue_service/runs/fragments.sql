@@ -1,0 +1,32 @@
+-- What statements of several files share.
+
+-- define: history_columns
+-- Of `finished_runs`, in the order in which every ending gives them.
+id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, losses, max_attempts, priority, state,
+    queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, result, error,
+    attempts
+
+-- define: attempts_and_this
+-- The attempts of a run before this one, and this one: its worker, end and error as `this` says.
+coalesce(case when jsonb_array_length(attempts) >= 20 then attempts - 0 else attempts end, '[]')
+    || jsonb_build_object('attempt', attempt, 'worker_id', this.worker_id, 'claimed_at', claimed_at,
+           'ended_at', this.ended_at, 'error', this.error || jsonb_strip_nulls(jsonb_build_object(
+               'message', left(this.error ->> 'message', 1000),
+               'traceback', right(this.error ->> 'traceback', 2000))))
+
+-- define: unlocked
+-- Which of the runs `mine`, and which of their lanes, no other session has locked.
+unlocked as materialized (
+    select runs.id from queue_service.runs
+     where runs.id = any(array(select mine.id from mine)) and runs.state = 'running'
+     order by runs.id
+       for update skip locked
+), passable as materialized (
+    select lane.queue, lane.ordering_key
+      from mine
+     cross join lateral (
+        select lanes.queue, lanes.ordering_key from queue_service.lanes
+         where lanes.queue = mine.queue and lanes.ordering_key = mine.ordering_key
+           for update skip locked
+     ) as lane
+)
