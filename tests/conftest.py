@@ -22,8 +22,7 @@ from queue_service.settings import load
 from queue_service.testing import databases
 from queue_service.testing.options import given_server
 from queue_service.testing.watcher import watched
-from tests import support
-from tests.support import local_programs, taking_turns
+from tests.support import local_programs
 
 # Variables that would lead a test, or a process it starts, to a developer's own database.
 for _name in ("QUEUE_SERVICE_DATABASE_URL", "DATABASE_URL", *url.PG_VARIABLES):
@@ -41,24 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first, or a few long files would be left for the end; and what must be alone comes last."""
+    """What takes long comes first, or a few long files would be left for the end."""
     items.sort(key=_place)
 
 
 def _place(item: pytest.Item) -> int:
-    if item.get_closest_marker("alone"):
-        return 3
     if item.get_closest_marker("chaos") or item.get_closest_marker("slow"):
         return 0
     return 2 if item.path.parent.name in {"unit", "contract", "db", "client"} else 1
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A test marked `alone` runs while no other test of this checkout does, in whatever process."""
-    # Files that are there anyway: nothing has to be removed, whatever ends a process.
-    with taking_turns(Path(__file__), Path(support.__file__), alone=bool(item.get_closest_marker("alone"))):
-        return (yield)
 
 
 @pytest.fixture(scope="session")

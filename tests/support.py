@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import random
 import shutil
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -107,17 +106,6 @@ async def refusing(conn: Connection, table: str, what: str) -> AsyncIterator[Non
         yield
     finally:
         await conn.execute(f"alter table queue_service.{table} drop constraint refused".encode())
-
-
-@contextmanager
-def taking_turns(door: Path, room: Path, *, alone: bool) -> Iterator[None]:
-    """Be in the block together with other processes that lock these two files, or alone. Whoever waits to be alone holds the
-    door: those inside come out, and nobody goes in."""
-    with door.open() as at_door, room.open() as inside:
-        fcntl.flock(at_door, fcntl.LOCK_EX)
-        fcntl.flock(inside, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(at_door, fcntl.LOCK_UN)
-        yield
 
 
 def free_port() -> int:

@@ -2,8 +2,8 @@
 
 `-- name: verb` starts a statement; the comment lines after it are its contract. `-- define: name` starts a fragment, which
 ends at the next blank line; its comment lines say what it is. `{name}` in any file of the package stands for it. A fragment
-may hold fragments that hold none: whoever reads a statement has two looks to make at most. Nothing else is ever substituted,
-and comments are left out.
+may hold fragments, but these hold none: to read a statement takes two looks at most. Nothing else is ever substituted, and
+comments are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Statements:
 
 
 def parse(*sources: str) -> dict[str, str]:
-    """The statements of these files, by name. ValueError: a name stands for two things, or a fragment of a fragment holds one."""
+    """The statements of these files, by name. ValueError: a name stands for two, or fragments are three deep."""
     fragments = _unique(found.groups() for source in sources for found in _DEFINE.finditer(source))
     leaves = {name: code for name, code in fragments.items() if not _named(code, fragments)}
     stages = {name: _filled(code, leaves) for name, code in fragments.items()}

@@ -16,7 +16,7 @@ RUNS = 200
 KILLS = 10
 WORKERS = 2
 
-pytestmark = [pytest.mark.chaos, pytest.mark.alone]
+pytestmark = pytest.mark.chaos
 
 NOTHING_LEFT = "select not exists (select from queue_service.runs) and not exists (select from queue_service.leases)"
 

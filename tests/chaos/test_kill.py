@@ -20,7 +20,7 @@ KILLS = 8
 WORKERS = 3
 SECONDS = 0.02
 
-pytestmark = [pytest.mark.chaos, pytest.mark.alone]
+pytestmark = pytest.mark.chaos
 
 HELD = (
     "select count(*) from queue_service.runs where lease_id in (select leases.id from queue_service.leases "

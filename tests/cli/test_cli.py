@@ -910,7 +910,6 @@ def test_an_error_without_uvloop_is_not_one_about_uvloop(monkeypatch: pytest.Mon
 # demo
 
 
-@pytest.mark.alone
 def test_the_demo_on_a_small_directory_loses_nothing(tmp_path: Path) -> None:
     files = tmp_path / "files"
     for n in range(400):
@@ -924,7 +923,6 @@ def test_the_demo_on_a_small_directory_loses_nothing(tmp_path: Path) -> None:
     assert re.search(r"files 400 \| done 400 ", ended.stdout)
 
 
-@pytest.mark.alone
 def test_the_demo_needs_no_more_than_a_handful_of_files(tmp_path: Path) -> None:
     for n in range(5):
         (tmp_path / f"{n}.bin").write_bytes(os.urandom(100))
@@ -937,7 +935,6 @@ def test_the_demo_on_an_empty_directory_says_so(tmp_path: Path) -> None:
     assert "holds no readable file" in said(call("demo", str(tmp_path)), 1)
 
 
-@pytest.mark.alone
 def test_the_demo_runs_on_a_database_that_is_named(database: str, tmp_path: Path) -> None:
     for n in range(300):
         (tmp_path / f"{n}.bin").write_bytes(os.urandom(1_000))

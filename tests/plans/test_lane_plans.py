@@ -14,14 +14,12 @@ from queue_service.worker.floors import FRONT
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 from tests.support import LEASE, claim
 
-LANES, DEEP = 50_000, 50_000
+DEEP = 50_000
 # A lane of each of so many keys, one with that many runs, and as many runs in no lane.
 FILL = """
 insert into queue_service.runs (queue, task, payload, ordering_key, run_at)
 select 'default', 'noop', '{}', 'key ' || n, clock_timestamp() - interval '1 hour' + n * interval '1 ms'
   from generate_series(1, 50000) as n;
-insert into queue_service.runs (queue, task, payload, ordering_key, run_at)
-select 'default', 'noop', '{}', 'deep', clock_timestamp() - interval '2 hours' from generate_series(1, 50000) as n;
 insert into queue_service.runs (queue, task, payload) select 'default', 'noop', '{}' from generate_series(1, 50000) as n;
 insert into queue_service.queues (name, max_running, rate, period, burst, tokens, tokens_at)
 values ('limited', 500, 500, '1 s', 500, 500, clock_timestamp());
@@ -37,6 +35,11 @@ with first as (select array_agg(id) as ids from (
     select 1, clock_timestamp() + interval '1 hour', ids, true from first returning id
 )
 update queue_service.runs set state = 'running', lease_id = lease.id from lease, first where runs.id = any(first.ids)
+"""
+# So few at a time: one transaction with all of them would make as many versions of the lane's row, and walk through them.
+DEEPEN = """
+insert into queue_service.runs (queue, task, payload, ordering_key, run_at)
+select 'default', 'noop', '{}', 'deep', clock_timestamp() - interval '2 hours' from generate_series(1, 1000) as n
 """
 TAKEN, RUNNING = 200, 300
 BY = Claimant(["noop"], 1, LEASE)
@@ -60,6 +63,8 @@ def filled(server: str, template: str) -> Iterator[Sync]:
             prepare(conn, f"p{number}", query)
         conn.execute("set statement_timeout = 0")
         conn.execute(FILL.encode())
+        for _ in range(DEEP // 1_000):
+            conn.execute(DEEPEN.encode(), prepare=False)
         yield conn
 
 

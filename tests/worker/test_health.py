@@ -257,7 +257,6 @@ async def test_a_worker_that_hears_no_notices_is_ready_and_says_so(
 # Stuck, and stopping
 
 
-@pytest.mark.alone
 async def test_a_blocked_event_loop_answers_nothing(
     database: str, conn: Connection, observe: Observe, tmp_path: Path
 ) -> None:
