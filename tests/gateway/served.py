@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -125,6 +126,10 @@ class Client:
         return await self.http.post(f"/api/chat/{name}", content=content, headers={**self.headers, **own, **headers})
 
 
+# Without TLS nobody is asked for a certificate, and to load those of the system takes longer than most of these tests.
+TRUSTING_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
 @dataclass
 class Served:
     """A gateway that is being served."""
@@ -136,7 +141,8 @@ class Served:
     @asynccontextmanager
     async def client(self, user: str = "ann", *, prefix: str = "") -> AsyncIterator[Client]:
         limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=self.address + prefix, timeout=60, limits=limits) as http:
+        address = self.address + prefix
+        async with httpx2.AsyncClient(base_url=address, timeout=60, limits=limits, verify=TRUSTING_NOBODY) as http:
             yield Client(http, user)
 
 
