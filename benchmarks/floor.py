@@ -9,7 +9,7 @@ from datetime import timedelta
 from benchmarks import pgbench
 from benchmarks.scenario import scenario
 from queue_service import App, Worker
-from queue_service.db.pool import Wire
+from queue_service.db.pool import OwnConnection
 from queue_service.runs import queries
 from queue_service.runs.model import Ending, Floor, RunState
 from queue_service.runs.queries import Claimant, Wanted
@@ -78,18 +78,18 @@ async def _enqueued(app: App, callers: int, count: int) -> float:
 
 async def _bare(app: App, count: int) -> float:
     """Seconds for claiming and finishing so many, each batch from where the last one ended, as the worker does."""
-    wire, place, left = Wire(app.conninfo, application="bare loop"), FRONT, count
+    connection, place, left = OwnConnection(app.conninfo, application="bare loop"), FRONT, count
     lease = timedelta(seconds=30)
     begun = time.perf_counter()
     while left:
         claim = queries.claim([Wanted("default", BATCH, {0: place})], Claimant(["noop"], 1, lease))
-        runs = await wire.fetch(claim)
+        runs = await connection.fetch(claim)
         endings = [Ending(run.claim, RunState.SUCCEEDED) for run, _ in runs]
-        await wire.fetch(queries.finish(endings, worker_id=1, freed={held for _, held in runs}))
+        await connection.fetch(queries.finish(endings, worker_id=1, freed={held for _, held in runs}))
         left -= len(runs)
         place = Floor(runs[-1][0].run_at, runs[-1][0].id)
     taken = time.perf_counter() - begun
-    await wire.close()
+    await connection.close()
     return taken
 
 

@@ -1,7 +1,7 @@
 """A conversation in the browser: `python examples/chat.py [--port 8000]`, then open the address it prints.
 
 The gateway that serves the page and the worker that runs the agent share this process, and could be any number of each on
-any number of machines: they meet in the database. The agent repeats what it is told, word by word.
+any number of machines: they meet in the database. The agent repeats what it is sent, word by word.
 """
 
 from __future__ import annotations

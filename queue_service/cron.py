@@ -36,7 +36,7 @@ NEAR, FAR = timedelta(hours=1), timedelta(days=366 * 50)
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class Recurrence:
     """Either `cron`, five fields read in `timezone`, or `every`, counted from 1970-01-01 UTC. Making one checks it, and
     raises ConfigError for what has no slots."""
 
@@ -60,12 +60,12 @@ class Timing:
         return str(self.cron) if self.timezone == "UTC" else f"{self.cron} ({self.timezone})"
 
 
-def following(timing: Timing, moment: datetime) -> datetime:
+def following(timing: Recurrence, moment: datetime) -> datetime:
     """The first slot after the moment."""
     return next(slots(timing, moment))
 
 
-def slots(timing: Timing, moment: datetime) -> Iterator[datetime]:
+def slots(timing: Recurrence, moment: datetime) -> Iterator[datetime]:
     """The slots after the moment, for ever (those of a cron expression end when none comes for 50 years)."""
     if timing.every is not None:
         number = (moment - EPOCH) // timing.every
@@ -82,7 +82,7 @@ def slots(timing: Timing, moment: datetime) -> Iterator[datetime]:
             yield slot
 
 
-def newest(timing: Timing, since: datetime, until: datetime, most: int) -> list[datetime]:
+def newest(timing: Recurrence, since: datetime, until: datetime, most: int) -> list[datetime]:
     """The last `most` slots from `since` to `until`, both included, ascending. What it costs does not grow with how many
     lie before them."""
     just_before = since - timedelta(microseconds=1)
@@ -95,7 +95,7 @@ def newest(timing: Timing, since: datetime, until: datetime, most: int) -> list[
         back *= 12
 
 
-def upcoming(timing: Timing, moment: datetime, count: int) -> list[datetime]:
+def upcoming(timing: Recurrence, moment: datetime, count: int) -> list[datetime]:
     """The next slots after the moment."""
     return list(islice(slots(timing, moment), count))
 

@@ -34,8 +34,8 @@ log = get_logger(__name__)
 # As the statements that end turns spell them.
 QUEUE, TASK = "thread_response", "deliver"
 
-TRIES = 30
-PAUSE = 1.0
+MAX_ATTEMPTS = 30
+RETRY_DELAY = 1.0
 
 HANDLERS: Mapping[str, str] = {
     "delta": "handle_delta",
@@ -45,7 +45,7 @@ HANDLERS: Mapping[str, str] = {
     "error": "handle_error",
 }
 # What any other kind is: a word about how the turn goes on.
-STATUS = "handle_status"
+STATUS_METHOD = "handle_status"
 
 
 class Answer(Enum):
@@ -130,7 +130,9 @@ class Deliveries:
             )
         if platform in self._renderers:
             raise ConfigError(f"Platform {platform!r} has a renderer already. Register one for each platform.")
-        missing = [name for name in sorted({*HANDLERS.values(), STATUS}) if not callable(getattr(renderer, name, None))]
+        missing = [
+            name for name in sorted({*HANDLERS.values(), STATUS_METHOD}) if not callable(getattr(renderer, name, None))
+        ]
         if missing:
             raise ConfigError(f"{type(renderer).__name__} is no renderer: it lacks {', '.join(missing)}.")
         self._renderers[platform] = renderer
@@ -159,7 +161,8 @@ class Deliveries:
             await self._app.close()
 
     async def connect(self, platform: str, channel_id: str) -> bool:
-        """Hold the connection to a channel, so that its deliveries come here first. False: another live process holds it.
+        """Hold the connection to a channel, so that its deliveries come here first. Returns False if another live
+        process holds it.
         Connecting again changes nothing."""
         check_word(platform, "platform")
         check_word(channel_id, "channel_id")
@@ -178,14 +181,14 @@ class Deliveries:
             return (platform, channel_id) in self._held
 
     async def disconnect(self, platform: str, channel_id: str) -> bool:
-        """Let go of a connection. False: it was not held here."""
+        """Let go of a connection. Returns False if it was not held here."""
         channel = (platform, channel_id)
         async with self._changing:
             self._held.discard(channel)
             return channel in await self._app.fetch(connections.release([channel], self._app.identity))
 
     def holds(self, platform: str, channel_id: str | None) -> bool:
-        """Whether this process is connected to the channel, as far as it knows."""
+        """Return whether this process is connected to the channel, as far as it knows."""
         return (platform, channel_id) in self._held
 
     async def renew(self) -> None:
@@ -222,7 +225,7 @@ class Deliveries:
     # Deliveries
 
     async def send(self, turn: Turn, event: Event) -> int | None:
-        """Have an event of a turn that goes on rendered where its person waits. Endings need no sending.
+        """Have an event, of a turn that goes on, rendered where its person waits. Endings need no sending.
 
         Returns the id of the run; None for platform `api`, and where the database cannot be reached, which is logged: the
         event is in the stream all the same. A delivery may be rendered late, even after the ending.
@@ -276,7 +279,7 @@ class Deliveries:
             message_id=message_id,
             deployment=deployment,
             metadata=metadata,
-            last=run.attempt >= TRIES,
+            last=run.attempt >= MAX_ATTEMPTS,
             headless=channel_id is None or metadata.get("source") in self._headless,
         )
         if await self._handler(delivery)(delivery) is not NOT_MINE:
@@ -292,13 +295,13 @@ class Deliveries:
                 f"{nearest(delivery.platform, self._renderers)} Registered platforms: {known}."
             )
         handler: Callable[[Delivery], Awaitable[Answer | None]] = getattr(
-            renderer, HANDLERS.get(delivery.event.kind, STATUS)
+            renderer, HANDLERS.get(delivery.event.kind, STATUS_METHOD)
         )
         return handler
 
     async def _defer(self, delivery: Delivery) -> Defer:
         if delivery.headless or delivery.last or delivery.channel_id is None:
-            why = f"this was the last of {TRIES} tries" if delivery.last else "the turn is headless"
+            why = f"this was the last of {MAX_ATTEMPTS} tries" if delivery.last else "the turn is headless"
             raise QueueServiceError(
                 f"The renderer of platform {delivery.platform!r} left the event to another process, but {why}. "
                 "Let it render where `delivery.last` or `delivery.headless` is set."
@@ -306,7 +309,7 @@ class Deliveries:
         owner = await self._app.fetch(connections.owner((delivery.platform, delivery.channel_id)))
         if owner is None or owner == self._app.identity:
             # Nobody to hand it to: the connection may be on its way from one process to another.
-            return Defer(PAUSE)
+            return Defer(RETRY_DELAY)
         return Defer(0, owner)
 
 

@@ -25,7 +25,7 @@ OURS = "queue_service."
 
 
 class Executed(Protocol):
-    """A run, as its handler's log tells of it."""
+    """A run, as its handler's log shows it."""
 
     @property
     def id(self) -> int: ...
@@ -39,7 +39,7 @@ class Executed(Protocol):
 
 # The run whose handler this is. Each has a context of its own, which the tasks and threads that it starts inherit.
 running: ContextVar[Executed | None] = ContextVar("queue_service_running", default=None)
-# The level and the format that `configure` was told, for the processes that a worker starts.
+# The level and the format that `configure` was given, for the processes that a worker starts.
 configured: tuple[str, str] | None = None
 
 
@@ -81,7 +81,7 @@ def get_logger(name: str) -> Any:
 def configure(*, level: str, fmt: str) -> None:
     """Send everything to standard error (console on a terminal, JSON otherwise): standard output is for results. What is
     logged with `structlog.get_logger()` too, unless the program configures structlog itself later on."""
-    global configured  # noqa: PLW0603 - so is what it tells of: one for each process
+    global configured  # noqa: PLW0603 - so is what it names: one for each process
     configured = (level, fmt)
     console = fmt == "console" or (fmt == "auto" and sys.stderr.isatty())
     renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()

@@ -47,7 +47,7 @@ class PipedProcess:
         with contextlib.ExitStack() as ends:
             theirs_in, ours_out = _pipe(ends)
             ours_in, theirs_out = _pipe(ends)
-            # A session of its own: Ctrl-C in our terminal is for us, and we tell the child. (uvloop has no process_group.)
+            # A session of its own: Ctrl-C in our terminal is for us, and we stop the child. (uvloop has no process_group.)
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=theirs_in, stdout=theirs_out, env=env, cwd=cwd, start_new_session=True
             )

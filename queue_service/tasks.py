@@ -15,7 +15,7 @@ from queue_service.runs.model import Run
 
 P = ParamSpec("P")
 R = TypeVar("R")
-A = TypeVar("A", bound="Answer")
+A = TypeVar("A", bound="BatchReturn")
 
 # Beyond this a moment may not fit a Python datetime, and nobody waits that long.
 LONGEST = timedelta(days=36_500)
@@ -49,7 +49,7 @@ class Retry:
 
     The wait is `base` after the first failure; then it doubles (`exponential`), grows by `base` (`linear`) or stays
     (`fixed`), up to `cap`; with `jitter` it is shortened by up to a fifth. A callable gets the number of failures and the
-    exception, and returns the wait (neither capped nor shortened), or None: do not try again. One that raises, or returns
+    exception, and returns the wait (neither capped nor shortened), or None for no further try. One that raises, or returns
     no duration, is logged, and the exponential wait taken. A run's own `retry_delay` comes before all of these.
 
     Only errors that are `on` and not `never` are tried again. A timeout is a TimeoutError, and the death of a handler's
@@ -92,7 +92,7 @@ class Retry:
 
 
 class Snooze:
-    """Returned by a handler: not now; run me again after `delay`. Counts as neither success nor failure."""
+    """Returned by a handler that wants to be run again after `delay`. Counts as neither success nor failure."""
 
     def __init__(self, delay: timedelta | float) -> None:
         self.delay = duration(delay, "Snooze(delay)")
@@ -108,16 +108,15 @@ class Defer(Snooze):
 
 
 class Cancel:
-    """Returned by a handler: end this run `cancelled`, for this reason, without a retry."""
+    """Returned by a handler to end its run `cancelled`, for this reason, without a retry."""
 
     def __init__(self, reason: str = "cancelled by its handler") -> None:
         self.reason = reason
 
 
 class RetryLater(Exception):
-    """Raised by a handler: this attempt failed, try again after `delay`, whatever the policy's wait and the run's
-    `retry_delay` are. It counts as a failure like any other: the last one that is allowed ends the run.
-    """
+    """Raised by a handler whose attempt failed and is to be tried again after `delay`, whatever the policy's wait and the
+    run's `retry_delay` are. It counts as a failure like any other: the last one that is allowed ends the run."""
 
     def __init__(self, delay: timedelta | float) -> None:
         self.delay = duration(delay, "RetryLater(delay)")
@@ -133,7 +132,7 @@ class ProcessDied(Exception):
 
 
 # What the handler of a batch may return: for all of its runs, or for each.
-Answer = Snooze | Cancel | list[Any] | tuple[Any, ...] | Mapping[int, Any] | None
+BatchReturn = Snooze | Cancel | list[Any] | tuple[Any, ...] | Mapping[int, Any] | None
 
 MAX_BATCH = 1_000
 # A payload of a batch is read by its handler, and not taken apart into keywords.

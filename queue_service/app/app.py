@@ -219,7 +219,7 @@ class App(Runs):
         return self._core.opened.pool
 
     async def fetch(self, query: Query[T]) -> T:
-        """The result of one query, run on a connection of the pool."""
+        """Run one query on a connection of the pool, and return its result."""
         return await self._core.fetch(query)
 
     def notify(self, notices: Iterable[Notice]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from queue_service import codec
 from queue_service.db import channels
 from queue_service.db.query import interval_literal
-from queue_service.db.steps import Copy, Steps
+from queue_service.db.steps import MAX_TRIES, Copy, Steps
 from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, nearest
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
@@ -28,8 +28,6 @@ POLICIES = ("return", "replace", "raise")
 
 MAX_QUEUE = 128
 MAX_TASK = 256
-# A holder that ends between our insert and our look at it makes us try again; this many in a row is no coincidence.
-TRIES = 20
 
 
 def new_run(
@@ -134,7 +132,7 @@ def new_runs(
 
 
 def notice(new: NewRun) -> channels.Notice | None:
-    """What to tell workers. A delayed run is found by polling when it is due."""
+    """The notice for workers. A delayed run is found by polling when it is due."""
     return None if new.delay else channels.enqueued(new.queue, new.priority)
 
 
@@ -148,7 +146,7 @@ def enqueue(new: NewRun, on_conflict: OnConflict, notice: channels.Notice | None
     """Store one run; the id of it, or of the live run that holds its singleton key, as `on_conflict` asks. The notice
     goes out when the transaction commits."""
     store = queries.replace if on_conflict == "replace" else queries.enqueue
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         run_id = yield store(new, notice)
         if run_id is not None:
             return int(run_id)
@@ -160,7 +158,9 @@ def enqueue(new: NewRun, on_conflict: OnConflict, notice: channels.Notice | None
                 return int(holder)
             why = "and on_conflict is 'raise'" if on_conflict == "raise" else "and it is running: it cannot be replaced"
             raise DuplicateRun(holder, new.singleton_key, why=why)
-    raise DatabaseUnavailable(f"Singleton key {new.singleton_key!r} changed hands {TRIES} times while we looked at it.")
+    raise DatabaseUnavailable(
+        f"Singleton key {new.singleton_key!r} changed hands {MAX_TRIES} times while we looked at it."
+    )
 
 
 def enqueue_many(first: NewRun, payloads: Sequence[str], notice: channels.Notice | None) -> Steps[list[int]]:

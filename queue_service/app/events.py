@@ -49,24 +49,25 @@ class Events:
         if conn is None:
             seqs = await self._appending(new)
         else:
-            seqs = await self._core.fetch(queries.append(new, tell=True), conn)
+            seqs = await self._core.fetch(queries.append(new, notify=True), conn)
         stored = [seq for seq in seqs if seq is not None]
         if len(stored) < len(new):
             raise StreamEnded(stream)
         return stored
 
     async def read(self, stream: str, *, after: int = 0, limit: int = 200) -> list[Event]:
-        """Up to `limit` events after a cursor, in order. A jump in `seq` is where events were trimmed."""
+        """Return up to `limit` events after a cursor, in order. A jump in `seq` is where events were trimmed."""
         _check_range(after, limit)
         return await self._core.fetch(queries.read(stream, after=after, limit=limit))
 
     async def head(self, stream: str) -> int:
-        """The seq of the latest event; 0 for a stream without any."""
+        """Return the seq of the latest event; 0 for a stream without any."""
         found = await self._core.fetch(queries.stream(stream))
         return 0 if found is None else found.head
 
     async def follow(self, stream: str, *, after: int = 0) -> AsyncGenerator[Event, None]:
-        """Every event after a cursor: first what is stored, then each as it is committed, whoever wrote it, on any replica.
+        """Iterate over every event after a cursor: first what is stored, then each as it is committed, whoever wrote it,
+        on any replica.
 
         Nothing is left out: where events were trimmed, one of kind `gap` says which (`body["from"]` to `body["to"]`).
         Ends when the stream has ended and all of it was given. Survives outages of the database while it waits.
@@ -80,7 +81,7 @@ class Events:
                     yield event
 
     async def stream(self, stream: str) -> Stream | None:
-        """A stream's head and state; None for one that does not exist yet."""
+        """Return a stream's head and state; None if it does not exist yet."""
         return await self._core.fetch(queries.stream(stream))
 
     async def set_state(self, stream: str, state: StreamState | str) -> int:
@@ -113,9 +114,9 @@ class Events:
     async def _append(self, calls: Sequence[Sequence[NewEvent]]) -> Sequence[Sequence[int | None] | Busy]:
         flat = [event for call in calls for event in call]
         notifier = self._core.opened.notifier
-        tell = notifier.try_reserve(channels.EVENTS)
-        seqs = await self._core.fetch(queries.append_free(flat, tell=tell))
-        if not tell:
+        notify = notifier.try_reserve(channels.EVENTS)
+        seqs = await self._core.fetch(queries.append_free(flat, notify=notify))
+        if not notify:
             heads = {event.stream: seq for event, seq in zip(flat, seqs, strict=True) if seq}
             notifier.send(channels.appended(heads))
         answers: list[Sequence[int | None] | Busy] = []

@@ -16,7 +16,7 @@ from queue_service.runs.walks import Batch, Filter, Place
 from queue_service.tasks import duration
 
 # Runs that one statement moves.
-BATCH = 1_000
+RETRIED_AT_ONCE = 1_000
 RETRIABLE = (RunState.FAILED, RunState.CANCELLED, RunState.EXPIRED)
 
 
@@ -48,7 +48,7 @@ async def retry(opened: Opened, runs: Filter, *, limit: int | None, on_progress:
     done = Retried(0, 0)
     place: Place | None = Place()
     while place is not None and (limit is None or done.runs < limit):
-        size = BATCH if limit is None else min(BATCH, limit - done.runs)
+        size = RETRIED_AT_ONCE if limit is None else min(RETRIED_AT_ONCE, limit - done.runs)
         batch = await opened.fetch(walks.retry_many(runs, place, limit=size))
         opened.notifier.send(list(batch.notices))
         done = Retried(done.runs + batch.moved, done.skipped + batch.found - batch.moved)

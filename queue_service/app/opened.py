@@ -117,7 +117,7 @@ class Opened:
             self._sweeping = None
 
     async def fetch(self, query: Query[T]) -> T:
-        """The result of one query, run on a connection of the pool."""
+        """Run one query on a connection of the pool, and return its result."""
         return await self.pool.fetch(query)
 
     async def copy(self, statement: str, data: str) -> None:

@@ -22,7 +22,7 @@ async def watching(
     *,
     poll_interval: float,
 ) -> T:
-    """`await ended`, and tell meanwhile of what is new at each look."""
+    """`await ended`, and report meanwhile what is new at each look."""
     waiting, watch = asyncio.ensure_future(ended), asyncio.ensure_future(_watch(look, on_progress, poll_interval))
     try:
         await asyncio.wait((waiting, watch), return_when=asyncio.FIRST_COMPLETED)

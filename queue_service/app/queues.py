@@ -14,7 +14,7 @@ from queue_service.db.execute import fetch
 from queue_service.errors import ConfigError
 from queue_service.logs import get_logger
 from queue_service.queues import queries
-from queue_service.queues.queries import Limits, Queue
+from queue_service.queues.queries import Queue, QueueLimits
 from queue_service.runs import queries as runs
 from queue_service.tasks import duration
 from queue_service.words import check_word
@@ -35,12 +35,13 @@ class Queues:
         self._core = core
 
     async def list(self) -> list[Queue]:
-        """The queues that hold runs, and those about which something was set."""
+        """Return the queues that hold runs, and those about which something was set."""
         return await self._core.fetch(queries.listed())
 
     async def pause(self, queue: str, *, until: datetime | timedelta | float | None = None) -> bool:
         """Let no worker claim from this queue until `resume`, or until a time, or for so long (seconds or timedelta, by the
-        database's clock). What is running goes on. False: it was paused already, and for as long. Raises ConfigError for a
+        database's clock). What is running goes on. Returns False if it was paused
+        already, and for as long. Raises ConfigError for a
         time that has passed, or has no time zone."""
         check_word(queue, "queue", enqueueing.MAX_QUEUE)
         if isinstance(until, datetime):
@@ -54,7 +55,7 @@ class Queues:
         return paused
 
     async def resume(self, queue: str) -> bool:
-        """False: it was not paused."""
+        """Let workers claim from this queue again. Returns False if it was not paused."""
         resumed = await self._core.fetch(queries.resume(queue))
         if resumed:
             self._core.notify([channels.enqueued(queue, 0)])
@@ -85,7 +86,7 @@ class Queues:
         `max_running` of its runs go on at once, and `max_running_per_key` of those with the same ordering key (1: strictly
         in order, which is also what holds without it). `rate` of its runs may begin in each `period` (seconds or
         timedelta), evenly; what was not used is saved up for `burst` of them (`rate`) to begin at once. What is running
-        goes on, and counts. False: these were its limits already.
+        goes on, and counts. Returns False if these were its limits already.
 
         Raises ConfigError for what is no limit, and DatabaseUnavailable where another transaction does not let go of the
         leases; then nothing changed.
@@ -97,7 +98,7 @@ class Queues:
         if burst is not None and rate is None:
             raise ConfigError("burst says how many may begin at once of those that a rate lets begin. Pass rate=, too.")
         length = duration(period, "period", positive=True)
-        limits = Limits(
+        limits = QueueLimits(
             max_running, max_running_per_key, rate, None if rate is None else length, rate and (burst or rate)
         )
         changed = await self._store(queue, limits)
@@ -106,7 +107,7 @@ class Queues:
             self._core.notify([channels.enqueued(queue, 0)])
         return changed
 
-    async def _store(self, queue: str, limits: Limits) -> bool:
+    async def _store(self, queue: str, limits: QueueLimits) -> bool:
         async with self._core.opened.pool.connection() as conn, conn.transaction():
             if limits.max_running is not None:
                 # Claims that began before they could see the limit are over then, and what they took counts too. No claim

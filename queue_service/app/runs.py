@@ -94,9 +94,9 @@ class Runs:
         timeout: timedelta | float | None = None,
         on_progress: Callable[[Progress], object] | None = None,
     ) -> Run:
-        """The run once it has ended. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has. `on_progress` is
-        called with what the run reports, as often as a look each poll interval finds something new; what it raises is
-        raised here."""
+        """Wait until the run has ended, and return it. Raises TimeoutError after `timeout`, RunUnknown for an id nobody
+        has. `on_progress` is called with what the run reports, as often as a look each poll interval finds something new;
+        what it raises is raised here."""
         ended = self.wait_many([run_id], timeout=timeout)
         if on_progress is not None:
             seconds = self._core.settings.poll_interval.total_seconds()
@@ -105,8 +105,8 @@ class Runs:
         return run
 
     async def wait_many(self, run_ids: Iterable[int], *, timeout: timedelta | float | None = None) -> list[Run]:
-        """The runs once all of them have ended, in the order asked for. Raises TimeoutError after `timeout`, RunUnknown for
-        an id nobody has. One look serves them all, however many they are."""
+        """Wait until all of these runs have ended, and return them in the order asked for. Raises TimeoutError after
+        `timeout`, RunUnknown for an id nobody has. One look serves them all, however many they are."""
         asked = list(run_ids)
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
         ended: dict[int, Run] = {}
@@ -126,11 +126,12 @@ class Runs:
         return [ended[run_id] for run_id in asked]
 
     async def get(self, run_id: int) -> Run | None:
-        """The run, live or finished; None if there is none of this id."""
+        """Return the run, live or finished; None if there is none of this id."""
         return await self._core.fetch(queries.get(run_id))
 
     async def cancel(self, run_id: int) -> bool:
-        """Cancel a run: a queued one ends at once, a running one has its handler cancelled. False: it is not live."""
+        """Cancel a run: a queued one ends at once, a running one has its handler cancelled. Returns False
+        if the run is not live."""
         answer = await self._core.fetch(queries.cancel(run_id))
         if answer is not None:
             channel = channels.CANCEL if answer == "requested" else channels.FINISHED
@@ -138,7 +139,8 @@ class Runs:
         return answer is not None
 
     async def retry(self, run_id: int) -> bool:
-        """Queue a failed, cancelled or expired run again, its counters fresh. False: there is none of this id.
+        """Queue a failed, cancelled or expired run again, its counters fresh. Returns False if there is none
+        of this id.
         Raises DuplicateRun if a live run holds its singleton key; then nothing moved.
         """
         try:
@@ -175,7 +177,7 @@ class Runs:
         return await how(self._core.opened, chosen, limit=limit, on_progress=on_progress or (lambda _: None))
 
     async def delete(self, run_id: int) -> bool:
-        """Forget a queued or finished run. False: it is running, or there is none of this id."""
+        """Forget a queued or finished run. Returns False if it is running, or if there is none of this id."""
         return await self._core.fetch(queries.delete(run_id))
 
     async def _enqueue(self, news: Sequence[NewRun]) -> Sequence[int]:

@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeVar
 from queue_service import cron as slots
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.core import Core
-from queue_service.cron import Timing
+from queue_service.cron import Recurrence
 from queue_service.db import channels
+from queue_service.db.steps import MAX_TRIES
 from queue_service.errors import ConfigError, nearest
 from queue_service.schedules import queries
 from queue_service.schedules.model import Misfire, NewSchedule, Schedule
@@ -21,8 +22,6 @@ TaskT = TypeVar("TaskT", bound=Task[..., Any])
 MisfireWord = Literal["skip", "last", "all"]
 
 MAX_NAME = 256
-# Whoever changes the schedule between our look and our write makes us look again; this often in a row is no coincidence.
-TRIES = 20
 
 
 class Schedules:
@@ -48,8 +47,8 @@ class Schedules:
         priority: int = 0,
         expires_in: timedelta | float | None = None,
     ) -> bool | None:
-        """Store a schedule under this name, or change the one that has it. True: it is new; False: it was changed; None:
-        it was like this already.
+        """Store a schedule under this name, or change the one that has it. Returns True if it is new,
+        False if it was changed, and None if it was like this already.
 
         When: either `cron`, five fields (or `@daily` and the like) read in `timezone`, or `every`, seconds or timedelta.
         `misfire` says what happens about slots that passed while no worker was there: `skip`, `last` or `all` (at most
@@ -63,11 +62,11 @@ class Schedules:
         return await self._store(new)
 
     async def get(self, name: str) -> Schedule | None:
-        """The schedule of this name; None if there is none."""
+        """Return the schedule of this name; None if there is none."""
         return await self._core.fetch(queries.get(name))
 
     async def next(self, name: str, count: int = 5) -> list[datetime] | None:
-        """When the schedule is due next, in UTC, as if it were not paused. None: there is no such schedule."""
+        """Return when the schedule is due next, in UTC, as if it were not paused; None if there is no such schedule."""
         schedule = await self.get(name)
         if schedule is None:
             return None
@@ -76,12 +75,12 @@ class Schedules:
         return [schedule.next_at, *slots.upcoming(schedule.timing, schedule.next_at, count - 1)][:count]
 
     async def list(self) -> list[Schedule]:
-        """All schedules, by name."""
+        """Return all schedules, ordered by name."""
         return await self._core.fetch(queries.listed())
 
     async def run_now(self, name: str) -> int | None:
         """Enqueue the schedule's run out of turn, also while it is paused, and return its id. Its `slot` is this moment,
-        and its next slot stays. None: there is no such schedule."""
+        and its next slot stays. Returns None if there is no such schedule."""
         run = await self._core.fetch(queries.run_now(name))
         if run is None:
             return None
@@ -90,13 +89,13 @@ class Schedules:
         return run_id
 
     async def pause(self, name: str) -> bool | None:
-        """Let it not fire until `resume`. False: it was paused already; None: there is no such schedule."""
+        """Keep it from firing until `resume`. Returns False if it was paused already, None if there is no such schedule."""
         return await self._core.fetch(queries.pause(name))
 
     async def resume(self, name: str) -> bool | None:
-        """Let it fire again, from its next slot on: those of the pause are not made up for. False: it was not paused; None:
-        there is no such schedule."""
-        for _ in range(TRIES):
+        """Let it fire again, from its next slot on: those of the pause are not made up for. Returns False if it
+        was not paused, None if there is no such schedule."""
+        for _ in range(MAX_TRIES):
             schedule = await self.get(name)
             if schedule is None:
                 return None
@@ -109,7 +108,7 @@ class Schedules:
 
     async def delete(self, name: str) -> bool:
         """Forget the schedule; its runs stay. One that is declared in code comes back when a worker starts with that code.
-        False: there was none."""
+        Returns False if there was none."""
         return await self._core.fetch(queries.delete(name))
 
     async def store_declared(self) -> None:
@@ -157,7 +156,7 @@ class Schedules:
         words = [each.value for each in Misfire]
         if misfire not in words:
             raise ConfigError(f"misfire must be one of {', '.join(words)}.{nearest(str(misfire), words)}")
-        timing = Timing(cron, None if every is None else duration(every, "every", positive=True), timezone)
+        timing = Recurrence(cron, None if every is None else duration(every, "every", positive=True), timezone)
         # Checked as the run that it will be.
         run = enqueueing.new_run(
             self._core.tasks, self._core.settings.payload_limit, task, {} if payload is None else payload, **options

@@ -218,7 +218,7 @@ class SyncApp(Blocking[Runs]):
                 self._loop.stop()
 
     def fetch(self, query: Query[T]) -> T:
-        """The result of one query, run on a connection of the pool."""
+        """Run one query on a connection of the pool, and return its result."""
         return self._loop.call(self._core.fetch(query))
 
     enqueue = blocking(Runs.enqueue)

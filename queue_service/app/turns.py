@@ -15,6 +15,7 @@ from queue_service.app import enqueue as enqueueing
 from queue_service.app.core import Core
 from queue_service.db import channels
 from queue_service.db.execute import REFUSED
+from queue_service.db.steps import MAX_TRIES
 from queue_service.errors import (
     ConfigError,
     DatabaseUnavailable,
@@ -47,9 +48,6 @@ from queue_service.words import check_word
 
 log = get_logger(__name__)
 
-# Another session that arms or dispatches the same turn makes us look again; this often in a row is no coincidence.
-TRIES = 20
-
 
 class Turns:
     """Turns are owed exactly one ending each. Arming makes the promise; `commit_reply`, `fail`, `fail_deployment`,
@@ -78,11 +76,11 @@ class Turns:
         """Owe this turn an ending. Do this before any worker can see its message, and if it raises, do not go on.
 
         `admission` is how long it may wait for a worker's first sign of life, `execution` how long for each one after
-        that (seconds or timedelta; by default the settings of those names). True: it is armed now; False: it was armed
-        before, and nothing changed. Raises TurnEnded, with the outcome, for one that has had its ending.
+        that (seconds or timedelta; by default the settings of those names). Returns True if it is armed now; False if it
+        was armed before, and nothing changed. Raises TurnEnded, with the outcome, for one that has had its ending.
         """
         owed = self._owed(turn, admission, execution)
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             if conn is None:
                 armed = await self._arming(owed)
             else:
@@ -117,7 +115,7 @@ class Turns:
         notifier = None if conn is not None else self._core.opened.notifier
         rides = notice is not None and (notifier is None or notifier.try_reserve(notice.channel))
         query = queries.dispatch(owed, run, notice if rides else None)
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             found = await self._core.fetch(query, conn)
             if found is None:
                 continue
@@ -153,11 +151,12 @@ class Turns:
         said = {"message_id": turn.message_id, "user_id": turn.user_id, "body": body}
         digest = hashlib.sha256(msgspec.json.encode([turn.stream, task, payload], order="sorted")).hexdigest()
         notifier = self._core.opened.notifier
-        rides, tell = notice is not None and notifier.try_reserve(notice.channel), notifier.try_reserve(channels.EVENTS)
+        rides = notice is not None and notifier.try_reserve(notice.channel)
+        notify = notifier.try_reserve(channels.EVENTS)
         query = queries.send(
-            owed, run, msgspec.json.encode(said).decode(), digest, notice if rides else None, tell=tell
+            owed, run, msgspec.json.encode(said).decode(), digest, notice if rides else None, notify=notify
         )
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             try:
                 sent = await self._core.fetch(query)
             except pg.NotNullViolation:
@@ -171,7 +170,7 @@ class Turns:
                 raise MessageConflict(*owed.key)
             if sent.word == "sent":
                 notifier.send([] if notice is None or rides else [notice])
-                notifier.send([] if tell else channels.appended({turn.stream: sent.seq}))
+                notifier.send([] if notify else channels.appended({turn.stream: sent.seq}))
             return Receipt(
                 deployment=turn.deployment, message_id=turn.message_id, stream=turn.stream, seq=sent.seq,
                 new=sent.word == "sent",
@@ -181,26 +180,26 @@ class Turns:
     # Signs of life
 
     async def extend(self, deployment: str) -> list[str]:
-        """A sign of life of a deployment: each of its turns has its whole `execution` before it again, except those
+        """Report a sign of life of a deployment: each of its turns has its whole `execution` before it again, except those
         withheld. Returns their message ids."""
         check_word(deployment, "deployment")
         return await self._core.fetch(queries.extend(deployment))
 
     async def withhold(self, deployment: str, code: str, reason: str | None = None) -> list[str]:
-        """The deployment lives, but its provider failed: its turns are no longer extended, and if they lapse, they end with
-        this code. Returns their message ids. `restore` takes it back."""
+        """Report that the deployment lives, but its provider failed: its turns are no longer extended, and if they lapse,
+        they end with this code. Returns their message ids. `restore` takes it back."""
         check_word(deployment, "deployment")
         failure = TurnFailure(code, reason=reason)
         return await self._core.fetch(queries.withhold(deployment, failure.code, failure.reason))
 
     async def restore(self, deployment: str) -> list[str]:
-        """The provider recovered: a sign of life for the turns that were withheld, whose message ids are returned."""
+        """Report that the provider recovered: a sign of life for the turns withheld. Returns their message ids."""
         check_word(deployment, "deployment")
         return await self._core.fetch(queries.restore(deployment))
 
     async def reset_admission(self, deployment: str, message_id: str) -> bool:
-        """The turn waits to be taken up again, as when it was released from behind another: it has its whole `admission`
-        before it. False: it is owed no ending."""
+        """Let the turn wait to be taken up again, as when it was released from behind another: it has its whole `admission`
+        before it. Returns False if it is owed no ending."""
         return await self._core.fetch(queries.reset_admission(*key_of(deployment, message_id)))
 
     # Endings
@@ -224,15 +223,15 @@ class Turns:
         return [ended.message_id for ended in await self._decide(endings, conn)]
 
     async def fail(self, deployment: str, message_id: str, failure: TurnFailure, *, conn: Any = None) -> bool:
-        """End a turn with an error. False: it was not owed an ending any more (or never), and nothing was stored."""
+        """End a turn with an error. Returns False if it was not owed an ending any more (or never): nothing was stored."""
         return bool(await self._decide([failed(*key_of(deployment, message_id), failure)], conn))
 
     async def fail_deployment(self, deployment: str, failure: TurnFailure) -> list[str]:
         """End every turn of a deployment with an error, as when its process died. Returns their message ids."""
         check_word(deployment, "deployment")
-        tell = self._core.opened.notifier.try_reserve(channels.EVENTS)
-        ended = await self._core.fetch(queries.fail_deployment(deployment, failure, tell=tell))
-        self._notify_followers(ended, tell=tell)
+        notify = self._core.opened.notifier.try_reserve(channels.EVENTS)
+        ended = await self._core.fetch(queries.fail_deployment(deployment, failure, notify=notify))
+        self._notify_followers(ended, notify=notify)
         return [each.message_id for each in ended]
 
     async def reject(self, deployment: str, message_id: str, reason: str) -> Outcome:
@@ -248,7 +247,7 @@ class Turns:
 
     async def discharge(self, deployment: str, message_id: str) -> bool:
         """Forget what is owed to a turn, without an event: for an operator who has answered by other means. Its outcome is
-        `discharged`. False: nothing was owed."""
+        `discharged`. Returns False if nothing was owed."""
         return await self._core.fetch(queries.discharge(*key_of(deployment, message_id)))
 
     async def sweep(self) -> int:
@@ -259,19 +258,19 @@ class Turns:
     # How turns stand
 
     async def is_live(self, deployment: str, message_id: str) -> bool:
-        """True while this very turn is owed an ending and its deadline has not passed. What the turn needs to go on, such
-        as a fresh credential, is given only then."""
+        """Return True while this very turn is owed an ending and its deadline has not passed. What the turn needs to go
+        on, such as a fresh credential, is given only then."""
         return await self._core.fetch(queries.is_live(*key_of(deployment, message_id)))
 
     async def outcome(self, deployment: str, message_id: str) -> Outcome | None:
-        """How the turn ended; None while it has not, or for one never armed."""
+        """Return how the turn ended; None if it has not, or was never armed."""
         standing = await self._core.fetch(queries.standing(*key_of(deployment, message_id)))
         return None if standing is None else standing.outcome
 
     async def wait(self, deployment: str, message_id: str, *, timeout: timedelta | float | None = None) -> Outcome:
-        """How the turn ended, once it has. It needs no worker to be alive: when the deadline passes, whoever waits ends the
-        turn. Survives outages of the database. Raises TimeoutError after `timeout`, TurnUnknown for a turn never armed.
-        """
+        """Wait until the turn has ended, and return its outcome. This needs no worker to be alive: when the deadline
+        passes, whoever waits ends the turn. Survives outages of the database. Raises TimeoutError after `timeout`,
+        TurnUnknown for a turn never armed."""
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
         key = key_of(deployment, message_id)
         opened = self._core.opened
@@ -295,7 +294,7 @@ class Turns:
         overdue: bool = False,
         limit: int = 50,
     ) -> list[Marker]:
-        """The turns that are owed an ending, those first that lapse first."""
+        """Return the turns that are owed an ending, in the order of their deadlines."""
         return await self._core.fetch(
             queries.page(
                 deployment=deployment, message_id=message_id, stream=stream, platform=platform,
@@ -304,7 +303,7 @@ class Turns:
         )  # fmt: skip
 
     async def tally(self) -> TurnCounts:
-        """How many turns are owed an ending, how many are overdue, and for how long the oldest of them has been."""
+        """Return how many turns are owed an ending, how many are overdue, and for how long the oldest of them has been."""
         return await self._core.fetch(queries.tally())
 
     # Inside
@@ -329,9 +328,9 @@ class Turns:
 
     async def _end(self, calls: Sequence[Sequence[TurnEnding]]) -> Sequence[Sequence[EndedTurn] | Busy]:
         """One statement for the endings of several calls. Of two calls for one turn, the first wins."""
-        tell = self._core.opened.notifier.try_reserve(channels.EVENTS)
-        ended, busy = await self._core.fetch(queries.end_free(calls, tell=tell))
-        self._notify_followers(ended, tell=tell)
+        notify = self._core.opened.notifier.try_reserve(channels.EVENTS)
+        ended, busy = await self._core.fetch(queries.end_free(calls, notify=notify))
+        self._notify_followers(ended, notify=notify)
         unclaimed = {(each.deployment, each.message_id): each for each in ended}
         answers: list[Sequence[EndedTurn] | Busy] = []
         for call in calls:
@@ -346,7 +345,7 @@ class Turns:
         if not endings:
             return []
         if conn is not None:
-            return await self._core.fetch(queries.end(endings, tell=True), conn)
+            return await self._core.fetch(queries.end(endings, notify=True), conn)
         try:
             return await self._ending(endings)
         except REFUSED as refused:
@@ -355,8 +354,8 @@ class Turns:
             why = TurnFailure("reply_refused", reason=f"The database could not store the reply: {refused}")
             return await self._ending([failed(each.deployment, each.message_id, why) for each in endings])
 
-    def _notify_followers(self, ended: Collection[EndedTurn], *, tell: bool) -> None:
-        if ended and not tell:
+    def _notify_followers(self, ended: Collection[EndedTurn], *, notify: bool) -> None:
+        if ended and not notify:
             self._core.opened.notifier.send(about_turns(ended))
 
     async def _standing(self, key: Key) -> Standing:
@@ -375,4 +374,6 @@ class Turns:
 
 
 def _contested(turn: Turn) -> DatabaseUnavailable:
-    return DatabaseUnavailable(f"Turn {turn.message_id!r} was armed and forgotten {TRIES} times while we looked at it.")
+    return DatabaseUnavailable(
+        f"Turn {turn.message_id!r} was armed and forgotten {MAX_TRIES} times while we looked at it."
+    )

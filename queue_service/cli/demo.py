@@ -29,9 +29,9 @@ from queue_service.runs.model import Run, RunState
 from queue_service.settings import Settings, parse_duration
 
 LEASE = "2s"
-PATIENCE = 300.0
+WORK_TIMEOUT = 300.0
 # A handful of files takes a worker some milliseconds, in which it has to be caught.
-TRIES = 20
+CLAIM_LOOKS = 20
 
 
 @dataclass
@@ -145,7 +145,7 @@ async def _enqueued_and_stopped(
 ) -> Sequence[int]:
     """The ids of runs, some of which are held by a worker that was stopped, so that what it holds cannot change until it
     is killed."""
-    for _ in range(TRIES):
+    for _ in range(CLAIM_LOOKS):
         ids = await app.enqueue_many("checksum", [{"path": path} for path in files], queue="demo")
         if await _stop_holding(app, worker, name):
             render.echo(f"enqueued {len(ids):,} runs, ids {ids[0]} to {ids[-1]}")
@@ -154,8 +154,8 @@ async def _enqueued_and_stopped(
 
 
 async def _stop_holding(app: App, worker: subprocess.Popen[bytes], name: str) -> bool:
-    """SIGSTOP the worker at a moment when it holds claims. False: all was done before."""
-    deadline = time.monotonic() + PATIENCE
+    """SIGSTOP the worker at a moment when it holds claims. Returns False if all was done before."""
+    deadline = time.monotonic() + WORK_TIMEOUT
     while time.monotonic() < deadline:
         _check_alive(worker)
         if await _held_by(app, name):
@@ -167,7 +167,7 @@ async def _stop_holding(app: App, worker: subprocess.Popen[bytes], name: str) ->
         if not depth.due + depth.running:
             return False
         await asyncio.sleep(0.001)
-    raise QueueServiceError(f"The worker claimed nothing within {PATIENCE:g} s.")
+    raise QueueServiceError(f"The worker claimed nothing within {WORK_TIMEOUT:g} s.")
 
 
 async def _held_by(app: App, name: str) -> int:
@@ -175,7 +175,7 @@ async def _held_by(app: App, name: str) -> int:
 
 
 async def _until_ended(app: App, ids: Sequence[int], worker: subprocess.Popen[bytes]) -> None:
-    deadline, live = time.monotonic() + PATIENCE, set(ids)
+    deadline, live = time.monotonic() + WORK_TIMEOUT, set(ids)
     with render.progress("working", len(ids)) as advance:
         while live and time.monotonic() < deadline:
             _check_alive(worker)

@@ -18,7 +18,7 @@ from queue_service.errors import QueueServiceError
 from queue_service.turns.model import Outcome, Turn
 
 EXECUTION = 2.0
-PATIENCE = 60.0
+ENDING_TIMEOUT = 60.0
 
 
 class Scene(NamedTuple):
@@ -45,7 +45,7 @@ async def play(app: App, conninfo: str) -> None:
 async def _converse(app: App, scene: Scene) -> None:
     turn = Turn(deployment=scene.deployment, message_id="m1", stream=f"conversation with {scene.deployment}")
     await app.turns.dispatch(turn, "agent_turn", {"text": scene.text}, queue="agents", execution=EXECUTION)
-    waiting = asyncio.create_task(app.turns.wait(turn.deployment, turn.message_id, timeout=PATIENCE))
+    waiting = asyncio.create_task(app.turns.wait(turn.deployment, turn.message_id, timeout=ENDING_TIMEOUT))
     render.echo("", f"{scene.deployment} < {scene.text}")
     pid, struck, words = 0, time.monotonic(), 0
     async for event in app.events.follow(turn.stream):

@@ -14,7 +14,7 @@ from queue_service.cli.options import DURATION, MOMENT, app_option, command, jso
 from queue_service.codec import loads
 from queue_service.errors import PayloadRefused, TaskUnknown
 
-BATCH = 5_000
+LINES_AT_ONCE = 5_000
 
 
 @click.command()
@@ -65,7 +65,7 @@ async def _many(app: App, task: str, lines: IO[str], options: dict[str, Any]) ->
     count = last = 0
     try:
         with render.progress("enqueueing", None) as advance:
-            while batch := list(islice(numbered, BATCH)):
+            while batch := list(islice(numbered, LINES_AT_ONCE)):
                 stored = await app.enqueue_many(task, [payload for _, payload in batch], **shared)
                 count, last = count + len(stored), batch[-1][0]
                 advance(len(stored))

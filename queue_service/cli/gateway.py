@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from queue_service.gateway import Gateway
 
 # A client that stopped taking what it is sent holds its socket no longer than this, in seconds; so does one that vanished.
-PATIENCE = 30
-GRACE = 10
+UNACKNOWLEDGED_SECONDS = 30
+SHUTDOWN_SECONDS = 10
 
 
 @click.command()
@@ -80,7 +80,7 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from None
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * PATIENCE)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNACKNOWLEDGED_SECONDS)
     return made
 
 
@@ -94,7 +94,7 @@ async def _serve(app: App, made: Gateway, listening: socket.socket, *, with_page
         log_config=None,
         access_log=False,
         lifespan="on",
-        timeout_graceful_shutdown=GRACE,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         timeout_keep_alive=30,
         server_header=False,
     )

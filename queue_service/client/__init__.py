@@ -8,6 +8,7 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(f"The client needs httpx2. {install_extra('client')}") from missing
 
 from queue_service.client.chat import ChatClient
-from queue_service.client.model import Event, Receipt
+from queue_service.client.model import MessageAccepted
+from queue_service.events.model import Event
 
-__all__ = ["ChatClient", "Event", "Receipt"]
+__all__ = ["ChatClient", "Event", "MessageAccepted"]

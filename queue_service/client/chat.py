@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import httpx2
 
 from queue_service.client.buffer import Buffer
-from queue_service.client.model import Event, Receipt, State
+from queue_service.client.model import MessageAccepted, State
 from queue_service.client.outbox import FileOutbox, Outbox
 from queue_service.client.sending import ATTEMPTS, Sender, is_forgotten, may_pass
 from queue_service.client.stream import EventStream
@@ -22,6 +22,7 @@ from queue_service.client.timing import Timing
 from queue_service.client.tracks import Delivered, Tracks
 from queue_service.client.wire import StateOf, Stopped, Stored, Watching, Wire, encoded
 from queue_service.errors import ConfigError, NotConnected, PayloadRefused, SendFailed
+from queue_service.events.model import Event
 from queue_service.logs import get_logger
 
 log = get_logger(__name__)
@@ -79,7 +80,7 @@ class ChatClient:
         self._failure: BaseException | None = None
         self._is_closed = False
         #: Messages that an earlier client left in the outbox, by client_message_id; there from `connect` on.
-        self.recovered: dict[str, asyncio.Future[Receipt]] = {}
+        self.recovered: dict[str, asyncio.Future[MessageAccepted]] = {}
 
     # Life
 
@@ -186,13 +187,13 @@ class ChatClient:
                 await self._wire.post("unwatch", encoded({"stream": stream}), connection, object)
             except SendFailed as failed:
                 # Its events are dropped here, and the next reconnect does not name it.
-                log.info("the gateway was not told that a stream is watched no longer", stream=stream, why=str(failed))
+                log.info("the gateway does not know that a stream is watched no longer", stream=stream, why=str(failed))
 
     # Messages
 
     def send(
         self, stream: str, body: Mapping[str, Any], client_message_id: str | None = None
-    ) -> asyncio.Future[Receipt]:
+    ) -> asyncio.Future[MessageAccepted]:
         """Send a message, after those sent before; the receipt comes when it is stored. It is tried three times, and waits
         for a connection as long as it takes; then the future fails with SendFailed. To cancel the future takes nothing
         back. With an outbox, the message is on disk when this returns.
@@ -206,14 +207,14 @@ class ChatClient:
         return self._sender.send("send", encoded(message))
 
     async def permission(self, stream: str, request_id: str, answer: Any) -> int:
-        """Answer what the agent asks. It waits its turn among the messages and is tried as they are. The `seq` of its
-        event. Raises as `send` and its future."""
+        """Answer what the agent asks. It waits its turn among the messages and is tried as they are. Returns the `seq` of
+        its event. Raises as `send` and its future."""
         body = encoded({"stream": stream, "request_id": request_id, "answer": answer})
         stored: Stored = await self._sender.send("permission", body)
         return stored.seq
 
     async def stop(self, stream: str, message_id: str | None = None) -> list[str]:
-        """End the turn of a message, or all that are owed an ending. The ids of those that this ended.
+        """End the turn of a message, or all that are owed an ending. Returns the ids of those that this ended.
 
         This and what follows is said once and at once, for late it would mean something else: NotConnected is raised
         while there is no connection, and SendFailed if the gateway does not take it.
@@ -221,19 +222,19 @@ class ChatClient:
         return (await self._say("stop", _about(stream, message_id), Stopped)).stopped
 
     async def interrupt(self, stream: str, message_id: str | None = None) -> int:
-        """Ask the agent to interrupt what it does. The `seq` of the event that says so."""
+        """Ask the agent to interrupt what it does. Returns the `seq` of the event that says so."""
         return (await self._say("interrupt", _about(stream, message_id), Stored)).seq
 
     async def mode(self, stream: str, mode: str) -> int:
-        """Tell the agent of a mode. The `seq` of the event that says so."""
+        """Ask the agent for a mode. Returns the `seq` of the event that says so."""
         return (await self._say("mode", {"stream": stream, "mode": mode}, Stored)).seq
 
     async def suspend(self, stream: str) -> str:
-        """The state of the stream after it was suspended."""
+        """Suspend the stream. Returns its state."""
         return (await self._say("suspend", {"stream": stream}, StateOf)).state
 
     async def close_stream(self, stream: str) -> str:
-        """End the stream. Turns that are owed an ending end `cancelled`. The state of the stream."""
+        """End the stream. Turns that are owed an ending end `cancelled`. Returns the state of the stream."""
         return (await self._say("close", {"stream": stream}, StateOf)).state
 
     # Inside

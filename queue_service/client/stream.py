@@ -13,12 +13,13 @@ from collections.abc import Callable
 import httpx2
 import msgspec
 
-from queue_service.client.model import Event, State
+from queue_service.client.model import State
 from queue_service.client.sending import Sender, may_pass
 from queue_service.client.timing import Timing
 from queue_service.client.tracks import Tracks
 from queue_service.client.wire import End, Gap, Goodbye, Pulse, Welcome, Wire, encoded
 from queue_service.errors import NotConnected, SendFailed
+from queue_service.events.model import Event
 from queue_service.logs import get_logger
 
 log = get_logger(__name__)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from queue_service.client.buffer import Buffer
-from queue_service.client.model import Event
 from queue_service.client.timing import Timing
-from queue_service.client.wire import PAGE, End, Gap, Page, Wire
+from queue_service.client.wire import HISTORY_LIMIT, End, Gap, HistoryPage, Wire
 from queue_service.errors import SendFailed
+from queue_service.events.model import Event, gap
 from queue_service.logs import get_logger
 
 log = get_logger(__name__)
@@ -103,21 +103,21 @@ class Tracks:
         else:
             await self._deliver(track, event, event.seq)
 
-    async def skip(self, gap: Gap) -> None:
+    async def skip(self, missed: Gap) -> None:
         """The gateway does not send these events here."""
-        track = self._tracks.get(gap.stream)
+        track = self._tracks.get(missed.stream)
         if track is None:
             return
-        if gap.last <= gap.head:
-            self._want(track, gap.last)
+        if missed.last <= missed.head:
+            self._want(track, missed.last)
             return
         # The database was restored, and counts on from its head. Nothing beyond that is missing.
-        track.wanted = gap.head
-        if track.cursor > gap.head:
+        track.wanted = missed.head
+        if track.cursor > missed.head:
             track.stop()
-            await self._deliver(track, _gap(gap.stream, gap.first, gap.last, gap.head), gap.head)
-        # Told twice of this, as each place that is named is answered, we may lack what was appended between the two.
-        self._want(track, gap.head)
+            await self._deliver(track, gap(missed.stream, missed.first, missed.last, missed.head), missed.head)
+        # The gateway may say this twice, once for each place that names the stream: we may lack what was appended between.
+        self._want(track, missed.head)
 
     def end(self, end: End) -> None:
         """The stream has ended, and the gateway believes that all of it was sent."""
@@ -150,7 +150,7 @@ class Tracks:
             else:
                 await asyncio.sleep(pauses.next())
 
-    async def _deliver_page(self, track: Track, page: Page, wanted: int) -> None:
+    async def _deliver_page(self, track: Track, page: HistoryPage, wanted: int) -> None:
         for event in page.events:
             if event.seq <= track.cursor:
                 continue
@@ -159,16 +159,12 @@ class Tracks:
             await self._deliver(track, event, event.seq)
         # What was known to be there before we asked, and is not in a page that had room for it, was trimmed away. A head
         # below that is another matter: a copy of the database that is behind, and has it later.
-        if len(page.events) < PAGE and track.cursor < wanted <= page.head:
+        if len(page.events) < HISTORY_LIMIT and track.cursor < wanted <= page.head:
             await self._deliver_gap(track, wanted, page.head)
 
     async def _deliver_gap(self, track: Track, last: int, head: int) -> None:
-        await self._deliver(track, _gap(track.stream, track.cursor + 1, last, head), last)
+        await self._deliver(track, gap(track.stream, track.cursor + 1, last, head), last)
 
     async def _deliver(self, track: Track, event: Event, cursor: int) -> None:
         await self._buffer.put((track, event, cursor))
         track.cursor = cursor
-
-
-def _gap(stream: str, first: int, last: int, head: int) -> Event:
-    return Event(stream=stream, seq=last, kind="gap", body={"from": first, "to": last, "head": head})

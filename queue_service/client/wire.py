@@ -15,14 +15,14 @@ from urllib.parse import quote
 import httpx2
 import msgspec
 
-from queue_service.client.model import Event
 from queue_service.client.timing import Timing
 from queue_service.errors import ConfigError, PayloadRefused, SendFailed
+from queue_service.events.model import Event
 
 T = TypeVar("T")
 
 # Events in a page of the history; the gateway gives 1,000 at most.
-PAGE = 500
+HISTORY_LIMIT = 500
 # Servers and proxies refuse long URLs; what does not fit goes with the POST `reconnect`, as all is.
 LONGEST_QUERY = 4_000
 NO_TIMEOUT = httpx2.Timeout(None)
@@ -49,7 +49,7 @@ class Goodbye(msgspec.Struct, frozen=True):
     reason: str = "no reason given"
 
 
-class Page(msgspec.Struct, frozen=True):
+class HistoryPage(msgspec.Struct, frozen=True):
     head: int
     events: list[Event]
 
@@ -114,12 +114,12 @@ class Wire:
         )
         return await self._answer(request, name, answer)
 
-    async def history(self, stream: str, after: int) -> Page:
+    async def history(self, stream: str, after: int) -> HistoryPage:
         """Stored events after a cursor. Raises SendFailed."""
         url = f"{self._url}/api/sessions/{quote(stream, safe='')}/events"
-        params = {"after": after, "limit": PAGE}
+        params = {"after": after, "limit": HISTORY_LIMIT}
         request = self._http.build_request("GET", url, params=params, headers=self._headers, timeout=NO_TIMEOUT)
-        return await self._answer(request, "events", Page)
+        return await self._answer(request, "events", HistoryPage)
 
     @contextlib.asynccontextmanager
     async def events(self, cursors: Mapping[str, int]) -> AsyncIterator[tuple[httpx2.EventSource, Pulse] | None]:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from queue_service.db.query import Query, nothing
@@ -30,6 +30,9 @@ MANY_STREAMS = 50
 class Notice(NamedTuple):
     channel: str
     payload: str
+
+
+Notify = Callable[[list[Notice]], None]
 
 
 def notify(notices: Collection[Notice], *, alone: bool) -> Query[None]:

@@ -1,7 +1,7 @@
 """LISTEN on a connection of its own, kept alive, and honest about what it may have missed.
 
-A `Gap` says "notices may have been lost: read again". One comes first, once listening has begun (so that whoever reads
-upon it misses nothing that is committed later), and after every reconnection.
+A `NoticesMissed` says "notices may have been lost: read again". One comes first, once listening has begun (so that whoever
+reads upon it misses nothing that is committed later), and after every reconnection.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Gap:
+class NoticesMissed:
     pass
 
 
@@ -42,9 +42,9 @@ class Listener:
         self._application = application
         self.connected = False
 
-    async def notices(self) -> AsyncIterator[Notice | Gap]:
-        """Each notice as it comes, for ever. A Gap comes first, and again whenever notices may have been lost: then look
-        yourself. An outage ends nothing; it is logged once."""
+    async def notices(self) -> AsyncIterator[Notice | NoticesMissed]:
+        """Each notice as it comes, for ever. A NoticesMissed comes first, and again whenever notices may have been lost:
+        then look yourself. An outage ends nothing; it is logged once."""
         pauses = Pauses(FIRST_PAUSE, MAX_PAUSE, jitter=spread)
         while True:
             conn = None
@@ -54,7 +54,7 @@ class Listener:
                     log.info("listening again")
                 pauses.reset()
                 self.connected = True
-                yield Gap()
+                yield NoticesMissed()
                 async for notice in self._read(conn):
                     yield notice
             except DatabaseUnavailable as lost:

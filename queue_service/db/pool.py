@@ -181,7 +181,7 @@ class Pool:
             await self._pool.putconn(conn)
 
 
-class Wire:
+class OwnConnection:
     """One connection of its own for one coroutine: never shared, so it never waits in a queue behind anyone's work.
 
     A broken one is replaced at the next `fetch`; the failed call itself raises DatabaseUnavailable, because only the

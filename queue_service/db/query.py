@@ -5,7 +5,7 @@ Whoever holds a connection runs it: async or sync, alone or in a transaction, on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -22,6 +22,9 @@ class Query(Generic[T_co]):
     text: str
     decode: Callable[[Rows], T_co]
     params: Mapping[str, Any] = field(default_factory=dict)
+
+
+Fetch = Callable[[Query[Any]], Awaitable[Any]]
 
 
 def nothing(_rows: Rows) -> None:

@@ -14,6 +14,9 @@ from queue_service.db.query import Query
 
 T = TypeVar("T")
 
+# Another session that changes what was looked at, before the write, makes us look again; this often is no coincidence.
+MAX_TRIES = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:

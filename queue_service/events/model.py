@@ -18,7 +18,8 @@ MAX_KIND = 64
 class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One entry of a stream. `seq` counts from 1 without gaps, in the order of commits. `terminal` events end a turn.
 
-    Kind `gap` is made up by whoever reads: events `body["from"]` to `body["to"]` are no longer stored.
+    Kind `gap` is made up by whoever reads: events `body["from"]` to `body["to"]` are no longer stored, and `body["head"]`
+    is the last one that is. Where `to` is beyond the head, the database went back, and the stream goes on after the head.
     """
 
     stream: str
@@ -52,7 +53,7 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def gap(stream: str, first: int, last: int, head: int) -> Event:
-    """The event that tells of others that are missing."""
+    """The event that stands for others, which are missing."""
     return Event(stream=stream, seq=last, kind="gap", body={"stream": stream, "from": first, "to": last, "head": head})
 
 

@@ -25,18 +25,18 @@ class NewEvent(NamedTuple):
     body: str
 
 
-def append(events: Sequence[NewEvent], *, tell: bool) -> Query[list[int | None]]:
-    """The seq of each event, in the order given; None for one whose stream has ended. With `tell`, notices go out with
+def append(events: Sequence[NewEvent], *, notify: bool) -> Query[list[int | None]]:
+    """The seq of each event, in the order given; None for one whose stream has ended. With `notify`, notices go out with
     the commit."""
-    return _append("append", events, tell)
+    return _append("append", events, notify)
 
 
-def append_free(events: Sequence[NewEvent], *, tell: bool) -> Query[list[int | None]]:
+def append_free(events: Sequence[NewEvent], *, notify: bool) -> Query[list[int | None]]:
     """As `append`, waiting for nobody: BUSY for an event whose stream another session is writing to."""
-    return _append("append_free", events, tell)
+    return _append("append_free", events, notify)
 
 
-def _append(statement: str, events: Sequence[NewEvent], tell: bool) -> Query[list[int | None]]:
+def _append(statement: str, events: Sequence[NewEvent], notify: bool) -> Query[list[int | None]]:
     texts = [
         f'{{"stream":{json_literal(each.stream)},"kind":{json_literal(each.kind)},"body":{each.body}}}'
         for each in events
@@ -48,7 +48,7 @@ def _append(statement: str, events: Sequence[NewEvent], tell: bool) -> Query[lis
             seqs[place - 1] = seq
         return seqs
 
-    return SQL.query(statement, decode, events="[" + ",".join(texts) + "]", tell=tell)
+    return SQL.query(statement, decode, events="[" + ",".join(texts) + "]", notify=notify)
 
 
 def read(stream: str, *, after: int, limit: int) -> Query[list[Event]]:

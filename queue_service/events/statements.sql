@@ -29,7 +29,7 @@ with given as materialized (
     insert into queue_service.events (stream, seq, kind, body)
     select stream, seq, kind, coalesce(body, 'null'::jsonb) from numbered
 )
-select place, seq, case when %(tell)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
+select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
   from numbered
 
 -- name: append_free
@@ -67,7 +67,7 @@ with given as materialized (
     insert into queue_service.events (stream, seq, kind, body)
     select stream, seq, kind, coalesce(body, 'null'::jsonb) from numbered
 )
-select place, seq, case when %(tell)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
+select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
   from numbered
 union all
 select busy.place, 0, null from busy

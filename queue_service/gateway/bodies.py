@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from queue_service.gateway.refusals import Refused
 
 B = TypeVar("B", bound="Body")
-S = TypeVar("S", bound="Stream")
+S = TypeVar("S", bound="StreamBody")
 
 Cursor = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 # Postgres stores no NUL, and refuses to look for one.
@@ -21,7 +21,7 @@ Word = Annotated[str, msgspec.Meta(min_length=1, max_length=512, pattern=r"^[^\x
 Cursors = Annotated[dict[str, Cursor], msgspec.Meta(max_length=1_000)]
 
 # How long, in seconds, a body may take to come.
-DEADLINE = 20.0
+BODY_DEADLINE = 20.0
 
 # Where msgspec says what it refused: "... - at `$.streams[...]`", "missing required field `stream`".
 _AT = re.compile(r"at `\$\.(\w+)|field `(\w+)`")
@@ -35,29 +35,29 @@ class Reconnect(Body, frozen=True):
     streams: Cursors
 
 
-class Stream(Body, frozen=True):
+class StreamBody(Body, frozen=True):
     stream: str
 
 
-class Watch(Stream, frozen=True):
+class Watch(StreamBody, frozen=True):
     cursor: Cursor = 0
 
 
-class Send(Stream, frozen=True):
+class Send(StreamBody, frozen=True):
     client_message_id: Word
     body: dict[str, Any]
 
 
-class About(Stream, frozen=True):
+class About(StreamBody, frozen=True):
     message_id: Word | None = None
 
 
-class Permission(Stream, frozen=True):
+class Permission(StreamBody, frozen=True):
     request_id: Word
     answer: Any
 
 
-class Mode(Stream, frozen=True):
+class Mode(StreamBody, frozen=True):
     mode: Word
 
 
@@ -80,13 +80,13 @@ async def read(request: Request, kind: type[B], *, limit: int) -> B:
 async def _bytes(request: Request, limit: int) -> bytes:
     data = bytearray()
     try:
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(BODY_DEADLINE):
             async for chunk in request.stream():
                 data += chunk
                 if len(data) > limit:
                     raise Refused(413, f"The body is larger than the {limit:,} bytes that are taken. Send less.")
     except TimeoutError:
-        raise Refused(408, f"The body did not come within {DEADLINE:g} s. Send it again.") from None
+        raise Refused(408, f"The body did not come within {BODY_DEADLINE:g} s. Send it again.") from None
     except ClientDisconnect:
         # Nobody hears this; but that a client went away is no fault of ours, to be logged with a traceback.
         raise Refused(400, "The body was cut off.") from None

@@ -23,9 +23,9 @@ from queue_service.turns.model import Marker, Turn, TurnFailure
 log = get_logger(__name__)
 
 # Turns of one stream that `stop` and `close` end at a time.
-PAGE = 100
+MARKERS_AT_ONCE = 100
 
-Answer = tuple[int, Mapping[str, Any]]
+StatusAndBody = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Posts:
         self._task = task
         self._queue = queue
         self._deployment = deployment
-        self.by_name: Mapping[str, Callable[[Post], Awaitable[Answer]]] = {
+        self.by_name: Mapping[str, Callable[[Post], Awaitable[StatusAndBody]]] = {
             "reconnect": self._reconnect,
             "watch": self._watch,
             "unwatch": self._unwatch,
@@ -62,7 +62,7 @@ class Posts:
 
     # The connection
 
-    async def _reconnect(self, post: Post) -> Answer:
+    async def _reconnect(self, post: Post) -> StatusAndBody:
         asked = await self._read(post, bodies.Reconnect)
         for stream in asked.streams:
             await self._access.stream(post.principal, stream, "streams")
@@ -70,18 +70,18 @@ class Posts:
         post.connection.watch_only(asked.streams)
         return 200, {"streams": {stream: heads[stream][0] if stream in heads else 0 for stream in asked.streams}}
 
-    async def _watch(self, post: Post) -> Answer:
+    async def _watch(self, post: Post) -> StatusAndBody:
         asked = await self._about(post, bodies.Watch)
         head = await self._app.events.head(asked.stream)
         post.connection.watch(asked.stream, asked.cursor)
         return 200, {"stream": asked.stream, "head": head}
 
-    async def _unwatch(self, post: Post) -> Answer:
-        asked = await self._about(post, bodies.Stream)
+    async def _unwatch(self, post: Post) -> StatusAndBody:
+        asked = await self._about(post, bodies.StreamBody)
         post.connection.unwatch(asked.stream)
         return 200, {"stream": asked.stream}
 
-    async def _switch(self, post: Post) -> Answer:
+    async def _switch(self, post: Post) -> StatusAndBody:
         asked = await self._about(post, bodies.Watch)
         head = await self._app.events.head(asked.stream)
         post.connection.watch_only({asked.stream: asked.cursor})
@@ -89,7 +89,7 @@ class Posts:
 
     # Its streams
 
-    async def _send(self, post: Post) -> Answer:
+    async def _send(self, post: Post) -> StatusAndBody:
         self._access.pace(post.principal)
         asked = await self._about(post, bodies.Send)
         turn = Turn(
@@ -107,33 +107,33 @@ class Posts:
             "seq": receipt.seq,
         }
 
-    async def _stop(self, post: Post) -> Answer:
+    async def _stop(self, post: Post) -> StatusAndBody:
         asked = await self._about(post, bodies.About)
         return 200, {"stopped": await self._cancel_turns(asked.stream, asked.message_id)}
 
-    async def _interrupt(self, post: Post) -> Answer:
+    async def _interrupt(self, post: Post) -> StatusAndBody:
         asked = await self._about(post, bodies.About)
         return await self._say(post, asked.stream, "interrupt", {"message_id": asked.message_id})
 
-    async def _permission(self, post: Post) -> Answer:
+    async def _permission(self, post: Post) -> StatusAndBody:
         asked = await self._about(post, bodies.Permission)
         return await self._say(
             post, asked.stream, "permission", {"request_id": asked.request_id, "answer": asked.answer}
         )
 
-    async def _mode(self, post: Post) -> Answer:
+    async def _mode(self, post: Post) -> StatusAndBody:
         asked = await self._about(post, bodies.Mode)
         return await self._say(post, asked.stream, "mode", {"mode": asked.mode})
 
-    async def _suspend(self, post: Post) -> Answer:
-        asked = await self._about(post, bodies.Stream)
+    async def _suspend(self, post: Post) -> StatusAndBody:
+        asked = await self._about(post, bodies.StreamBody)
         if not await self._app.fetch(queries.suspend(asked.stream)):
             # Or a page that is left would take back what another one closed.
             raise Refused(409, "A stream that is closing or has ended cannot be suspended.", field="stream")
         return 200, {"stream": asked.stream, "state": StreamState.SUSPENDED.value}
 
-    async def _close(self, post: Post) -> Answer:
-        asked = await self._about(post, bodies.Stream)
+    async def _close(self, post: Post) -> StatusAndBody:
+        asked = await self._about(post, bodies.StreamBody)
         # From here on no message is taken in; what was taken in before gets its ending, and then there is nothing to come.
         await self._app.events.set_state(asked.stream, StreamState.CLOSING)
         await self._cancel_turns(asked.stream, None)
@@ -151,15 +151,15 @@ class Posts:
         await self._access.stream(post.principal, asked.stream)
         return asked
 
-    async def _say(self, post: Post, stream: str, kind: str, body: Mapping[str, Any]) -> Answer:
+    async def _say(self, post: Post, stream: str, kind: str, body: Mapping[str, Any]) -> StatusAndBody:
         return 200, {"seq": await self._app.events.append(stream, kind, {**body, "user_id": post.principal.id})}
 
     async def _cancel_turns(self, stream: str, message_id: str | None) -> list[str]:
         """End the turns of a stream that are owed their ending, or one of them. Returns the ids of those this ended."""
         stopped: list[str] = []
-        while owed := await self._app.turns.list(stream=stream, message_id=message_id, limit=PAGE):
+        while owed := await self._app.turns.list(stream=stream, message_id=message_id, limit=MARKERS_AT_ONCE):
             stopped += [marker.message_id for marker in owed if await self._cancel_turn(marker)]
-            if len(owed) < PAGE:
+            if len(owed) < MARKERS_AT_ONCE:
                 break
         return stopped
 

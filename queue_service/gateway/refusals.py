@@ -19,7 +19,7 @@ from queue_service.logs import get_logger
 
 log = get_logger(__name__)
 
-STATUS: tuple[tuple[type[QueueServiceError], int], ...] = (
+STATUS_CODES: tuple[tuple[type[QueueServiceError], int], ...] = (
     (MessageConflict, 409),
     (StreamEnded, 409),
     (ConfigError, 400),
@@ -45,7 +45,7 @@ class Refused(Exception):
 
 def refusal(error: QueueServiceError) -> Refused:
     """An error of ours, as its caller sees it."""
-    status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
+    status = next((status for kind, status in STATUS_CODES if isinstance(error, kind)), 500)
     # Not what the driver said: addresses and names are not for callers.
     why = {500: "This cannot be done now.", 503: "The database cannot be reached. Try again."}.get(status) or str(error)
     if status >= 500:

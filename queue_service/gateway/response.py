@@ -17,7 +17,7 @@ from queue_service.logs import get_logger
 
 log = get_logger(__name__)
 
-HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store, no-transform"),
     # Proxies that gather what they pass on would hold events back.
@@ -49,7 +49,7 @@ class EventResponse(Response):
             writing.result()
 
     async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         async for chunk in self._connection.chunks():
             try:
                 async with asyncio.timeout(self._stall):

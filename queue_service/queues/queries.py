@@ -22,7 +22,7 @@ class Queue(NamedTuple):
     burst: int | None
 
 
-class Limits(NamedTuple):
+class QueueLimits(NamedTuple):
     """None is no limit; of the last three, all are set, or none."""
 
     max_running: int | None
@@ -51,7 +51,7 @@ def count_all() -> Query[None]:
     return SQL.query("count_all", _nothing)
 
 
-def limit(name: str, limits: Limits) -> Query[bool]:
+def limit(name: str, limits: QueueLimits) -> Query[bool]:
     """False if it had these limits already."""
     return SQL.query("limit", found, name=name, **limits._asdict())
 

@@ -1,7 +1,7 @@
 -- What clients, operators and the sweeper do to runs that no worker holds: cancel, expire, retry, delete.
 
 -- name: cancel
--- A queued run ends `cancelled`; a running one is marked, and its worker told. Row: 'cancelled' or 'requested'; none if
+-- A queued run ends `cancelled`; a running one is marked for its worker. Row: 'cancelled' or 'requested'; none if
 -- no live run has this id. The row is locked before its state is looked at, so that a claim cannot slip between.
 -- writes: runs, finished_runs
 with target as materialized (
@@ -60,7 +60,7 @@ returning id
 
 -- name: retry
 -- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on
--- counting, so that no old claim fits it; the last one, which its own columns told of, joins those kept with the run.
+-- counting, so that no old claim fits it; the last one, which its own columns described, joins those kept with the run.
 -- Row: queue and priority; none if there is no such run in history.
 -- A live run with the same singleton key makes this a unique violation, and then nothing moved.
 -- writes: runs, finished_runs

@@ -21,7 +21,7 @@ class Claim(NamedTuple):
 
 
 def hold(claim: Claim) -> Query[bool]:
-    """Lock the run until the transaction ends. False: the claim is not held any more."""
+    """Lock the run until the transaction ends. The result is False if the claim is not held any more."""
     return SQL.query("hold", found, run_id=claim.run_id, attempt=claim.attempt)
 
 

@@ -43,7 +43,7 @@ class RunContext(Protocol):
     def transaction(self, conn: Any) -> RunTransaction[Any, Any]: ...
 
     def report(self, progress: str) -> bool:
-        """Store this soon: a JSON object of value and note. False: the run is not this handler's any more."""
+        """Store this soon: a JSON object of value and note. Returns False if the run is not this handler's any more."""
 
 
 FindContext = Callable[[Any], RunContext | None]

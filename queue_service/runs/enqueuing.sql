@@ -1,7 +1,7 @@
 -- Storing runs: one, one in place of another, and many.
 
 -- name: enqueue
--- Store a run, and tell of it if there is a notice to send. One row: its id. None: a live run holds the singleton key,
+-- Store a run, and send its notice if there is one. One row: its id. None: a live run holds the singleton key,
 -- and nothing changed.
 -- writes: runs
 with stored as (

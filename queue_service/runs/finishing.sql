@@ -1,7 +1,7 @@
 -- What becomes of claimed runs, and of each write whether its claim was still held: `attempt` has moved if it was not.
 -- Locks are taken leases first, then runs by ascending id.
 --
--- The columns of a run that is running or has ended tell of its last attempt. Those before it that failed or lost their
+-- The columns of a run that is running or has ended describe its last attempt. Those before it that failed or lost their
 -- worker are in `attempts`, the last twenty, their errors shortened; null where there were none, which costs nothing.
 
 -- define: is_held
@@ -40,7 +40,8 @@ returning id, attempt
 -- cancelled meanwhile ends so instead. One row for each claim that was still held. An outcome is an object of delay (in
 -- seconds), failed, error and reserved_for; without the last, the run is anyone's. The runs are locked before
 -- cancel_requested is looked at: a request that came in between would otherwise fit neither branch. The owner of a
--- reserved run is told with the commit: it has a second, and a poll may come later (counting `told` makes it happen).
+-- reserved run is notified with the commit: it has a second, and a poll may come later (counting `notified` makes it
+-- happen).
 -- writes: runs, finished_runs, leases
 with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
@@ -74,10 +75,10 @@ with freed as (
                               {outcome} -> 'error' as error) as this) else attempts end
      where runs.id = any(array(select held.id from held where not held.cancel_requested))
     returning id, attempt, queue, priority, reserved_for
-), told as (
+), notified as (
     select pg_notify('queue_service_runs', priority || ' ' || queue)::text from queued where reserved_for is not null
 )
-select id, attempt from queued where (select count(*) from told) >= 0
+select id, attempt from queued where (select count(*) from notified) >= 0
 union all
 select id, attempt from cancelled
 

@@ -142,10 +142,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return assert_held(self.claim, conn)
 
     def progress(self, value: float, note: str | None = None) -> bool:
-        """For the handler this run was given to, of any kind: how far it is, from 0 to 1. Returns at once: of what is
-        reported the newest is stored within about a second, if the run is still this handler's, and a failure to store it
-        is not raised. False: the run is not this handler's any more, as `cancelled` says, and it should stop.
-        """
+        """For the handler this run was given to, of any kind: report how far it is, from 0 to 1. Returns at once: of what
+        is reported the newest is stored within about a second, if the run is still this handler's, and a failure to store
+        it is not raised. Returns False if the run is not this handler's any more, as `cancelled` says: then it should
+        stop."""
         progress = context.encoded_progress(value, note)
         try:
             return self._context().report(progress)

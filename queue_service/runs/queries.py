@@ -26,7 +26,7 @@ _claim_of = attrgetter("claim")
 Done = tuple[Any, ...]
 
 
-class Due(NamedTuple):
+class DuePriority(NamedTuple):
     """One priority of one queue where something is due, and where the first of it stands."""
 
     queue: str
@@ -39,7 +39,7 @@ class Scan(NamedTuple):
     is to be looked at, `limited` those of all these that have a limit."""
 
     at: datetime
-    due: list[Due]
+    due: list[DuePriority]
     laned: set[str]
     limited: set[str]
 
@@ -347,7 +347,9 @@ def _swept(rows: Rows) -> list[SweptRun]:
 
 
 def _scan(rows: Rows) -> Scan:
-    due = [Due(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id, _ in rows if run_id]
+    due = [
+        DuePriority(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id, _ in rows if run_id
+    ]
     laned = {row[1] for row in rows if row[1] and row[2] is None}
     return Scan(rows[0][0], due, laned, {row[1] for row in rows if row[5]})
 

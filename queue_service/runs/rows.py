@@ -48,7 +48,7 @@ def read_runs(rows: Rows) -> list[Run]:
 
 
 def _attempts(row: Row) -> tuple[Attempt, ...]:
-    """Those kept with the run, and the one that its own columns tell of. There is none where a queued run waits, or ended:
+    """Those kept with the run, and the one that its own columns describe. There is none where a queued run waits, or ended:
     then the error is that of an attempt before."""
     kept = () if row[25] is None else _decode_attempts(row[25])
     if row[12] is None:

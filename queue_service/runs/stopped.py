@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-KEPT = 10_000
+REMEMBERED = 10_000
 
 _stopped: dict[tuple[Any, ...], None] = {}
 _changing = threading.Lock()
@@ -18,7 +18,7 @@ _changing = threading.Lock()
 def mark(claim: tuple[Any, ...]) -> None:
     with _changing:
         _stopped[claim] = None
-        if len(_stopped) > KEPT:
+        if len(_stopped) > REMEMBERED:
             del _stopped[next(iter(_stopped))]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from queue_service.cron import Timing
+from queue_service.cron import Recurrence
 
 
 class Misfire(StrEnum):
@@ -44,9 +44,9 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     last_run_id: int | None = None
 
     @property
-    def timing(self) -> Timing:
+    def timing(self) -> Recurrence:
         """Raises ConfigError where the time zone is not known on this machine."""
-        return Timing(self.cron, self.every, self.timezone)
+        return Recurrence(self.cron, self.every, self.timezone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class NewSchedule:
     """What is stored of a schedule. `payload` is JSON text."""
 
     name: str
-    timing: Timing
+    timing: Recurrence
     misfire: Misfire
     task: str
     queue: str
@@ -64,7 +64,7 @@ class NewSchedule:
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class DueSchedule:
     """A schedule whose `next_at` has come. Whoever changes the schedule meanwhile changes `updated_at` too."""
 
     name: str
@@ -80,6 +80,6 @@ class Due:
 class Firing:
     """The slots a due schedule fires for, and when it is due again."""
 
-    due: Due
+    due: DueSchedule
     slots: list[datetime]
     next_at: datetime

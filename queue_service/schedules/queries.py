@@ -11,7 +11,7 @@ import msgspec
 from queue_service.codec import loads
 from queue_service.db.query import Query, Row, Rows, found, scalar
 from queue_service.db.statements import Statements
-from queue_service.schedules.model import Due, Firing, Misfire, NewSchedule, Schedule
+from queue_service.schedules.model import DueSchedule, Firing, Misfire, NewSchedule, Schedule
 
 SQL = Statements("queue_service.schedules")
 
@@ -24,7 +24,7 @@ class Look(NamedTuple):
 
     now: datetime
     later: datetime | None
-    due: list[Due]
+    due: list[DueSchedule]
 
 
 class Fired(NamedTuple):
@@ -88,7 +88,7 @@ def due(*, after: tuple[datetime, str] = START, limit: int) -> Query[Look]:
     def decode(rows: Rows) -> Look:
         now, later = rows[0][:2]
         found = [
-            Due(name, cron, every, timezone, Misfire(misfire), next_at, updated_at)
+            DueSchedule(name, cron, every, timezone, Misfire(misfire), next_at, updated_at)
             for _, _, name, cron, every, timezone, misfire, next_at, updated_at in rows
             if name is not None
         ]

@@ -122,7 +122,7 @@ class Combiner(Generic[A, R]):
             except Exception as refused:  # noqa: BLE001 - handed to those who wait for it
                 _refuse(batch, refused)
             except BaseException as broken:
-                # Told to whoever waits: nobody may wait for a carrier that has died.
+                # Raised in whoever waits: nobody may wait for a carrier that has died.
                 _refuse(batch, DatabaseUnavailable(f"This process is ending ({type(broken).__name__})."))
                 raise
 

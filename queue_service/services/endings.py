@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Collection
 
 from queue_service.db import channels
-from queue_service.db.listener import Gap, Listener
+from queue_service.db.listener import Listener, NoticesMissed
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
@@ -19,7 +19,7 @@ from queue_service.runs.model import RunState
 
 log = get_logger(__name__)
 
-Answer = asyncio.Future[RunState | None]
+EndingFuture = asyncio.Future[RunState | None]
 
 
 class Endings:
@@ -33,14 +33,14 @@ class Endings:
         self._fetch = fetch
         self._listener = listener
         self._poll_interval = poll_interval
-        self._waiting: dict[int, set[Answer]] = {}
+        self._waiting: dict[int, set[EndingFuture]] = {}
         self._watch: asyncio.Task[None] | None = None
 
     async def wait(self, run_ids: Collection[int]) -> dict[int, RunState | None]:
         """How these runs ended, once all of them have; None for one that does not exist. Waits for ever: the caller brings
         the deadline."""
         loop = asyncio.get_running_loop()
-        answers: dict[int, Answer] = {run_id: loop.create_future() for run_id in run_ids}
+        answers: dict[int, EndingFuture] = {run_id: loop.create_future() for run_id in run_ids}
         for run_id, answer in answers.items():
             self._waiting.setdefault(run_id, set()).add(answer)
         if self._watch is None or self._watch.done():
@@ -53,7 +53,7 @@ class Endings:
             for run_id, answer in answers.items():
                 self._forget(run_id, answer)
 
-    def _forget(self, run_id: int, answer: Answer) -> None:
+    def _forget(self, run_id: int, answer: EndingFuture) -> None:
         # An error is raised for all who wait; a caller who waits for several runs gets the first one.
         if not answer.cancel() and not answer.cancelled():
             answer.exception()
@@ -82,7 +82,7 @@ class Endings:
 
     async def _listen(self) -> None:
         async for heard in self._listener.notices():
-            ended = None if isinstance(heard, Gap) else channels.read_run_ids(heard.payload)
+            ended = None if isinstance(heard, NoticesMissed) else channels.read_run_ids(heard.payload)
             await self._read(self._waiting.keys() if ended is None else self._waiting.keys() & ended)
 
     async def _poll(self) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from queue_service.db import channels
-from queue_service.db.listener import Gap, Listener
+from queue_service.db.listener import Listener, NoticesMissed
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.events import queries
@@ -26,15 +26,15 @@ from queue_service.logs import get_logger
 
 log = get_logger(__name__)
 
-KEPT = 500
-PAGE = 200
+TAIL_LENGTH = 500
+READ_PAGE = 200
 # Streams that are not expected to move are looked at on every so many polls.
 QUIET_POLLS = 10
-PAUSE = 0.1
+READ_PAUSE = 0.1
 
 
-class Bell:
-    """Wakes everyone who took its `next` before it rings, and calls `listeners` each time."""
+class Wakeup:
+    """Wakes everyone who took its `next` before it, and calls `listeners` each time."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -43,7 +43,7 @@ class Bell:
     def next(self) -> asyncio.Event:
         return self._event
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         event, self._event = self._event, asyncio.Event()
         event.set()
         for listener in self.listeners:
@@ -64,8 +64,8 @@ class Tail:
         self.watchers = 0
         # How often the database went back: those who follow have to look again where they are.
         self.setbacks = 0
-        self.moved = Bell()
-        self.ended_turns = Bell()
+        self.moved = Wakeup()
+        self.ended_turns = Wakeup()
 
     def place(self, head: int) -> None:
         """Begin anew: what came up to this is not kept here. A turn may have ended before, so whoever waits looks again."""
@@ -85,15 +85,15 @@ class Tail:
             if self.head is not None and event.seq > self.head:
                 self.events.append(event)
                 self.head = event.seq
-        while len(self.events) > KEPT:
+        while len(self.events) > TAIL_LENGTH:
             self.base = self.events.popleft().seq
-        self.moved.ring()
+        self.moved.wake()
         if any(event.terminal for event in events):
-            self.ended_turns.ring()
+            self.ended_turns.wake()
 
     def touch(self) -> None:
-        self.moved.ring()
-        self.ended_turns.ring()
+        self.moved.wake()
+        self.ended_turns.wake()
 
     def is_over(self, cursor: int) -> bool:
         return self.state is StreamState.ENDED and cursor >= self.top
@@ -217,7 +217,7 @@ class Fanout:
                 if not events and follower.is_over:
                     return
                 if not events:
-                    await self.heard(moved)
+                    await self.woken(moved)
 
     async def head(self, stream: str) -> int:
         known = await self._fetch(queries.stream(stream))
@@ -227,18 +227,18 @@ class Fanout:
         """A page of what is stored after the cursor, however long the database takes to come back."""
         while True:
             try:
-                page: list[Event] = await self._fetch(queries.read(stream, after=cursor, limit=PAGE))
+                page: list[Event] = await self._fetch(queries.read(stream, after=cursor, limit=READ_PAGE))
             except DatabaseUnavailable as lost:
                 self.check()
                 log.debug("cannot replay a stream; trying again", why=str(lost))
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(READ_PAUSE)
             else:
                 return page
 
-    async def heard(self, bell: asyncio.Event) -> None:
-        """Wait for a bell of a tail. Raises DatabaseUnavailable where the watch has ended, and nobody rings it."""
+    async def woken(self, wakeup: asyncio.Event) -> None:
+        """Wait for a wakeup of a tail. Raises DatabaseUnavailable where the watch has ended, and nobody wakes anyone."""
         if self._failure is None:
-            await bell.wait()
+            await wakeup.wait()
         self.check()
 
     def check(self) -> None:
@@ -271,11 +271,11 @@ class Fanout:
 
     async def _listen(self) -> None:
         async for heard in self._listener.notices():
-            appended = None if isinstance(heard, Gap) else channels.read_appended(heard.payload)
+            appended = None if isinstance(heard, NoticesMissed) else channels.read_appended(heard.payload)
             if appended is None:
                 # Not every ending has an event: a discharged turn has none, and its notice may be what was lost.
                 for each in self._tails.values():
-                    each.ended_turns.ring()
+                    each.ended_turns.wake()
                 self._doubt(self._tails)
                 continue
             stream, seq = appended
@@ -287,7 +287,7 @@ class Fanout:
                 self._wake.set()
             else:
                 # Nothing new to read, so something else is: a state, or a turn that ended without an event.
-                tail.ended_turns.ring()
+                tail.ended_turns.wake()
                 self._doubt([stream])
 
     async def _poll(self) -> None:
@@ -315,7 +315,7 @@ class Fanout:
             except DatabaseUnavailable as lost:
                 log.debug("cannot read streams; trying again", why=str(lost))
                 self._doubt(self._tails)
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(READ_PAUSE)
 
     async def _compare(self) -> None:
         names, self._doubtful = self._doubtful & self._tails.keys(), set()
@@ -344,13 +344,13 @@ class Fanout:
         if not cursors:
             return
         found: dict[str, list[Event]] = {name: [] for name in cursors}
-        for event in await self._fetch(queries.tails(cursors, limit=PAGE)):
+        for event in await self._fetch(queries.tails(cursors, limit=READ_PAGE)):
             found[event.stream].append(event)
         for name, events in found.items():
             tail = self._tails.get(name)
             if tail is not None and events:
                 tail.extend(events)
-            if len(events) == PAGE:
+            if len(events) == READ_PAGE:
                 self._behind.add(name)
                 self._wake.set()
             elif tail is not None and tail.head is not None and tail.head < tail.top:

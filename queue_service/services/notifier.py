@@ -1,5 +1,5 @@
-"""Sends notices: the first at once, as part of the very statement it tells of; those that follow within a moment are
-gathered and sent together, after the commits they tell of.
+"""Sends notices: the first at once, as part of the very statement that causes it; those that follow within a moment are
+gathered and sent together, after the commits that cause them.
 
 A commit that notifies takes a lock shared by the whole server: with a notice for each run, 16 connections commit 4,600
 times a second instead of 21,500. So the moment follows the rate: it is 1 ms up to 4,000 notices a second, and 10 ms in a
@@ -84,7 +84,7 @@ class _Channel:
                 try:
                     await self._fetch(notify(notices, alone=True))
                 except DatabaseUnavailable as lost:
-                    log.debug("notices not sent; polling will find what they tell of", why=str(lost))
+                    log.debug("notices not sent; polling will find what they announce", why=str(lost))
             self._heard = 0
             await asyncio.sleep(self._moment)
             self._moment = min(max(self._heard * EACH, SHORTEST), LONGEST)

@@ -1,4 +1,4 @@
-"""Waiting for turns to end: watch the stream, then look, then wait for the stream's bell, with the poll as the floor.
+"""Waiting for turns to end: watch the stream, then look, then wait for a wakeup of the stream, with the poll as the floor.
 
 It needs no worker: a turn whose deadline has passed is ended here, by the election that any sweep would hold.
 """
@@ -45,8 +45,8 @@ class Outcomes:
         spared_until = 0.0
         with self._fanout.watch(standing.stream) as tail:
             while True:
-                # Taken before the look: what ends between the two rings it.
-                bell = tail.ended_turns.next()
+                # Taken before the look: what ends between the two wakes it.
+                wakeup = tail.ended_turns.next()
                 try:
                     standing = await self._look(key, may_end=time.monotonic() >= spared_until)
                 except DatabaseUnavailable as lost:
@@ -54,7 +54,7 @@ class Outcomes:
                     spared_until = time.monotonic() + self._grace
                 if standing.outcome is not None:
                     return standing.outcome
-                await _rung(self._fanout.heard(bell), self._patience(standing))
+                await _at_most(self._pause(standing), self._fanout.woken(wakeup))
 
     async def _first_look(self, key: Key) -> Standing:
         while True:
@@ -78,17 +78,16 @@ class Outcomes:
             raise TurnUnknown(*key)
         return standing
 
-    def _patience(self, standing: Standing) -> float:
-        """How long to wait for a bell before looking again: until the turn may have lapsed, if its deadline has not moved
-        by then. And not for ever, since a bell is rung by a notice, and only most of them can be made good by looking at
-        streams."""
+    def _pause(self, standing: Standing) -> float:
+        """How long to wait for a wakeup before looking again: until the turn may have lapsed, if its deadline has not moved
+        by then. And not for ever: a notice causes it, and a lost one is not always made good by looking at streams."""
         left = standing.seconds_left
         if left is None or left <= 0:
             return self._poll_interval
         return min(max(left, BREATH), QUIET_POLLS * self._poll_interval)
 
 
-async def _rung(bell: Coroutine[Any, Any, None], patience: float) -> None:
+async def _at_most(seconds: float, wakeup: Coroutine[Any, Any, None]) -> None:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(patience):
-            await bell
+        async with asyncio.timeout(seconds):
+            await wakeup

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 log = get_logger(__name__)
 
-AHEAD = 3
+DAYS_AHEAD = 3
 _LOCK = 4_718_105_520_115
 # One that holds nothing but what failed that day says so by its name.
 _NAME = re.compile(r"finished_runs_(\d{8})(_failed)?")
@@ -144,7 +144,7 @@ class Partitions:
 
 
 def _wanted(today: date) -> set[date]:
-    return {today + timedelta(days=offset) for offset in range(AHEAD + 1)}
+    return {today + timedelta(days=offset) for offset in range(DAYS_AHEAD + 1)}
 
 
 def _is_trusted(have: Sequence[Part], today: date) -> bool:

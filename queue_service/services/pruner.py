@@ -20,9 +20,9 @@ from queue_service.turns import queries as turns
 
 log = get_logger(__name__)
 
-BATCH = 5_000
+EVENTS_AT_ONCE = 5_000
 STREAMS = 500
-TURNS = 500
+TURNS_AT_ONCE = 500
 SILENCE = timedelta(days=1)
 
 
@@ -53,7 +53,7 @@ class Pruner:
     async def _turns(self) -> int:
         """Forget turns, batch after batch, each a short transaction."""
         count = 0
-        while gone := await self._pool.fetch(turns.prune(self._retention, limit=TURNS)):
+        while gone := await self._pool.fetch(turns.prune(self._retention, limit=TURNS_AT_ONCE)):
             count += gone
         if count:
             log.info("forgot turns that ended long ago", count=count)
@@ -65,7 +65,7 @@ class Pruner:
         while streams := await self._pool.fetch(events.aged(self._retention, after=at, limit=STREAMS)):
             for stream, upto in streams:
                 while upto is not None and (
-                    gone := await self._pool.fetch(events.trim(stream, upto=upto, limit=BATCH))
+                    gone := await self._pool.fetch(events.trim(stream, upto=upto, limit=EVENTS_AT_ONCE))
                 ):
                     count += gone
             at = streams[-1][0]

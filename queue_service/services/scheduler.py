@@ -7,32 +7,29 @@ from the very slot that was seen and stores its runs. Of two schedulers that saw
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import psycopg
 
 from queue_service import cron
-from queue_service.cron import Timing
+from queue_service.cron import Recurrence
 from queue_service.db import channels
-from queue_service.db.query import Query
+from queue_service.db.channels import Notify
+from queue_service.db.query import Fetch
 from queue_service.errors import ConfigError
 from queue_service.logs import get_logger
 from queue_service.schedules import queries
-from queue_service.schedules.model import Due, Firing, Misfire
+from queue_service.schedules.model import DueSchedule, Firing, Misfire
 from queue_service.schedules.queries import START, Fired, Look
 
 log = get_logger(__name__)
 
 # Schedules that fire in one statement, and the most runs that one of them gets for slots that have passed.
-BATCH = 100
-MOST = 100
+FIRED_AT_ONCE = 100
+MAX_SLOTS = 100
 # A slot is missed once it has passed for longer than this.
-GRACE = timedelta(minutes=1)
-
-Fetch = Callable[[Query[Any]], Awaitable[Any]]
-Notify = Callable[[list[channels.Notice]], None]
+LATENESS = timedelta(minutes=1)
 
 
 class Scheduler:
@@ -57,7 +54,7 @@ class Scheduler:
         """Fire whatever is due. Returns how many runs that gave."""
         count, at = 0, START
         while True:
-            look: Look = await self._fetch(queries.due(after=at, limit=BATCH))
+            look: Look = await self._fetch(queries.due(after=at, limit=FIRED_AT_ONCE))
             if not look.due:
                 break
             count += await self._fire([firing for due in look.due if (firing := self._firing(due, look)) is not None])
@@ -66,7 +63,7 @@ class Scheduler:
         self.pause = min(until_next, self._poll_interval)
         return count
 
-    def _firing(self, due: Due, look: Look) -> Firing | None:
+    def _firing(self, due: DueSchedule, look: Look) -> Firing | None:
         try:
             return firing(due, look)
         except ConfigError as refused:
@@ -107,14 +104,14 @@ class Scheduler:
         self._refused[name] = why
 
 
-def firing(due: Due, look: Look) -> Firing:
+def firing(due: DueSchedule, look: Look) -> Firing:
     """What a due schedule does now: the slots it fires for, as its misfire policy says, and its next one. Raises
     ConfigError where its timing means nothing on this machine."""
-    timing = Timing(due.cron, due.every, due.timezone)
-    most = MOST if due.misfire is Misfire.ALL else 1
+    timing = Recurrence(due.cron, due.every, due.timezone)
+    most = MAX_SLOTS if due.misfire is Misfire.ALL else 1
     slots = cron.newest(timing, due.next_at, look.now, most)
     if due.misfire is Misfire.SKIP:
-        slots = [slot for slot in slots if look.now - slot <= GRACE]
+        slots = [slot for slot in slots if look.now - slot <= LATENESS]
     if slots[:1] != [due.next_at]:
         log.info("slots passed that get no run", schedule=due.name, since=str(due.next_at), misfire=due.misfire.value)
     return Firing(due, slots, cron.following(timing, look.now))

@@ -8,15 +8,16 @@ taking the others step over. What a transaction of somebody's has locked is left
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psycopg
 from psycopg import errors as pg
 
 from queue_service.db import channels
-from queue_service.db.query import Query
+from queue_service.db.channels import Notify
+from queue_service.db.query import Fetch
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
@@ -26,16 +27,13 @@ from queue_service.turns.model import EndedTurn
 log = get_logger(__name__)
 
 # Leases hold up to some four thousand runs each; the statement must stay well inside its deadline.
-LEASES = 5
-RUNS = 1_000
+LEASE_LIMIT = 5
+RUN_LIMIT = 1_000
 # Lapsed leases among which the ones that cannot be taken are looked for.
 BUSY_LIMIT = 100
-TURNS = 2_000
+TURN_LIMIT = 2_000
 # Turns that are tried one by one where a batch of them is refused.
 SINGLES = 100
-
-Fetch = Callable[[Query[Any]], Awaitable[Any]]
-Notify = Callable[[list[channels.Notice]], None]
 
 
 class SweepCounts(NamedTuple):
@@ -90,7 +88,7 @@ class Sweeper:
 
     async def _sweep_turns(self) -> list[EndedTurn]:
         try:
-            swept: list[EndedTurn] = await self._fetch(turns.sweep(limit=TURNS))
+            swept: list[EndedTurn] = await self._fetch(turns.sweep(limit=TURN_LIMIT))
         except psycopg.Error as refused:
             log.error("a batch of turns cannot be ended; trying each", why=str(refused))
             return await self._sweep_singly()
@@ -137,13 +135,13 @@ class Sweeper:
 
     async def _take(self) -> list[queries.SweptRun]:
         swept: list[queries.SweptRun] = await self._fetch(
-            queries.sweep(limit=LEASES, max_losses=self._max_losses, excluding=self._busy)
+            queries.sweep(limit=LEASE_LIMIT, max_losses=self._max_losses, excluding=self._busy)
         )
         return swept
 
     async def _expire(self) -> int:
         count = 0
-        while expired := await self._fetch(queries.expire(limit=RUNS)):
+        while expired := await self._fetch(queries.expire(limit=RUN_LIMIT)):
             count += len(expired)
             self._notify([channels.about_runs(channels.FINISHED, expired)])
         if count:
@@ -152,7 +150,7 @@ class Sweeper:
 
 
 def about_turns(ended: Collection[EndedTurn]) -> list[channels.Notice]:
-    """What to tell of turns that ended: the followers of their streams, and whoever delivers."""
+    """For turns that ended: notices for the followers of their streams, and for whoever delivers."""
     heads: dict[str, int] = {}
     for each in ended:
         heads[each.stream] = max(each.seq, heads.get(each.stream, 0))

@@ -98,7 +98,7 @@ class Supervisor:
 
     async def start(self) -> None:
         """Start the child. If that cannot be done, the turns of the deployment end with `worker_startup_failed`, and
-        ConfigError says why. What a child does after that, `wait` tells."""
+        ConfigError says why. `wait` says what a child does after that."""
         if self._life is not None:
             raise ConfigError(f"The child of {self.deployment!r} was started before. Make another Supervisor for it.")
         try:
@@ -136,7 +136,8 @@ class Supervisor:
             raise self._down(turn)
 
     async def wait(self) -> ChildEnd:
-        """How the child ended, once its turns have been ended too. Cancelling this leaves the child alone."""
+        """Wait until the child and its turns have ended, and return how the child ended. Cancelling this leaves the child
+        alone."""
         if self._life is None:
             raise ConfigError(f"The child of {self.deployment!r} was not started.")
         return await asyncio.shield(self._life)

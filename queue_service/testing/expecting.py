@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 from queue_service import codec
 from queue_service.app import App
 from queue_service.db.borrowed import borrow
-from queue_service.db.query import Query
+from queue_service.db.query import Fetch
 from queue_service.db.steps import fetch_any
 from queue_service.errors import ConfigError, nearest
 from queue_service.runs import walks
@@ -22,12 +22,10 @@ from queue_service.tasks import Task, duration
 
 T = TypeVar("T")
 
-Fetch = Callable[[Query[Any]], Awaitable[Any]]
-
-PAUSE = 0.005
-PAGE = 1_000
+LOOK_PAUSE = 0.005
+RUNS_AT_ONCE = 1_000
 # Runs that a message shows.
-SHOWN = 10
+LINES_SHOWN = 10
 FIELDS = frozenset(Run.__struct_fields__) - {"payload", "task"}
 DURATIONS = frozenset({"timeout", "retry_delay"})
 
@@ -37,7 +35,8 @@ async def eventually(condition: Callable[[], Awaitable[T | None]], *, within: fl
 @overload
 async def eventually(condition: Callable[[], T | None], *, within: float = ...) -> T: ...
 async def eventually(condition: Callable[[], Any], *, within: float = 10.0) -> Any:
-    """The first true value of `condition`, which may be async. Fails after `within` seconds, with its last value."""
+    """Wait for the first true value of `condition`, which may be async, and return it. Fails after `within` seconds, with
+    its last value."""
     __tracebackhide__ = True
     deadline = time.monotonic() + within
     while True:
@@ -47,7 +46,7 @@ async def eventually(condition: Callable[[], Any], *, within: float = 10.0) -> A
             return value
         if time.monotonic() >= deadline:
             raise AssertionError(f"did not come true within {within:g} s; the last value was {value!r}")
-        await asyncio.sleep(PAUSE)
+        await asyncio.sleep(LOOK_PAUSE)
 
 
 async def assert_enqueued(
@@ -59,11 +58,11 @@ async def assert_enqueued(
     conn: Any = None,
     **fields: Any,
 ) -> Run:
-    """A run of this task is queued, or exactly `count` are. Returns the first of them; AssertionError tells what is there
-    instead.
+    """Assert that a run of this task is queued, or exactly `count` are. Returns the first of them; AssertionError says
+    what is there instead.
 
-    `payload` and `metadata` may leave keys out. `fields` are those of Run, such as `queue`, `priority` or `singleton_key`;
-    `state` looks for runs in another state than `queued`. Instead of a value, a function of it may say.
+    `payload` and `metadata` may leave keys out. `fields` are those of Run, such as `queue`, `priority` or
+    `singleton_key`; `state` looks for runs in another state than `queued`. Instead of a value, a function of it may say.
     With `conn`, what the caller's own transaction sees, committed or not; the App need not be open then.
     """
     __tracebackhide__ = True
@@ -81,7 +80,7 @@ async def assert_enqueued(
 async def refute_enqueued(
     app: App, task: str | Task[..., Any], payload: Mapping[str, Any] | None = None, *, conn: Any = None, **fields: Any
 ) -> None:
-    """Nothing is there that `assert_enqueued` would find."""
+    """Assert that nothing is there that `assert_enqueued` would find."""
     __tracebackhide__ = True
     wish = _Wish(app, named(task), payload, fields)
     async with _looking(app, conn) as fetch:
@@ -96,13 +95,13 @@ def named(task: str | Task[..., Any]) -> str:
 
 async def runs_in(fetch: Fetch, *, state: RunState | None = None, task: str | None = None) -> AsyncIterator[Run]:
     """All of them, the latest first."""
-    page = await fetch(walks.page(state=state, task=task, limit=PAGE))
+    page = await fetch(walks.page(state=state, task=task, limit=RUNS_AT_ONCE))
     while True:
         for run in page.runs:
             yield run
         if page.below is None:
             return
-        page = await fetch(walks.page(before=page.below, state=state, task=task, limit=PAGE))
+        page = await fetch(walks.page(before=page.below, state=state, task=task, limit=RUNS_AT_ONCE))
 
 
 class _Wish:
@@ -197,8 +196,8 @@ async def _instead(app: App, wish: _Wish, fetch: Fetch) -> list[str]:
 
 def _listed(lines: Iterator[str]) -> list[str]:
     listed = [f"  {line}" for line in lines]
-    more = len(listed) - SHOWN
-    return listed if more <= 0 else [*listed[:SHOWN], f"  and {more} more"]
+    more = len(listed) - LINES_SHOWN
+    return listed if more <= 0 else [*listed[:LINES_SHOWN], f"  and {more} more"]
 
 
 def _shown(run: Run) -> str:

@@ -53,7 +53,7 @@ async def drain(
             done = _sum(done, await Worker(worked, dict.fromkeys(sorted(known), concurrency)).run(once=True))
             wanted = await _queues(app) if queues is None else known
         if watch is not None and (done.failed or done.returned):
-            await watch.tell(app)
+            await watch.warn(app)
     return done
 
 
@@ -122,7 +122,7 @@ class _Watch:
         watched._core = app._core.with_tasks(tasks)  # noqa: SLF001 - the faces keep the tasks that are not watched
         return watched
 
-    async def tell(self, app: App) -> None:
+    async def warn(self, app: App) -> None:
         """Raise what was raised first, or say of a run that it failed without that, as in another process."""
         if self._raised:
             raise self._raised[0]

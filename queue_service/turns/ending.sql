@@ -49,7 +49,7 @@ due as materialized (
                                       'platform', platform, 'organization_id', organization_id)
       from endings
 ), deliveries as (
-    -- For the API the event is the delivery. Elsewhere a renderer has to be told, first of all the one that is connected.
+    -- For the API the event is the delivery. Elsewhere a renderer has to deliver it, first of all the one that is connected.
     insert into queue_service.runs (queue, task, payload, organization_id, reserved_for)
     select 'thread_response', 'deliver',
            jsonb_build_object('stream', stream, 'seq', seq, 'kind', kind, 'deployment', deployment,
@@ -65,8 +65,8 @@ due as materialized (
 
 -- define: ended_rows
 select endings.deployment, endings.message_id, endings.stream, endings.seq, endings.kind, endings.platform,
-       case when %(tell)s then pg_notify('queue_service_events', endings.seq || ' ' || endings.stream)::text end,
-       case when %(tell)s and endings.platform <> 'api' then
+       case when %(notify)s then pg_notify('queue_service_events', endings.seq || ' ' || endings.stream)::text end,
+       case when %(notify)s and endings.platform <> 'api' then
            pg_notify('queue_service_runs', '0 thread_response')::text end
   from endings
 

@@ -17,7 +17,7 @@ from queue_service.words import check_word
 
 log = get_logger(__name__)
 
-# What a failed turn may be told to have died of, and the sentence for the person who waits. Closed: whoever reads a
+# What a failed turn may have died of, and the sentence for the person who waits. Closed: whoever reads a
 # code, in an event or in a marker, may rely on it being one of these.
 SENTENCES: Mapping[str, str] = {
     "worker_died": "The agent stopped unexpectedly. Please send the message again.",
@@ -72,7 +72,7 @@ class Turn:
     """One message dispatched to a deployment, owed one ending in its stream. `(deployment, message_id)` is its identity.
 
     `platform` is where the person waits: for `api` the event in the stream is the delivery, for any other a renderer is
-    told (`channel_id` says which connection it needs). `metadata` is the platform's own. Texts hold up to 1,024 bytes.
+    notified (`channel_id` says which connection it needs). `metadata` is the platform's own. Texts hold up to 1,024 bytes.
     """
 
     deployment: str

@@ -86,42 +86,50 @@ def dispatch(turn: Owed, run: dict[str, Any], notice: Notice | None) -> Query[Di
     def decode(rows: Rows) -> Dispatched | None:
         return Dispatched(rows[0][0] == "dispatched", rows[0][1], rows[0][2]) if rows else None
 
-    told = {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
-    return SQL.query("dispatch", decode, turns=_turns([turn]), **run, **told)
+    noticed = {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
+    return SQL.query("dispatch", decode, turns=_turns([turn]), **run, **noticed)
 
 
 def send(
-    turn: Owed, run: dict[str, Any], message: str, digest: str, notice: Notice | None, *, tell: bool
+    turn: Owed, run: dict[str, Any], message: str, digest: str, notice: Notice | None, *, notify: bool
 ) -> Query[Sent | None]:
-    """`message` is JSON text. None: another session is sending it; ask again. With `tell`, followers are told with the
-    commit."""
+    """`message` is JSON text. None: another session is sending it; ask again. With `notify`, followers are notified
+    with the commit."""
 
     def decode(rows: Rows) -> Sent | None:
         return Sent(*rows[0][:3]) if rows else None
 
-    told = {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
+    noticed = {"channel": channels.RUNS, "notice": None if notice is None else notice.payload}
     stream = turn.fields["stream"]
     return SQL.query(
-        "send", decode, turns=_turns([turn]), message=message, digest=digest, stream=stream, tell=tell, **run, **told
+        "send",
+        decode,
+        turns=_turns([turn]),
+        message=message,
+        digest=digest,
+        stream=stream,
+        notify=notify,
+        **run,
+        **noticed,
     )
 
 
-def end(endings: Sequence[TurnEnding], *, tell: bool) -> Query[list[EndedTurn]]:
-    """The turns this ended. With `tell`, notices go out with the commit."""
-    return SQL.query("end", _ended, endings=_endings([endings]), tell=tell)
+def end(endings: Sequence[TurnEnding], *, notify: bool) -> Query[list[EndedTurn]]:
+    """The turns this ended. With `notify`, notices go out with the commit."""
+    return SQL.query("end", _ended, endings=_endings([endings]), notify=notify)
 
 
-def end_free(calls: Sequence[Sequence[TurnEnding]], *, tell: bool) -> Query[tuple[list[EndedTurn], set[Key]]]:
+def end_free(calls: Sequence[Sequence[TurnEnding]], *, notify: bool) -> Query[tuple[list[EndedTurn], set[Key]]]:
     """As `end`, for several calls, waiting for nobody. Also the turns that another session holds or whose stream it writes
     to: each call that has one of them did nothing, and is to be made again."""
 
     def decode(rows: Rows) -> tuple[list[EndedTurn], set[Key]]:
         return _ended([row for row in rows if row[3] is not None]), {(row[0], row[1]) for row in rows if row[3] is None}
 
-    return SQL.query("end_free", decode, endings=_endings(calls), tell=tell)
+    return SQL.query("end_free", decode, endings=_endings(calls), notify=notify)
 
 
-def fail_deployment(deployment: str, failure: TurnFailure, *, tell: bool) -> Query[list[EndedTurn]]:
+def fail_deployment(deployment: str, failure: TurnFailure, *, notify: bool) -> Query[list[EndedTurn]]:
     return SQL.query(
         "fail_deployment",
         _ended,
@@ -130,17 +138,19 @@ def fail_deployment(deployment: str, failure: TurnFailure, *, tell: bool) -> Que
         message=failure.message,
         reason=failure.reason,
         sentences=_SENTENCES,
-        tell=tell,
+        notify=notify,
     )
 
 
-def sweep(*, limit: int, tell: bool = False) -> Query[list[EndedTurn]]:
-    return SQL.query("sweep", _ended, limit=limit, sentences=_SENTENCES, tell=tell)
+def sweep(*, limit: int, notify: bool = False) -> Query[list[EndedTurn]]:
+    return SQL.query("sweep", _ended, limit=limit, sentences=_SENTENCES, notify=notify)
 
 
 def sweep_one(deployment: str, message_id: str) -> Query[list[EndedTurn]]:
-    """Ends the turn if its deadline has passed, and tells of it."""
-    return SQL.query("sweep_one", _ended, deployment=deployment, message_id=message_id, sentences=_SENTENCES, tell=True)
+    """Ends the turn if its deadline has passed, and notifies those who follow."""
+    return SQL.query(
+        "sweep_one", _ended, deployment=deployment, message_id=message_id, sentences=_SENTENCES, notify=True
+    )
 
 
 def discharge(deployment: str, message_id: str) -> Query[bool]:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from datetime import timedelta
 
 from queue_service.backoff import Pauses
-from queue_service.db.pool import Wire
+from queue_service.db.pool import OwnConnection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs.queries import Claimant
@@ -34,18 +34,16 @@ class Claimer:
     """`last_pass` (monotonic) is when the loop turned last, and `lost_since` since when claims do not go through."""
 
     def __init__(
-        self, wire: Wire, executors: Mapping[str, Executor], leases: Leases, finisher: Finisher, claimant: Claimant,
-        *, poll_interval: timedelta,
+        self, connection: OwnConnection, executors: Mapping[str, Executor], leases: Leases, finisher: Finisher,
+        claimant: Claimant, *, poll_interval: timedelta,
     ) -> None:  # fmt: skip
         self._finisher = finisher
         self._poll = poll_interval.total_seconds()
         self.states = {queue: QueueState(executor) for queue, executor in executors.items()}
         self._alarm = Alarm()
         self._pace = Pace(self._poll)
-        self._claims = Claims(wire, self.states, leases, finisher, claimant, self._pace, self._alarm)
-        self._suspects = Suspects(
-            wire, self.states, claimant.tasks, self._claims, self._alarm, passed=self._passed, poll_interval=self._poll
-        )  # fmt: skip
+        self._claims = Claims(connection, self.states, leases, finisher, claimant, self._pace, self._alarm)
+        self._suspects = Suspects(self.states, self._claims, self._alarm, passed=self._passed, poll_interval=self._poll)
         self.last_pass = time.monotonic()
         self.lost_since: float | None = None
 
@@ -144,7 +142,7 @@ class Claimer:
         if self._may_have_more() or not self._finisher.is_idle or not executors_are_idle:
             return False
         await self._claims.scan()
-        return not self._may_have_more() and not await self._suspects.is_one_due(self.states.keys())
+        return not self._may_have_more() and not await self._claims.suspect_is_due(self.states.keys())
 
     def _may_have_more(self) -> bool:
         return any(state.may_give for state in self.states.values())

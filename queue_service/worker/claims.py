@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from queue_service.db.pool import Wire
+from queue_service.db.pool import OwnConnection
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import Run
-from queue_service.runs.queries import Claimant, Due, Wanted
+from queue_service.runs.queries import Claimant, DuePriority, Wanted
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.leases import Held, Leases
@@ -24,10 +24,10 @@ class Claims:
     """`order` is how the sources come in turn where they share what a limit allows: the one that gave last comes last."""
 
     def __init__(
-        self, wire: Wire, states: Mapping[str, QueueState], leases: Leases, finisher: Finisher, claimant: Claimant,
-        pace: Pace, alarm: Alarm,
+        self, connection: OwnConnection, states: Mapping[str, QueueState], leases: Leases, finisher: Finisher,
+        claimant: Claimant, pace: Pace, alarm: Alarm,
     ) -> None:  # fmt: skip
-        self._wire = wire
+        self._connection = connection
         self._states = states
         self._leases = leases
         self._finisher = finisher
@@ -42,8 +42,8 @@ class Claims:
         for state in self._states.values():
             state.may_give.clear()
         query = queries.scan(list(self._states), self._claimant.tasks, owner=self._claimant.owner)
-        scan = await self._wire.fetch(query)
-        due: defaultdict[str, list[Due]] = defaultdict(list)
+        scan = await self._connection.fetch(query)
+        due: defaultdict[str, list[DuePriority]] = defaultdict(list)
         for each in scan.due:
             due[each.queue].append(each)
         for name, state in self._states.items():
@@ -71,16 +71,16 @@ class Claims:
 
     async def _claim_without_limits(self, source: Source, batch: Sequence[Asked]) -> list[tuple[Run, int]]:
         if source is Source.QUEUE:
-            return await self._wire.fetch(queries.claim(_from_floors(batch), self._claimant))
-        return await self._wire.fetch(queries.claim_lanes(_from_lanes(batch), self._claimant))
+            return await self._connection.fetch(queries.claim(_from_floors(batch), self._claimant))
+        return await self._connection.fetch(queries.claim_lanes(_from_lanes(batch), self._claimant))
 
     async def _claim_within_limits(self, source: Source, batch: Sequence[Asked]) -> list[tuple[Run, int]]:
         for asked in batch:
             asked.state.has_room = False
         if source is Source.QUEUE:
-            allowed = await self._wire.fetch(queries.claim_limited(_from_floors(batch), self._claimant))
+            allowed = await self._connection.fetch(queries.claim_limited(_from_floors(batch), self._claimant))
         else:
-            allowed = await self._wire.fetch(queries.claim_limited_lanes(_from_lanes(batch), self._claimant))
+            allowed = await self._connection.fetch(queries.claim_limited_lanes(_from_lanes(batch), self._claimant))
         gave = {run.queue for run, _ in allowed.runs}
         if gave:
             # The others come first next time.
@@ -91,9 +91,13 @@ class Claims:
                 self._pace.scan_soon()
         return allowed.runs
 
+    async def suspect_is_due(self, queues: Collection[str]) -> bool:
+        """Whether `claim_suspect` would find one."""
+        return await self._connection.fetch(queries.suspect_is_due(queues, self._claimant.tasks))
+
     async def claim_suspect(self, queues: Sequence[str]) -> bool:
         """Take one run that lost a worker before. False: none of these queues has one that is due."""
-        claimed = await self._wire.fetch(queries.claim_suspect(queues, self._claimant))
+        claimed = await self._connection.fetch(queries.claim_suspect(queues, self._claimant))
         if not claimed:
             return False
         run, _ = claimed[0]

@@ -1,4 +1,4 @@
-"""Tells the log what a worker does at this moment: each run and where its handler is, and what else goes on.
+"""Logs what a worker does at this moment: each run and where its handler is, and what else goes on.
 
 It is read from outside, by a thread that needs the event loop for nothing: the loop may be the very thing that is stuck.
 Stacks are lines of source, without values, so that no payload is logged.
@@ -31,7 +31,7 @@ from queue_service.worker.leases import Held
 log = get_logger(__name__)
 
 # How many handlers, threads and tasks are logged, of each; those that run longest come first.
-SHOWN = 100
+MAX_LOGGED = 100
 DEPTH = 30
 
 Frames = Iterator[tuple[FrameType, int]]
@@ -65,17 +65,17 @@ class Dump:
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.current_thread()
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """May be called from any thread."""
         handlers = sorted(self._handlers(), key=lambda each: each.since)
-        runs, shown = sum(each.together for each in handlers), min(len(handlers), SHOWN)
+        runs, shown = sum(each.together for each in handlers), min(len(handlers), MAX_LOGGED)
         log.warning("what this worker does", runs=runs, handlers=len(handlers), shown=shown)
         seen = {threading.current_thread()}
-        for each in handlers[:SHOWN]:
+        for each in handlers[:MAX_LOGGED]:
             self._log_handler(each, seen)
         self._log_threads([thread for thread in threading.enumerate() if thread not in seen])
         others = [task for task in asyncio.all_tasks(self._loop) if task not in self._slots]
-        for task in others[:SHOWN]:
+        for task in others[:MAX_LOGGED]:
             stack = _text(_awaited(task.get_coro()))
             log.warning("a task of the event loop", asyncio_task=task.get_name(), stack=stack)
 
@@ -109,7 +109,7 @@ class Dump:
         )  # fmt: skip
 
     def _log_threads(self, threads: Sequence[threading.Thread]) -> None:
-        for thread in threads[:SHOWN]:
+        for thread in threads[:MAX_LOGGED]:
             run = self._threads.at_work.get(thread)
             stack = _text(_frames_of(thread))
             if run is not None:

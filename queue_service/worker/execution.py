@@ -12,7 +12,7 @@ import msgspec
 from queue_service import codec
 from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Run, RunState
-from queue_service.worker.finisher import Outcome
+from queue_service.worker.finisher import Settlement
 from queue_service.worker.leases import Held
 
 log = get_logger(__name__)
@@ -63,7 +63,7 @@ class Execution(msgspec.Struct, eq=False):
             self.task.cancel()
 
 
-def outcome_to_write(execution: Execution, outcome: Outcome) -> Outcome | None:
+def outcome_to_write(execution: Execution, outcome: Settlement) -> Settlement | None:
     """The outcome, once it was logged if something went wrong; None if the run has ended already."""
     if execution.ended is not None:
         _log_ignored(execution.held.run, execution.ended, outcome)
@@ -73,7 +73,7 @@ def outcome_to_write(execution: Execution, outcome: Outcome) -> Outcome | None:
     return outcome
 
 
-def _log_failure(run: Run, outcome: Outcome) -> None:
+def _log_failure(run: Run, outcome: Settlement) -> None:
     """Log what went wrong, if that is what it was; neither payload nor message, which may hold what is private."""
     error = codec.loads(outcome.error)
     if error["reason"] == "result_refused":
@@ -85,7 +85,7 @@ def _log_failure(run: Run, outcome: Outcome) -> None:
         )  # fmt: skip
 
 
-def _log_ignored(run: Run, ending: Ending, outcome: Outcome) -> None:
+def _log_ignored(run: Run, ending: Ending, outcome: Settlement) -> None:
     """Log what a handler did after it had ended its run, if that would have been another ending."""
     if outcome not in {ending, Ending(run.claim, RunState.SUCCEEDED)}:
         error = None if outcome.error == "null" else codec.loads(outcome.error).get("type")

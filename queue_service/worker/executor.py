@@ -23,7 +23,7 @@ from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
 from queue_service.worker.execution import Cause, Execution, outcome_to_write
-from queue_service.worker.finisher import Finisher, Outcome
+from queue_service.worker.finisher import Finisher, Settlement
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
 from queue_service.worker.handlers.process_protocol import HandlerBegun, Message, ProgressReported, RunSettled
@@ -34,7 +34,7 @@ from queue_service.worker.leases import Held, Lease
 log = get_logger(__name__)
 
 # Claimed ahead of free slots: what the queue was last seen to work off in this time, and no more.
-AHEAD = 0.05
+SECONDS_AHEAD = 0.05
 MAX_AHEAD = 4_000
 # How long the speed of a queue is observed at least, where its slots are worked over quickly and where they are not.
 BRISK, SLOW = 0.005, 0.2
@@ -46,7 +46,7 @@ YIELD_EVERY = 50
 
 class Executor:
     """One queue's slots. `spawn` starts a slot's task; `room` is called when more could be claimed, and `reported` with the
-    progress that a handler in a process tells of."""
+    progress that a handler in a process reports."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Executor:
         if now - then < (BRISK if ended > 2 * self.concurrency * self._a_call + 20 else SLOW):
             return
         self._measured = (now, self.completed)
-        self._ahead = (self._ahead + min(MAX_AHEAD, int(ended / (now - then) * AHEAD))) // 2
+        self._ahead = (self._ahead + min(MAX_AHEAD, int(ended / (now - then) * SECONDS_AHEAD))) // 2
 
     def offer(self, claimed: list[Held]) -> None:
         self._waiting.extend(claimed)
@@ -227,7 +227,7 @@ class Executor:
                 self._since_yield = 0
                 await asyncio.sleep(0)
 
-    async def _execute(self, held: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> Outcome | None:
+    async def _execute(self, held: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> Settlement | None:
         """What becomes of the run; None if its handler has ended it already."""
         run = held.run
         key = id(run)
@@ -238,7 +238,7 @@ class Executor:
         running.set(run)
         try:
             answer = await watched(self._invoke(execution, task, run), contextvars.copy_context(), self._rouse)
-            outcome: Outcome = answer if task.process else results.returned(run, answer, limit=self._result_limit)
+            outcome: Settlement = answer if task.process else results.returned(run, answer, limit=self._result_limit)
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot
             outcome = self._stopped(execution, task, error)
         finally:
@@ -265,7 +265,7 @@ class Executor:
 
     async def _execute_batch(
         self, batch: list[Held], task: Task[..., Any], slot: asyncio.Task[Any]
-    ) -> dict[Held, Outcome | None]:
+    ) -> dict[Held, Settlement | None]:
         """As `_execute`, of many runs with one call. What is the end of one of them leaves the others alone."""
         runs, counting, alone = [held.run for held in batch], set(batch), len(batch) == 1
         executions = {held: Execution(held, slot, counting=counting) for held in batch}
@@ -291,7 +291,7 @@ class Executor:
             self._beside -= len(batch) - 1
         return {held: outcome_to_write(executions[held], outcome) for held, outcome in outcomes.items()}
 
-    def _answered(self, execution: Execution, task: Task[..., Any], answer: Any) -> Outcome:
+    def _answered(self, execution: Execution, task: Task[..., Any], answer: Any) -> Settlement:
         """What becomes of a run of a batch whose handler returned: what that says of it, unless it was stopped before. Of
         a handler that is stopped with its worker, what it still returns counts."""
         if execution.cause not in {None, Cause.DRAINED}:
@@ -303,7 +303,7 @@ class Executor:
 
     def _stopped(
         self, execution: Execution, task: Task[..., Any], error: BaseException, *, alone: bool = True
-    ) -> Outcome:
+    ) -> Settlement:
         """What becomes of a run whose handler raised, or was made to stop."""
         run = execution.held.run
         match execution.cause:

@@ -17,7 +17,7 @@ from psycopg import errors as pg
 from queue_service import codec
 from queue_service.backoff import Pauses
 from queue_service.db.execute import REFUSED
-from queue_service.db.pool import Wire
+from queue_service.db.pool import OwnConnection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.runs import queries
@@ -26,9 +26,9 @@ from queue_service.worker.leases import Held, Leases
 
 log = get_logger(__name__)
 
-Outcome = Ending | Return
+Settlement = Ending | Return
 
-MAX_BATCH = 500
+ENDINGS_AT_ONCE = 500
 # After a write of fewer runs than these, others are let come together for so long, in seconds: a statement costs as much as
 # ten handlers. One that came alone has a caller who waits, as likely as not, and who then asks for the next.
 FEW, REST = 50, 0.005
@@ -47,7 +47,7 @@ class Tally:
     returned: int = 0
     lost: int = 0
 
-    def add(self, outcomes: Sequence[Outcome]) -> None:
+    def add(self, outcomes: Sequence[Settlement]) -> None:
         names = Counter("returned" if isinstance(outcome, Return) else outcome.state.value for outcome in outcomes)
         for name, count in names.items():
             setattr(self, name, getattr(self, name) + count)
@@ -55,7 +55,7 @@ class Tally:
 
 @dataclass(slots=True)
 class _Batch:
-    taken: Sequence[tuple[Held, Outcome | None]]
+    taken: Sequence[tuple[Held, Settlement | None]]
     endings: list[Ending] = field(default_factory=list)
     returns: list[Return] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
@@ -67,13 +67,13 @@ class _Batch:
 
 
 class Finisher:
-    """`put` never waits. `run` writes until `close` was called and nothing is left. `announce` is told the ids of runs
+    """`put` never waits. `run` writes until `close` was called and nothing is left. `announce` is given the ids of runs
     that ended, and `free` the queues of which a lane was left, and those with a limit, once that is committed.
     """
 
     def __init__(
         self,
-        wire: Wire,
+        connection: OwnConnection,
         leases: Leases,
         worker_id: int,
         *,
@@ -81,13 +81,13 @@ class Finisher:
         free: Callable[[set[str], set[str]], None] = lambda _laned, _limited: None,
     ) -> None:
         self.tally = Tally()
-        self._wire = wire
+        self._connection = connection
         self._leases = leases
         self._worker_id = worker_id
         # Without an outcome, only the lease is still to be let go of.
-        self._pending: list[tuple[Held, Outcome | None]] = []
+        self._pending: list[tuple[Held, Settlement | None]] = []
         # Set aside, and whether it is time to look at them again.
-        self._busy: list[tuple[Held, Outcome | None]] = []
+        self._busy: list[tuple[Held, Settlement | None]] = []
         self._is_due = False
         self._look_timer: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
@@ -98,7 +98,7 @@ class Finisher:
         self._announce = announce
         self._free = free
 
-    def put(self, held: Held, outcome: Outcome) -> None:
+    def put(self, held: Held, outcome: Settlement) -> None:
         self._pending.append((held, outcome))
         self._wake.set()
         if self._is_resting and (held.lease.limited or held.run.ordering_key is not None):
@@ -111,7 +111,7 @@ class Finisher:
             self.put(held, Return(held.run.claim))
 
     def settled(self, held: Held, ending: Ending) -> None:
-        """The handler has ended its run, in a transaction of its own: what is left is to tell of it, and the lease."""
+        """The handler has ended its run, in a transaction of its own: what is left is the notice, and the lease."""
         self.tally.add([ending])
         self._announce([ending.claim.run_id])
         self._pending.append((held, None))
@@ -134,10 +134,10 @@ class Finisher:
             self._wake.clear()
             if self._is_due:
                 self._is_due = False
-                taken, self._busy = self._busy[:MAX_BATCH], self._busy[MAX_BATCH:]
+                taken, self._busy = self._busy[:ENDINGS_AT_ONCE], self._busy[ENDINGS_AT_ONCE:]
                 await self._write(self._batch(taken), is_doubtful=True)
             while self._pending:
-                taken, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
+                taken, self._pending = self._pending[:ENDINGS_AT_ONCE], self._pending[ENDINGS_AT_ONCE:]
                 await self._write(self._batch(taken), is_doubtful=bool(self._busy))
                 if 1 < len(taken) < FEW:
                     await self._rest()
@@ -156,7 +156,7 @@ class Finisher:
         finally:
             self._is_resting = False
 
-    def _batch(self, taken: Sequence[tuple[Held, Outcome | None]]) -> _Batch:
+    def _batch(self, taken: Sequence[tuple[Held, Settlement | None]]) -> _Batch:
         batch = _Batch(taken)
         for held, outcome in taken:
             if isinstance(outcome, Ending):
@@ -203,8 +203,8 @@ class Finisher:
 
     async def _set_aside(self, batch: _Batch) -> None:
         """What another session keeps from being written. Its leases stay, too."""
-        outcomes: list[Outcome] = [*batch.endings, *batch.returns]
-        busy = await self._wire.fetch(queries.busy([each.claim for each in outcomes]))
+        outcomes: list[Settlement] = [*batch.endings, *batch.returns]
+        busy = await self._connection.fetch(queries.busy([each.claim for each in outcomes]))
         batch.endings = [each for each in batch.endings if each.claim not in busy]
         batch.returns = [each for each in batch.returns if each.claim not in busy]
         for held, outcome in batch.taken:
@@ -227,10 +227,10 @@ class Finisher:
             self._account(batch.endings, written, batch.uncertain)
             batch.endings = []
         elif batch.freed and not batch.returns:
-            await self._wire.fetch(queries.finish([], worker_id=self._worker_id, freed=batch.freed))
+            await self._connection.fetch(queries.finish([], worker_id=self._worker_id, freed=batch.freed))
         if batch.returns:
             back = queries.give_back(batch.returns, worker_id=self._worker_id, freed=batch.freed)
-            done = await self._wire.fetch(back)
+            done = await self._connection.fetch(back)
             self._account(batch.returns, [each for each in batch.returns if each.claim in done], batch.uncertain)
 
     async def _finish(self, endings: list[Ending], freed: Sequence[int]) -> list[Ending]:
@@ -238,17 +238,17 @@ class Finisher:
         the ones it refuses are found and end without what it refused, so that no ending is lost for a value.
         """
         try:
-            done = await self._wire.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
+            done = await self._connection.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
             return endings if len(done) == len(endings) else [each for each in endings if each.claim in done]
         except REFUSED as refused:
             if len(endings) == 1:
                 bare = _bare(endings[0], refused)
-                done = await self._wire.fetch(queries.finish([bare], worker_id=self._worker_id, freed=freed))
+                done = await self._connection.fetch(queries.finish([bare], worker_id=self._worker_id, freed=freed))
                 return [bare] if done else []
         half = len(endings) // 2
         return await self._finish(endings[:half], ()) + await self._finish(endings[half:], freed)
 
-    def _account(self, outcomes: Sequence[Outcome], written: Sequence[Outcome], uncertain: bool) -> None:
+    def _account(self, outcomes: Sequence[Settlement], written: Sequence[Settlement], uncertain: bool) -> None:
         if len(written) < len(outcomes):
             done = {outcome.claim for outcome in written}
             missing = [outcome for outcome in outcomes if outcome.claim not in done]

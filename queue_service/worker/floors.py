@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from queue_service.runs.model import Floor, Run
-from queue_service.runs.queries import Due
+from queue_service.runs.queries import DuePriority
 
 FRONT = Floor(datetime.min.replace(tzinfo=UTC), 0)
 
@@ -32,7 +32,7 @@ class Floors:
         """Something was enqueued. A priority that is new is looked at from the front."""
         self.by_priority.setdefault(priority, FRONT)
 
-    def scanned(self, at: datetime, due: Sequence[Due]) -> None:
+    def scanned(self, at: datetime, due: Sequence[DuePriority]) -> None:
         """Take over what a scan of this queue found at that time."""
         if len(self.by_priority) > MAX_PRIORITIES:
             self.by_priority.clear()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection
 from datetime import timedelta
 
-from queue_service.db.pool import Wire
+from queue_service.db.pool import OwnConnection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
@@ -39,7 +39,7 @@ class Keeper:
         on_lost: Callable[[Collection[int]], None],
         on_cancel: Callable[[Collection[int]], None],
     ) -> None:
-        self._wire = Wire(conninfo, application="queue_service keeper")
+        self._connection = OwnConnection(conninfo, application="queue_service keeper")
         self._leases = leases
         self._worker_id = worker_id
         self._lease = lease
@@ -75,12 +75,12 @@ class Keeper:
     async def once(self) -> set[int]:
         """Extend what is due and beat once. Returns the leases that turned out to be lost."""
         due = self._leases.due(self._lease.total_seconds() / 3)
-        await self._wire.fetch(roster.beat(self._worker_id))
+        await self._connection.fetch(roster.beat(self._worker_id))
         if not due:
             return set()
         begun = time.monotonic()
         ids = {lease.id for lease in due}
-        held = await self._wire.fetch(queries.extend(ids, self._lease))
+        held = await self._connection.fetch(queries.extend(ids, self._lease))
         for lease in due:
             if lease.id in held:
                 # From the beginning of the call: the row's deadline can only be later than what is counted here.
@@ -108,11 +108,11 @@ class Keeper:
                     log.warning("cannot extend leases; trying again", why=str(why))
                 lost_database = True
             await asyncio.to_thread(self._stop.wait, min(pause, 1.0) if lost_database else pause)
-        await self._wire.close()
+        await self._connection.close()
 
     async def _cancel_requests(self) -> list[int]:
         ids = [lease.id for lease in self._leases.due(0)]
-        return await self._wire.fetch(queries.cancel_requests(ids)) if ids else []
+        return await self._connection.fetch(queries.cancel_requests(ids)) if ids else []
 
 
 def _settle(ended: asyncio.Future[None], error: BaseException | None) -> None:

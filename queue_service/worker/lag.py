@@ -21,7 +21,7 @@ from queue_service.runs.model import Run
 log = get_logger(__name__)
 
 THRESHOLD = 1.0
-PERIOD = 0.5
+LOOK_PERIOD = 0.5
 
 
 class LagWatch:
@@ -47,7 +47,7 @@ class LagWatch:
     def _watch(self, loop: asyncio.AbstractEventLoop, ident: int) -> None:
         # A closed loop: nobody is left to be watched.
         with contextlib.suppress(RuntimeError):
-            while not self._stop.wait(PERIOD):
+            while not self._stop.wait(LOOK_PERIOD):
                 # A loop that waits has no task at work, and would be woken only to say so.
                 if asyncio.current_task(loop) is None:
                     continue

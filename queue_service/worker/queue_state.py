@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from queue_service.runs.queries import Allowed, Due, Scan
+from queue_service.runs.queries import Allowed, DuePriority, Scan
 from queue_service.worker.executor import Executor
 from queue_service.worker.floors import Floors
 
@@ -71,7 +71,7 @@ class QueueState:
 
     # What scans and claims find
 
-    def scanned(self, scan: Scan, due: Sequence[Due]) -> None:
+    def scanned(self, scan: Scan, due: Sequence[DuePriority]) -> None:
         """`due` are the entries of this queue."""
         self.floors.scanned(scan.at, due)
         if due:
@@ -82,7 +82,7 @@ class QueueState:
             self.has_limit = self.name in scan.limited
 
     def claimed_within_limit(self, source: Source, allowed: Allowed, now: float, *, got_some: bool) -> bool:
-        """Note when a claim makes sense again. False: only a scan can tell more."""
+        """Note when a claim makes sense again. False: only a scan can say more."""
         if self.name not in allowed.waits:
             # Another session is claiming from it at this moment; or it has no limit any more, which a scan finds.
             self.not_before = now + CONTENDED

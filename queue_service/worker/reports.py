@@ -21,17 +21,17 @@ from queue_service.runs.model import Run
 
 log = get_logger(__name__)
 
-PERIOD = 1.0
+REPORT_PERIOD = 1.0
 
-Stored = set[queries.Done]
+StoredClaims = set[queries.Done]
 
 
 class Reports:
-    """Belongs to the event loop it is made on; `put` may be called from any thread. `is_executed` tells whether the handler
+    """Belongs to the event loop it is made on; `put` may be called from any thread. `is_executed` says whether the handler
     that was given a run is still at work."""
 
     def __init__(
-        self, fetch: Callable[[Query[Stored]], Awaitable[Stored]], *, is_executed: Callable[[Run], bool]
+        self, fetch: Callable[[Query[StoredClaims]], Awaitable[StoredClaims]], *, is_executed: Callable[[Run], bool]
     ) -> None:
         self._fetch = fetch
         self._is_executed = is_executed
@@ -54,7 +54,7 @@ class Reports:
             await self._wake.wait()
             self._wake.clear()
             await self.once()
-            await asyncio.sleep(PERIOD)
+            await asyncio.sleep(REPORT_PERIOD)
 
     async def once(self) -> None:
         """Store the newest of each run whose handler is at work. What was not stored goes with the next one."""
@@ -63,7 +63,7 @@ class Reports:
         due = {claim: (run, progress) for claim, (run, progress) in taken.items() if self._is_executed(run)}
         if not due:
             return
-        stored: Stored = set()
+        stored: StoredClaims = set()
         try:
             stored = await self._fetch(queries.report({claim: progress for claim, (_, progress) in due.items()}))
         except DatabaseUnavailable as lost:

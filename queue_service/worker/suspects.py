@@ -7,10 +7,8 @@ have a bound, after which a suspect shares the process like any other run (decis
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
-from queue_service.db.pool import Wire
-from queue_service.runs import queries
 from queue_service.worker.claims import Claims
 from queue_service.worker.pace import Alarm
 from queue_service.worker.queue_state import QueueState
@@ -27,18 +25,14 @@ class Suspects:
 
     def __init__(
         self,
-        wire: Wire,
         states: Mapping[str, QueueState],
-        tasks: Sequence[str],
         claims: Claims,
         alarm: Alarm,
         *,
         passed: Callable[[], object],
         poll_interval: float,
     ) -> None:
-        self._wire = wire
         self._states = states
-        self._tasks = tasks
         self._claims = claims
         self._alarm = alarm
         self._passed = passed
@@ -61,9 +55,9 @@ class Suspects:
         self._next_look = began + self._poll
         free = self._queues_with_room()
         full, self._waiting_for_slots = self._states.keys() - free, ()
-        if not await self.is_one_due(free):
+        if not await self._claims.suspect_is_due(free):
             # For one whose queue has no free slot nobody else has to wait: its turn comes when there is one.
-            if full and await self.is_one_due(full):
+            if full and await self._claims.suspect_is_due(full):
                 self._waiting_for_slots = full
             return
         await self._until_idle(UNTIL_IDLE)
@@ -76,9 +70,6 @@ class Suspects:
             await self._until_idle(ALONE)
         now = time.monotonic()
         self._next_look = now + max(self._poll, now - began)
-
-    async def is_one_due(self, queues: Collection[str]) -> bool:
-        return await self._wire.fetch(queries.suspect_is_due(queues, self._tasks))
 
     def _queues_with_room(self) -> list[str]:
         return [name for name, state in self._states.items() if state.wants() > 0]

@@ -19,8 +19,8 @@ import msgspec
 
 from queue_service.app import App
 from queue_service.db import channels
-from queue_service.db.listener import Gap, Listener
-from queue_service.db.pool import Wire
+from queue_service.db.listener import Listener, NoticesMissed
+from queue_service.db.pool import OwnConnection
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
@@ -140,7 +140,7 @@ class Worker:
         if self._loop is None or self._parts is None:
             log.warning("this worker does not run", starting=self._loop is not None)
         else:
-            self._parts.dump.tell()
+            self._parts.dump.log()
 
 
 class _Parts:
@@ -154,10 +154,10 @@ class _Parts:
         )
         # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
         self._claimable = sorted(app.tasks)
-        self._claiming = Wire(app.conninfo, application="queue_service claimer")
+        self._claiming = OwnConnection(app.conninfo, application="queue_service claimer")
         # The keeper waits for it, and must come in time.
         lock_wait = min(MAX_LOCK_WAIT, settings.lease / 6)
-        self._finishing = Wire(app.conninfo, application="queue_service finisher", lock_timeout=lock_wait)
+        self._finishing = OwnConnection(app.conninfo, application="queue_service finisher", lock_timeout=lock_wait)
         leases = Leases()
         self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free)
         self._app = app
@@ -212,7 +212,7 @@ class _Parts:
                 for task in (*self._slots, *background):
                     task.cancel()
         except* Exception as group_error:  # noqa: BLE001 - raised again, out of its group
-            # One part failed and the others were cancelled for it: its error is the one to tell.
+            # One part failed and the others were cancelled for it: its error is the one to raise.
             raise group_error.exceptions[0] from None
         finally:
             self._threads.close()
@@ -279,7 +279,7 @@ class _Parts:
 
     async def _listen(self) -> None:
         async for heard in self._listener.notices():
-            if isinstance(heard, Gap):
+            if isinstance(heard, NoticesMissed):
                 self.claimer.rescan()
             elif heard.channel == channels.CANCEL:
                 self._cancel(channels.read_run_ids(heard.payload) or ())

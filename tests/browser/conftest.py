@@ -125,7 +125,7 @@ class Chat:
     @property
     def replies(self) -> Locator:
         """The complete ones: what grows says the same before its turn has ended."""
-        return self.page.locator("#told .agent:not(.growing) .text")
+        return self.page.locator("#events .agent:not(.growing) .text")
 
     @property
     def growing(self) -> Locator:

@@ -105,7 +105,7 @@ class TestAGap:
         await stored(gateway, "s", *["delta"] * 5)
         gateway.trim("s", 3)
         await gateway.line.gap("s", 1, 5, 5)
-        assert told(await take(chat, 3)) == [{"from": 1, "to": 3, "head": 5}, 4, 5]
+        assert told(await take(chat, 3)) == [{"stream": "s", "from": 1, "to": 3, "head": 5}, 4, 5]
         await gateway.append("s", "delta")
         assert told(await take(chat, 1)) == [6]
 
@@ -114,7 +114,7 @@ class TestAGap:
         await stored(gateway, "s", *["delta"] * 5)
         gateway.trim("s", 5)
         await gateway.line.gap("s", 1, 5, 5)
-        assert told(await take(chat, 1)) == [{"from": 1, "to": 5, "head": 5}]
+        assert told(await take(chat, 1)) == [{"stream": "s", "from": 1, "to": 5, "head": 5}]
         await gateway.append("s", "delta")
         assert told(await take(chat, 1)) == [6]
 
@@ -123,7 +123,7 @@ class TestAGap:
         await stored(gateway, "s", "delta", "reply", "delta", "delta", "delta")
         gateway.streams["s"] = [event for event in gateway.streams["s"] if event["seq"] in {2, 5}]
         await gateway.line.gap("s", 1, 5, 5)
-        gaps = [{"from": 1, "to": 1, "head": 5}, {"from": 3, "to": 4, "head": 5}]
+        gaps = [{"stream": "s", "from": 1, "to": 1, "head": 5}, {"stream": "s", "from": 3, "to": 4, "head": 5}]
         assert told(await take(chat, 4)) == [gaps[0], 2, gaps[1], 5]
 
     async def test_is_asked_for_until_the_history_answers(self, gateway: Gateway, chat: ChatClient) -> None:
@@ -195,7 +195,7 @@ class TestAGap:
         await chat.connect({"s": 9})
         await gateway.line.gap("s", 6, 9, 5)
         await gateway.append("s", "delta", "reply")
-        assert told(await take(chat, 3)) == [{"from": 6, "to": 9, "head": 5}, 6, 7]
+        assert told(await take(chat, 3)) == [{"stream": "s", "from": 6, "to": 9, "head": 5}, 6, 7]
         assert chat.cursors == {"s": 7}
 
     async def test_beyond_the_head_that_is_told_twice_loses_nothing_between(
@@ -206,7 +206,7 @@ class TestAGap:
         await gateway.line.gap("s", 6, 9, 5)
         await stored(gateway, "s", "reply")
         await gateway.line.gap("s", 7, 9, 6)
-        assert told(await take(chat, 2)) == [{"from": 6, "to": 9, "head": 5}, 6]
+        assert told(await take(chat, 2)) == [{"stream": "s", "from": 6, "to": 9, "head": 5}, 6]
 
     async def test_beyond_the_head_bounds_what_is_missing(self, gateway: Gateway, chat: ChatClient) -> None:
         go_on = asyncio.Event()

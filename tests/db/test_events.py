@@ -309,7 +309,7 @@ class TestFollowing:
     async def test_slowly_costs_the_others_nothing_and_misses_nothing(
         self, app: App, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(fanout, "KEPT", 20)
+        monkeypatch.setattr(fanout, "TAIL_LENGTH", 20)
         async with aclosing(app.events.follow("s")) as slow, aclosing(app.events.follow("s")) as quick:
             await app.events.append("s", "delta", {})
             assert [await taken(slow, 1), await taken(quick, 1)] == [[1], [1]]

@@ -10,12 +10,12 @@ import pytest
 
 from queue_service.db import listener as listening
 from queue_service.db.channels import Notice
-from queue_service.db.listener import Gap, Listener
+from queue_service.db.listener import Listener, NoticesMissed
 from queue_service.db.pool import Connection
 from tests.support import eventually, one
 
 NAME = "listener under test"
-Heard = AsyncGenerator[Notice | Gap, None]
+Heard = AsyncGenerator[Notice | NoticesMissed, None]
 
 PIDS = "from pg_stat_activity where application_name = %s and datname = current_database()"
 
@@ -31,7 +31,7 @@ async def heard(listener: Listener) -> AsyncIterator[Heard]:
         yield notices
 
 
-async def following(heard: Heard) -> Notice | Gap:
+async def following(heard: Heard) -> Notice | NoticesMissed:
     async with asyncio.timeout(10):
         return await anext(heard)
 
@@ -40,7 +40,7 @@ async def test_a_gap_comes_first_and_from_then_on_nothing_is_missed(
     listener: Listener, heard: Heard, conn: Connection
 ) -> None:
     assert not listener.connected
-    assert await following(heard) == Gap()
+    assert await following(heard) == NoticesMissed()
     assert listener.connected
     for number in range(100):
         await conn.execute("select pg_notify('one', %s)", [str(number)])
@@ -58,17 +58,17 @@ async def test_each_loss_of_its_connection_is_followed_by_a_gap(
     listener: Listener, heard: Heard, conn: Connection
 ) -> None:
     for turn in range(3):
-        assert await following(heard) == Gap()
+        assert await following(heard) == NoticesMissed()
         await conn.execute("select pg_notify('one', %s)", [str(turn)])
         assert await following(heard) == Notice("one", str(turn))
         await eventually(lambda: one(conn, f"select pg_terminate_backend(pid) {PIDS}", NAME))
-    assert await following(heard) == Gap()
+    assert await following(heard) == NoticesMissed()
 
 
 async def test_it_waits_for_a_database_that_takes_no_connections(
     listener: Listener, heard: Heard, server: str, conn: Connection
 ) -> None:
-    assert await following(heard) == Gap()
+    assert await following(heard) == NoticesMissed()
     name = await one(conn, "select current_database()")
     async with await psycopg.AsyncConnection.connect(server, autocommit=True) as admin:
         await admin.execute(f"alter database {name} allow_connections false".encode())
@@ -76,7 +76,7 @@ async def test_it_waits_for_a_database_that_takes_no_connections(
         waiting = asyncio.ensure_future(following(heard))
         await eventually(lambda: not listener.connected)
         await admin.execute(f"alter database {name} allow_connections true".encode())
-    assert await waiting == Gap()
+    assert await waiting == NoticesMissed()
     assert listener.connected
 
 
@@ -85,7 +85,7 @@ async def test_no_notice_falls_between_its_questions_whether_the_server_is_there
 ) -> None:
     monkeypatch.setattr(listening, "PING_INTERVAL", 0.001)
     await following(heard)
-    arrived: list[Notice | Gap] = []
+    arrived: list[Notice | NoticesMissed] = []
 
     async def read() -> None:
         while len(arrived) < 500:
@@ -107,7 +107,7 @@ async def test_a_server_that_answers_no_question_is_left(
     waiting = asyncio.ensure_future(following(heard))
     await eventually(lambda: one(conn, f"select count(*) = 0 {PIDS}", NAME))
     monkeypatch.undo()
-    assert await waiting == Gap()
+    assert await waiting == NoticesMissed()
 
 
 async def test_leaving_the_loop_closes_its_connection(listener: Listener, conn: Connection) -> None:

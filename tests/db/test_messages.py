@@ -33,7 +33,7 @@ def statement(message_id: str = "m1", digest: str = "d", stream: str = "conv-1")
     owed = Owed(turn(message_id, stream=stream).fields(1_000), timedelta(minutes=5), timedelta(minutes=1))
     new = NewRun(task="noop", queue="default", payload="{}")
     run = {name: getattr(new, name) for name in NewRun.__slots__ if name != "singleton_key"}
-    return queries.send(owed, run, "{}", digest, None, tell=True)
+    return queries.send(owed, run, "{}", digest, None, notify=True)
 
 
 async def counts(conn: Connection) -> dict[str, int]:

@@ -10,7 +10,7 @@ from psycopg.pq import TransactionStatus
 
 from queue_service import App
 from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, Pool, Wire, connect
+from queue_service.db.pool import Connection, OwnConnection, Pool, connect
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.runs import queries
@@ -22,8 +22,8 @@ SLEEP: Query[None] = Query("select pg_sleep(60)", nothing)
 
 
 @pytest.fixture
-async def wire(database: str) -> AsyncIterator[Wire]:
-    made = Wire(database, application="wire under test")
+async def connection(database: str) -> AsyncIterator[OwnConnection]:
+    made = OwnConnection(database, application="connection under test")
     yield made
     await made.close()
 
@@ -148,33 +148,33 @@ class TestFetch:
         assert slow.closed or slow.info.transaction_status is TransactionStatus.IDLE
 
 
-class TestWire:
-    async def test_it_keeps_its_connection_from_call_to_call(self, wire: Wire) -> None:
-        assert await wire.fetch(PID) == await wire.fetch(PID)
+class TestOwnConnection:
+    async def test_it_keeps_its_connection_from_call_to_call(self, connection: OwnConnection) -> None:
+        assert await connection.fetch(PID) == await connection.fetch(PID)
 
     async def test_a_killed_backend_fails_one_call_and_the_next_has_a_new_one(
-        self, wire: Wire, conn: Connection
+        self, connection: OwnConnection, conn: Connection
     ) -> None:
-        pid = await wire.fetch(PID)
+        pid = await connection.fetch(PID)
         await kill(conn, pid)
         with pytest.raises(DatabaseUnavailable):
-            await wire.fetch(PID)
-        assert await wire.fetch(PID) != pid
-        assert await wire.fetch(Query("show plan_cache_mode", scalar)) == "force_generic_plan"
+            await connection.fetch(PID)
+        assert await connection.fetch(PID) != pid
+        assert await connection.fetch(Query("show plan_cache_mode", scalar)) == "force_generic_plan"
 
-    async def test_a_passed_deadline_fails_one_call_and_the_next_has_a_new_one(self, wire: Wire) -> None:
-        pid = await wire.fetch(PID)
+    async def test_a_passed_deadline_fails_one_call_and_the_next_has_a_new_one(self, connection: OwnConnection) -> None:
+        pid = await connection.fetch(PID)
         with pytest.raises(DatabaseUnavailable):
-            await wire.fetch(SLEEP, deadline=0.05)
-        assert await wire.fetch(PID) != pid
+            await connection.fetch(SLEEP, deadline=0.05)
+        assert await connection.fetch(PID) != pid
 
     async def test_closing_it_closes_the_connection_and_it_may_be_used_again(
-        self, wire: Wire, conn: Connection
+        self, connection: OwnConnection, conn: Connection
     ) -> None:
-        pid = await wire.fetch(PID)
-        await wire.close()
+        pid = await connection.fetch(PID)
+        await connection.close()
         await eventually(lambda: one(conn, "select not exists (select from pg_stat_activity where pid = %s)", pid))
-        assert await wire.fetch(PID) != pid
+        assert await connection.fetch(PID) != pid
 
 
 class TestPool:

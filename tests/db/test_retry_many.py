@@ -113,7 +113,7 @@ class TestWhich:
 
 class TestHow:
     async def test_it_tells_of_each_batch(self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(history, "BATCH", 2)
+        monkeypatch.setattr(history, "RETRIED_AT_ONCE", 2)
         await ended(conn, 5)
         told: list[Retried] = []
         await app.retry_many(on_progress=told.append)
@@ -149,7 +149,7 @@ class TestHow:
     async def test_whatever_the_size_of_a_batch_and_of_a_stretch_nothing_is_passed_over(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch, batch: int, look: int
     ) -> None:
-        monkeypatch.setattr(history, "BATCH", batch)
+        monkeypatch.setattr(history, "RETRIED_AT_ONCE", batch)
         monkeypatch.setattr(walks, "SCAN_LIMIT", look)
         wanted = []
         for n in range(7):
@@ -234,7 +234,7 @@ class TestRaces:
     async def test_it_can_be_stopped_at_any_moment_and_begun_again(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(history, "BATCH", 10)
+        monkeypatch.setattr(history, "RETRIED_AT_ONCE", 10)
         ids = await ended(conn, 95)
 
         def stop(so_far: Retried) -> None:

@@ -14,7 +14,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.schedules import queries
-from queue_service.schedules.model import Due, Firing, Misfire
+from queue_service.schedules.model import DueSchedule, Firing, Misfire
 from tests.support import blocked, eventually, one, rows
 
 RETENTION = timedelta(days=14)
@@ -22,14 +22,14 @@ FIRST = datetime(2026, 1, 1, 9, tzinfo=UTC)
 SECOND = FIRST + timedelta(days=1)
 
 
-async def due(conn: Connection, name: str = "daily") -> Due:
+async def due(conn: Connection, name: str = "daily") -> DueSchedule:
     """The schedule as a scheduler sees it, its slot having come."""
     await conn.execute("update queue_service.schedules set next_at = %s where name = %s", [FIRST, name])
     (found,) = [each for each in (await fetch(conn, queries.due(limit=10))).due if each.name == name]
     return found
 
 
-def firing(seen: Due, *slots: datetime, next_at: datetime = SECOND) -> Firing:
+def firing(seen: DueSchedule, *slots: datetime, next_at: datetime = SECOND) -> Firing:
     return Firing(seen, list(slots or [FIRST]), next_at)
 
 

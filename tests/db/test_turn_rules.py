@@ -104,7 +104,7 @@ class TestWaiting:
         async def patience() -> float:
             standing = await app.fetch(queries.standing("dep-1", "m1"))
             assert standing is not None
-            return app.opened.outcomes._patience(standing)
+            return app.opened.outcomes._pause(standing)
 
         app.opened.outcomes._poll_interval = 30
         # Its first sign of life would bring the deadline nearer.

@@ -686,7 +686,7 @@ class TestTheSweep:
     async def test_is_bounded_and_goes_on_until_nothing_is_left(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sweeper, "TURNS", 3)
+        monkeypatch.setattr(sweeper, "TURN_LIMIT", 3)
         await asyncio.gather(*(app.turns.arm(turn(f"m{number}")) for number in range(10)))
         await lapse(conn)
         assert await app.turns.sweep() == 10

@@ -117,7 +117,7 @@ class TestEveryPost:
     async def test_whose_body_does_not_come_is_408(
         self, served: Served, ann: Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(bodies, "DEADLINE", 0.05)
+        monkeypatch.setattr(bodies, "BODY_DEADLINE", 0.05)
         async with ann.connected() as (_, connection_id):
             host, port = served.address.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))

@@ -15,11 +15,11 @@ from queue_service.db.query import Query
 
 Sync = psycopg.Connection[Any]
 
-# Where Postgres cannot tell from the statement.
+# Where Postgres cannot notify from the statement.
 TYPES = {
     "priority": "smallint",
     "max_attempts": "integer",
-    "tell": "boolean",
+    "notify": "boolean",
     "limit": "bigint",
     "scan_limit": "bigint",
 }

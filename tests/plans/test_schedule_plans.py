@@ -12,7 +12,7 @@ from psycopg import sql
 from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.schedules import queries
-from queue_service.schedules.model import Due, Firing, Misfire
+from queue_service.schedules.model import DueSchedule, Firing, Misfire
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 
 SCHEDULES, SLOTS = 20_000, 200_000
@@ -35,8 +35,8 @@ select 's' || 100 * (n % 1000), moment, moment, n
 STAGES = ["planned while empty", "believed empty", "believed full"]
 
 
-def due(number: int) -> Due:
-    return Due(f"s{number}", "@daily", None, "UTC", Misfire.LAST, FIRST, FIRST)
+def due(number: int) -> DueSchedule:
+    return DueSchedule(f"s{number}", "@daily", None, "UTC", Misfire.LAST, FIRST, FIRST)
 
 
 # The most rows that each may look at.

@@ -206,17 +206,17 @@ class Turns(RuleBasedStateMachine):
     def commit_reply(self, deployment: str, messages: list[str]) -> None:
         endings = [replied(deployment, message, {"text": "done"}, LIMIT) for message in messages]
         expected = {key: ("reply", None) for key in self.owed(deployment) if key[1] in messages}
-        self.ended(self.ask(queries.end(endings, tell=False)), expected)
+        self.ended(self.ask(queries.end(endings, notify=False)), expected)
 
     @rule(key=keys)
     def fail(self, key: Key) -> None:
         expected = {key: ("error", "timeout")} if key in self.owed() else {}
-        self.ended(self.ask(queries.end([failed(*key, TurnFailure("timeout"))], tell=False)), expected)
+        self.ended(self.ask(queries.end([failed(*key, TurnFailure("timeout"))], notify=False)), expected)
 
     @rule(deployment=deployments)
     def fail_deployment(self, deployment: str) -> None:
         expected = dict.fromkeys(self.owed(deployment), ("error", "worker_died"))
-        query = queries.fail_deployment(deployment, TurnFailure("worker_died"), tell=False)
+        query = queries.fail_deployment(deployment, TurnFailure("worker_died"), notify=False)
         self.ended(self.ask(query), expected)
 
     @rule(limit=st.integers(1, 3))
@@ -251,7 +251,7 @@ class Turns(RuleBasedStateMachine):
                 log.events[log.head] = "delta", None
             expected.append(None if log.is_over else log.head)
         new = [events.NewEvent(name, "delta", "{}") for name in names]
-        assert self.ask(events.append(new, tell=False)) == expected
+        assert self.ask(events.append(new, notify=False)) == expected
 
     @rule(stream=streams, is_over=st.booleans())
     def set_state(self, stream: str, *, is_over: bool) -> None:

@@ -1,6 +1,6 @@
 """Every order in which two or three sessions can arm, extend and end one turn, each committing or rolling back.
 
-Two orders are the same one where nothing can tell them apart, and are played once: twins that begin in one order or the
+Two orders are the same one where nothing can notify them apart, and are played once: twins that begin in one order or the
 other, and transactions that have nothing left to do but to finish. In triples, replies and failures are one statement,
 and a turn that lapsed stands for one that did not: everything but the sweep treats both alike.
 """
@@ -101,7 +101,7 @@ class Theatre:
         if position != "unarmed":
             await fetch(self._conn, queries.arm([owed(self.key, MOMENT if position == "lapsed" else HOUR)]))
         if position == "ended":
-            await fetch(self._conn, queries.end([replied(self.key, "m", {"by": "the past"}, LIMIT)], tell=False))
+            await fetch(self._conn, queries.end([replied(self.key, "m", {"by": "the past"}, LIMIT)], notify=False))
 
     async def _look(self) -> Ground:
         """Take a look, and the marker away, which would be in the way of the next sweep."""
@@ -118,11 +118,11 @@ def owed(key: str, admission: timedelta) -> queries.Owed:
 def actor(key: str, place: int, part: Part, position: str) -> Actor:
     name = f"{part.kind}-{place}"
     steps: dict[str, Query[Any]] = {
-        "reply": queries.end([replied(key, "m", {"by": name}, LIMIT)], tell=True),
+        "reply": queries.end([replied(key, "m", {"by": name}, LIMIT)], notify=True),
         "shared": shared(replied(key, "m", {"by": name}, LIMIT)),
-        "fail": queries.end([failed(key, "m", TurnFailure("timeout", reason=name))], tell=True),
-        "fail_deployment": queries.fail_deployment(key, TurnFailure("worker_died", reason=name), tell=True),
-        "sweep": queries.sweep(limit=10, tell=True),
+        "fail": queries.end([failed(key, "m", TurnFailure("timeout", reason=name))], notify=True),
+        "fail_deployment": queries.fail_deployment(key, TurnFailure("worker_died", reason=name), notify=True),
+        "sweep": queries.sweep(limit=10, notify=True),
         "extend": queries.extend(key),
         "arm": queries.arm([owed(key, MOMENT if position == "unarmed" else HOUR)]),
     }
@@ -131,7 +131,7 @@ def actor(key: str, place: int, part: Part, position: str) -> Actor:
 
 def shared(ending: TurnEnding) -> Query[Any]:
     """The statement that callers share, which tells BUSY where it would have had to wait."""
-    query = queries.end_free([[ending]], tell=True)
+    query = queries.end_free([[ending]], notify=True)
 
     def decode(rows: Sequence[Any]) -> Any:
         ended, busy = query.decode(rows)
@@ -287,7 +287,7 @@ async def test_a_sweep_that_looks_first_and_ends_by_id_would_be_noticed(theatre:
         failure = TurnFailure("worker_unresponsive", reason=UNTAKEN)
 
         def end(seen: list[queries.Key]) -> Query[Any]:
-            return queries.end([failed(*each, failure) for each in seen], tell=True)
+            return queries.end([failed(*each, failure) for each in seen], notify=True)
 
         return Actor("sweep-blind", (queries.overdue(limit=10), end, Finish.COMMIT))
 

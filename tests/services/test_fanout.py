@@ -15,7 +15,7 @@ from queue_service.db import channels
 from queue_service.db.pool import Connection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.services import fanout
-from queue_service.services.fanout import KEPT, PAGE, Bell, Tail
+from queue_service.services.fanout import READ_PAGE, TAIL_LENGTH, Tail, Wakeup
 from tests.support import eventually
 
 
@@ -69,10 +69,10 @@ class TestATail:
 
     async def test_is_bounded_and_knows_what_it_no_longer_holds(self) -> None:
         tail = placed()
-        tail.extend(events(1, KEPT + 10))
-        assert len(tail.events) == KEPT
+        tail.extend(events(1, TAIL_LENGTH + 10))
+        assert len(tail.events) == TAIL_LENGTH
         assert tail.since(9) is None
-        assert len(tail.since(10) or []) == KEPT
+        assert len(tail.since(10) or []) == TAIL_LENGTH
 
     async def test_rings_for_endings_only_where_there_is_one(self) -> None:
         tail = placed()
@@ -98,12 +98,12 @@ class TestATail:
 
 class TestABell:
     async def test_wakes_those_who_took_it_before_and_not_those_after(self) -> None:
-        bell = Bell()
-        before, same = bell.next(), bell.next()
-        bell.ring()
+        wakeup = Wakeup()
+        before, same = wakeup.next(), wakeup.next()
+        wakeup.wake()
         assert before.is_set()
         assert same.is_set()
-        assert not bell.next().is_set()
+        assert not wakeup.next().is_set()
 
 
 class TestTheFanout:
@@ -111,7 +111,7 @@ class TestTheFanout:
         async with aclosing(app.events.follow("s")) as follower:
             first = asyncio.ensure_future(next_of(follower))
             await tail_of(app)
-            many = 2 * PAGE + 50
+            many = 2 * READ_PAGE + 50
             await app.events.append_many("s", [("delta", n) for n in range(many)])
             assert (await first).seq == 1
             assert [(await next_of(follower)).seq for _ in range(many - 1)] == list(range(2, many + 1))

@@ -14,7 +14,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.runs.model import Ending
-from queue_service.services.partitions import AHEAD, Changed, Partitions
+from queue_service.services.partitions import DAYS_AHEAD, Changed, Partitions
 from queue_service.worker import maintenance
 from tests.support import blocked, claimed, enqueued, eventually, one, rows
 
@@ -79,13 +79,13 @@ async def test_however_long_history_is_kept_a_worker_looks_in_time(app: App, mon
     await eventually(lambda: "pruner" in intervals)
     worker.stop()
     await running
-    assert intervals["pruner"] <= timedelta(days=AHEAD) / 3
+    assert intervals["pruner"] <= timedelta(days=DAYS_AHEAD) / 3
 
 
 class TestMaking:
     async def test_partitions_are_made_ahead_once(self, app: App) -> None:
         first, second = await of(app).make_and_drop(), await of(app).make_and_drop()
-        assert first.made == [name(ago(-days)) for days in range(AHEAD + 1)]
+        assert first.made == [name(ago(-days)) for days in range(DAYS_AHEAD + 1)]
         assert (first.dropped, second) == ([], Changed([], []))
 
     async def test_what_the_default_partition_caught_moves_along(self, app: App, conn: Connection) -> None:
@@ -121,14 +121,14 @@ class TestMaking:
 
     async def test_two_at_once_do_the_work_once(self, app: App) -> None:
         done = await asyncio.gather(of(app).make_and_drop(), of(app).make_and_drop())
-        assert sorted(len(each.made) for each in done) == [0, AHEAD + 1]
+        assert sorted(len(each.made) for each in done) == [0, DAYS_AHEAD + 1]
 
     async def test_a_busy_table_is_left_for_the_next_pass(self, app: App, session: Open) -> None:
         busy = await session()
         async with busy.transaction():
             await busy.execute("lock table queue_service.finished_runs_default in row exclusive mode")
             assert await of(app).make_and_drop() == Changed([], [])
-        assert len((await of(app).make_and_drop()).made) == AHEAD + 1
+        assert len((await of(app).make_and_drop()).made) == DAYS_AHEAD + 1
 
 
 class TestDropping:
@@ -139,7 +139,7 @@ class TestDropping:
 
     async def test_a_clock_that_has_jumped_ahead_drops_nothing(self, app: App, conn: Connection) -> None:
         """Seen from today, the partitions were made by passes of long ago; nobody was here yesterday."""
-        for days in range(60, 60 - AHEAD - 1, -1):
+        for days in range(60, 60 - DAYS_AHEAD - 1, -1):
             await make(conn, ago(days))
         await fill(conn, ago(60))
         for _ in range(2):

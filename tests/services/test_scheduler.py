@@ -23,9 +23,9 @@ from queue_service.db.channels import Notice
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused
-from queue_service.schedules.model import Due, Misfire
+from queue_service.schedules.model import DueSchedule, Misfire
 from queue_service.schedules.queries import Look
-from queue_service.services.scheduler import BATCH, GRACE, MOST, Scheduler, firing
+from queue_service.services.scheduler import FIRED_AT_ONCE, LATENESS, MAX_SLOTS, Scheduler, firing
 from tests.support import eventually, one, refusing, rows, working
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ class TestOnce:
 
     async def test_more_than_a_batch_is_fired_in_batches(self, app: App, scheduler: Told, conn: Connection) -> None:
         await app.schedules.put("s", "report", cron="@hourly")
-        count = 2 * BATCH + 1
+        count = 2 * FIRED_AT_ONCE + 1
         await conn.execute(
             "insert into queue_service.schedules (name, task, queue, payload, cron, next_at) "
             "select 's' || n, 'report', 'default', '{}', '@hourly', clock_timestamp() from generate_series(2, %s) as n",
@@ -184,7 +184,7 @@ class TestMisfire:
     NOW = datetime(2026, 3, 1, 12, 0, 10, tzinfo=UTC)
 
     def slots(self, misfire: str, cron: str, next_at: datetime, now: datetime = NOW) -> list[datetime]:
-        due = Due("s", cron, None, "UTC", Misfire(misfire), next_at, now)
+        due = DueSchedule("s", cron, None, "UTC", Misfire(misfire), next_at, now)
         made = firing(due, Look(now, None, [due]))
         assert made.next_at > now
         return made.slots
@@ -197,8 +197,8 @@ class TestMisfire:
 
     def test_skip_makes_up_for_nothing(self) -> None:
         noon = self.NOW.replace(second=0)
-        assert self.slots("skip", "0 12 * * *", noon, noon + GRACE) == [noon]
-        assert self.slots("skip", "0 12 * * *", noon, noon + GRACE + timedelta(microseconds=1)) == []
+        assert self.slots("skip", "0 12 * * *", noon, noon + LATENESS) == [noon]
+        assert self.slots("skip", "0 12 * * *", noon, noon + LATENESS + timedelta(microseconds=1)) == []
         assert self.slots("skip", "0 12 * * *", noon - timedelta(days=3)) == [noon]
         assert self.slots("skip", "0 11 * * *", noon - timedelta(days=3, hours=1)) == []
 
@@ -212,12 +212,12 @@ class TestMisfire:
             eleven - timedelta(days=n) for n in (3, 2, 1, 0)
         ]
         many = self.slots("all", "* * * * *", eleven - timedelta(days=30))
-        assert len(many) == MOST
+        assert len(many) == MAX_SLOTS
         assert many[-1] == self.NOW.replace(second=0)
 
     def test_a_year_of_seconds_is_no_work(self) -> None:
-        due = Due("s", None, timedelta(seconds=1), "UTC", Misfire.ALL, self.NOW - timedelta(days=365), self.NOW)
-        assert len(firing(due, Look(self.NOW, None, [due])).slots) == MOST
+        due = DueSchedule("s", None, timedelta(seconds=1), "UTC", Misfire.ALL, self.NOW - timedelta(days=365), self.NOW)
+        assert len(firing(due, Look(self.NOW, None, [due])).slots) == MAX_SLOTS
 
     def test_a_slot_that_is_none_any_more_is_moved_to_the_one_that_is(self) -> None:
         # As when a zone's rules were changed between two versions of its database.

@@ -9,8 +9,8 @@ from queue_service import App, RunState, Turn
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.execute import fetch
-from queue_service.db.listener import Gap, Listener
-from queue_service.db.pool import Connection, Pool, Wire
+from queue_service.db.listener import Listener, NoticesMissed
+from queue_service.db.pool import Connection, OwnConnection, Pool
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, RunUnknown
 from queue_service.runs import queries
@@ -142,11 +142,11 @@ class TestListener:
     async def test_it_says_when_notices_may_have_been_missed(self, database: str, conn: Connection) -> None:
         listener = Listener(database, ["one", "two"])
         heard = listener.notices()
-        assert await anext(heard) == Gap()
+        assert await anext(heard) == NoticesMissed()
         await conn.execute("notify one, 'a'")
         assert await anext(heard) == Notice("one", "a")
         await conn.execute(KILL.encode(), ["queue_service listener"])
-        assert await anext(heard) == Gap()
+        assert await anext(heard) == NoticesMissed()
         await conn.execute("notify two, 'b'")
         assert await anext(heard) == Notice("two", "b")
         await heard.aclose()  # type: ignore[attr-defined]
@@ -194,12 +194,12 @@ class TestConnections:
         name = await one(conn, "select current_database()")
         for setting in ("default_transaction_isolation = serializable", "synchronous_commit = off", "jit = on"):
             await conn.execute(f"alter database {name} set {setting}".encode())
-        wire = Wire(database, application="test")
+        connection = OwnConnection(database, application="test")
         shown = {
-            setting: await wire.fetch(Query(f"show {setting}", scalar))
+            setting: await connection.fetch(Query(f"show {setting}", scalar))
             for setting in ("transaction_isolation", "synchronous_commit", "jit", "statement_timeout")
         }
-        await wire.close()
+        await connection.close()
         assert shown == {
             "transaction_isolation": "read committed", "synchronous_commit": "on", "jit": "off",
             "statement_timeout": "30s",
@@ -211,13 +211,13 @@ class TestConnections:
         assert conn.closed
 
     async def test_a_wire_is_whole_again_after_its_backend_was_killed(self, database: str, conn: Connection) -> None:
-        wire = Wire(database, application="doomed")
-        assert await wire.fetch(Query("select 1", scalar)) == 1
+        connection = OwnConnection(database, application="doomed")
+        assert await connection.fetch(Query("select 1", scalar)) == 1
         await eventually(lambda: one(conn, KILL, "doomed"))
         with pytest.raises(DatabaseUnavailable):
-            await wire.fetch(Query("select 2", scalar))
-        assert await wire.fetch(Query("select 3", scalar)) == 3
-        await wire.close()
+            await connection.fetch(Query("select 2", scalar))
+        assert await connection.fetch(Query("select 3", scalar)) == 3
+        await connection.close()
 
     async def test_a_pool_of_one_serves_many_callers(self, database: str) -> None:
         pool = Pool(database, size=1)

@@ -16,7 +16,7 @@ from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import queries
 from queue_service.runs.claim import hold
 from queue_service.runs.model import NewRun
-from queue_service.services.sweeper import LEASES, RUNS, TURNS, SweepCounts, Sweeper
+from queue_service.services.sweeper import LEASE_LIMIT, RUN_LIMIT, TURN_LIMIT, SweepCounts, Sweeper
 from tests.support import claimed, enqueued, lapse, one, rows
 
 
@@ -85,14 +85,14 @@ async def test_with_one_loss_allowed_the_first_ends_the_run(app: App, conn: Conn
 
 
 async def test_leases_are_taken_in_bounded_passes_until_none_is_left(told: Told, conn: Connection) -> None:
-    count = 2 * LEASES + 1
+    count = 2 * LEASE_LIMIT + 1
     for _ in range(count):
         await enqueued(conn)
         await claimed(conn, limit=1)
     await lapse(conn)
     assert await told.sweeper.once() == SweepCounts(count, 0, 0)
     limits = [query.params["limit"] for query in told.asked if "limit" in query.params]
-    assert limits == [RUNS] + 4 * [LEASES] + [TURNS]
+    assert limits == [RUN_LIMIT] + 4 * [LEASE_LIMIT] + [TURN_LIMIT]
     assert await one(conn, "select count(*) from queue_service.leases") == 0
 
 
@@ -172,7 +172,7 @@ async def test_what_a_transaction_has_locked_is_left_until_it_ends_and_holds_up_
     sweeper = Sweeper(ask, lambda _notices: None, max_losses=3)
     first = await enqueued(conn, ordering_key="a")
     ((run, _),) = await claimed(conn, laned=True)
-    for _ in range(LEASES):
+    for _ in range(LEASE_LIMIT):
         await enqueued(conn)
         await claimed(conn)
     await lapse(conn)
@@ -184,7 +184,7 @@ async def test_what_a_transaction_has_locked_is_left_until_it_ends_and_holds_up_
         assert await fetch(other, hold(run.claim))
     else:
         await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a")))
-    assert await sweeper.once() == SweepCounts(LEASES, 0, 0, 1)
+    assert await sweeper.once() == SweepCounts(LEASE_LIMIT, 0, 0, 1)
     assert await one(conn, "select state from queue_service.runs where id = %s", first) == "running"
     # Known from then on: there is no more waiting for it.
     await enqueued(conn, queue="other")

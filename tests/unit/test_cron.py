@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo, available_timezones
 import pytest
 
 from queue_service import cron
-from queue_service.cron import Timing, following, newest, slots, upcoming
+from queue_service.cron import Recurrence, following, newest, slots, upcoming
 from queue_service.errors import ConfigError
 
 FIRST, LAST = datetime(2020, 1, 1, tzinfo=UTC), datetime(2038, 1, 1, tzinfo=UTC)
@@ -119,7 +119,7 @@ def test_slots_are_those_of_the_clock_on_the_wall_in_every_zone(
         middle = moment.replace(minute=0, second=0)
         start, end = middle - timedelta(hours=4), middle + timedelta(hours=26)
         expected = oracle(ZoneInfo(name), start, end, hours, minutes)
-        timing = Timing(expression, None, name)
+        timing = Recurrence(expression, None, name)
         found = list(takewhile(end.__gt__, slots(timing, start)))
         assert found == expected, (name, moment)
         assert all(one < other for one, other in pairwise(found))
@@ -152,7 +152,7 @@ VIENNA = "Europe/Vienna"
     ],
 )
 def test_where_the_clock_changes(expression: str, start: str, expected: list[str]) -> None:
-    assert times(upcoming(Timing(expression, None, VIENNA), at(start), 3)) == expected
+    assert times(upcoming(Recurrence(expression, None, VIENNA), at(start), 3)) == expected
 
 
 @pytest.mark.parametrize(
@@ -167,11 +167,11 @@ def test_where_the_clock_changes(expression: str, start: str, expected: list[str
     ],
 )
 def test_an_expression_in_utc(expression: str, expected: list[str]) -> None:
-    assert times(upcoming(Timing(expression), at("2026-01-01"), 2)) == expected
+    assert times(upcoming(Recurrence(expression), at("2026-01-01"), 2)) == expected
 
 
 def test_an_interval_is_counted_from_1970() -> None:
-    timing = Timing(every=timedelta(minutes=15))
+    timing = Recurrence(every=timedelta(minutes=15))
     assert times(upcoming(timing, at("2026-01-01T00:07:30"), 2)) == ["01-01 00:15", "01-01 00:30"]
     assert following(timing, at("2026-01-01T00:15")) == at("2026-01-01T00:30")
     assert following(timing, at("2026-01-01T00:14:59.999999")) == at("2026-01-01T00:15")
@@ -179,12 +179,12 @@ def test_an_interval_is_counted_from_1970() -> None:
 
 @pytest.mark.parametrize(
     "timing",
-    [Timing("*/7 * * * *"), Timing("30 2 * * *", None, VIENNA), Timing("0 0 1 * *"), Timing("* * * * *", None, VIENNA),
-     Timing(every=timedelta(seconds=7)), Timing(every=timedelta(days=3))],
+    [Recurrence("*/7 * * * *"), Recurrence("30 2 * * *", None, VIENNA), Recurrence("0 0 1 * *"), Recurrence("* * * * *", None, VIENNA),
+     Recurrence(every=timedelta(seconds=7)), Recurrence(every=timedelta(days=3))],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("most", [1, 3, 100])
-def test_the_newest_are_the_last_of_all(timing: Timing, most: int) -> None:
+def test_the_newest_are_the_last_of_all(timing: Recurrence, most: int) -> None:
     until = at("2026-03-30T12:00:01")
     for days in (0, 0.001, 0.3, 9):
         since = following(timing, until - timedelta(days=days))
@@ -193,8 +193,8 @@ def test_the_newest_are_the_last_of_all(timing: Timing, most: int) -> None:
         assert newest(timing, since, since, most) == [since]
 
 
-@pytest.mark.parametrize("timing", [Timing("* * * * *"), Timing(every=timedelta(seconds=1))], ids=str)
-def test_the_newest_of_many_years_are_found_at_once(timing: Timing) -> None:
+@pytest.mark.parametrize("timing", [Recurrence("* * * * *"), Recurrence(every=timedelta(seconds=1))], ids=str)
+def test_the_newest_of_many_years_are_found_at_once(timing: Recurrence) -> None:
     walked = newest(timing, at("1990-01-01"), at("2026-01-01"), 2)
     assert walked[-1] == at("2026-01-01")
 
@@ -231,16 +231,16 @@ def test_the_newest_of_many_years_are_found_at_once(timing: Timing) -> None:
 )
 def test_a_timing_that_means_nothing_is_refused(fields: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        Timing(**fields)
+        Recurrence(**fields)
 
 
 def test_a_day_that_never_comes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cron, "CronSim", lambda *_: iter(()))
     with pytest.raises(ConfigError, match="never due"):
-        Timing("0 0 29 2 *#2,1")
+        Recurrence("0 0 29 2 *#2,1")
 
 
 def test_the_longest_interval_has_slots() -> None:
-    timing = Timing(every=cron.LONGEST)
+    timing = Recurrence(every=cron.LONGEST)
     assert following(timing, at("2026-01-01")).date() == date(2069, 12, 7)
     assert newest(timing, at("2026-01-01"), at("2070-01-01"), 100) == [following(timing, at("2026-01-01"))]

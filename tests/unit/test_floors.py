@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from queue_service import Run, RunState
 from queue_service.runs.model import Floor
-from queue_service.runs.queries import Due
+from queue_service.runs.queries import DuePriority
 from queue_service.worker.floors import COMMIT_LAG, FRONT, MAX_PRIORITIES, Floors
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -67,13 +67,13 @@ def test_a_claim_of_nothing_changes_nothing() -> None:
 def test_a_scan_takes_over_what_it_found_even_behind_the_floor() -> None:
     floors = Floors()
     floors.claimed([run(50, 1)])
-    floors.scanned(at(60), [Due("q", 0, Floor(at(10), 2))])
+    floors.scanned(at(60), [DuePriority("q", 0, Floor(at(10), 2))])
     assert floors.by_priority == {0: Floor(at(10), 2)}
 
 
 def test_a_scan_sets_each_priority_in_which_something_is_due() -> None:
     floors = Floors()
-    floors.scanned(at(10), [Due("q", 0, Floor(at(1), 1)), Due("q", 5, Floor(at(2), 2))])
+    floors.scanned(at(10), [DuePriority("q", 0, Floor(at(1), 1)), DuePriority("q", 5, Floor(at(2), 2))])
     assert floors.by_priority == {0: Floor(at(1), 1), 5: Floor(at(2), 2)}
 
 
@@ -96,10 +96,10 @@ def test_a_queue_of_many_priorities_starts_over_at_a_scan() -> None:
     floors = Floors()
     for priority in range(MAX_PRIORITIES):
         floors.hint(priority)
-    floors.scanned(at(60), [Due("q", 3, Floor(at(1), 1))])
+    floors.scanned(at(60), [DuePriority("q", 3, Floor(at(1), 1))])
     assert len(floors.by_priority) == MAX_PRIORITIES
     floors.hint(MAX_PRIORITIES)
-    floors.scanned(at(61), [Due("q", 3, Floor(at(1), 1)), Due("q", 9, Floor(at(2), 2))])
+    floors.scanned(at(61), [DuePriority("q", 3, Floor(at(1), 1)), DuePriority("q", 9, Floor(at(2), 2))])
     assert floors.by_priority == {3: Floor(at(1), 1), 9: Floor(at(2), 2)}
 
 
@@ -147,7 +147,7 @@ class Queue:
         for place, priority in sorted(self.waiting.items()):
             if place.run_at <= at(self.now):
                 due.setdefault(priority, place)
-        self.floors.scanned(at(self.now), [Due("q", priority, first) for priority, first in due.items()])
+        self.floors.scanned(at(self.now), [DuePriority("q", priority, first) for priority, first in due.items()])
 
 
 def run_of(place: Floor, priority: int) -> Run:

@@ -18,7 +18,7 @@ from queue_service.runs.model import Ending, Return
 from queue_service.settings import load
 from queue_service.worker import lag
 from queue_service.worker.executor import Executor
-from queue_service.worker.finisher import Outcome
+from queue_service.worker.finisher import Settlement
 from queue_service.worker.leases import Held, Lease
 from tests.support import enqueued, eventually, one, rows, working
 
@@ -50,7 +50,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.app = App("postgresql://nobody@localhost/nothing")
-        self.outcomes: dict[int, Outcome] = {}
+        self.outcomes: dict[int, Settlement] = {}
         self._slots: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
@@ -75,7 +75,7 @@ class Bench:
         )  # fmt: skip
         return Held(run, lease)
 
-    def put(self, held: Held, outcome: Outcome) -> None:
+    def put(self, held: Held, outcome: Settlement) -> None:
         """As the finisher's."""
         assert held.run.id not in self.outcomes
         self.outcomes[held.run.id] = outcome
@@ -762,7 +762,7 @@ async def test_a_batch_that_blocks_the_event_loop_is_reported_by_a_run_of_it(
     app: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lag, "THRESHOLD", 0.2)
-    monkeypatch.setattr(lag, "PERIOD", 0.01)
+    monkeypatch.setattr(lag, "LOOK_PERIOD", 0.01)
 
     @app.task(batch=10)
     async def hog(runs: list[Run]) -> None:

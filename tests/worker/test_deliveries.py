@@ -17,7 +17,7 @@ import pytest
 
 from queue_service import App, Event, Retry, Run, Turn, TurnFailure, Worker
 from queue_service.db.pool import Connection
-from queue_service.deliveries import NOT_MINE, PAUSE, TRIES, Answer, Deliveries, Delivery
+from queue_service.deliveries import MAX_ATTEMPTS, NOT_MINE, RETRY_DELAY, Answer, Deliveries, Delivery
 from queue_service.errors import ConfigError
 from queue_service.settings import load
 from tests.support import eventually, one, rows, working
@@ -158,7 +158,7 @@ def error_of(run: Run) -> str:
 @pytest.fixture
 def long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """A minute for each second between two tries, so that none comes while a test looks."""
-    monkeypatch.setattr("queue_service.deliveries.PAUSE", 60 * PAUSE)
+    monkeypatch.setattr("queue_service.deliveries.RETRY_DELAY", 60 * RETRY_DELAY)
 
 
 # Who renders
@@ -277,14 +277,14 @@ async def test_an_owner_whose_own_renderer_says_not_mine_does_not_spin(one_repli
 @pytest.mark.usefixtures("long_pause")
 async def test_thirty_tries_a_second_apart_and_the_last_one_renders(one_replica: Replica, conn: Connection) -> None:
     await ended(one_replica.app)
-    for attempt in range(1, TRIES):
+    for attempt in range(1, MAX_ATTEMPTS):
         await one_replica.work()
         ((state, tried, failures, _, due_in),) = await rows(conn, LIVE)
         assert (state, tried, failures, due_in > 30) == ("queued", attempt, 0, True)
         await make_due(conn)
     assert one_replica.screen.shown == []
     await one_replica.work()
-    assert (TRIES, PAUSE) == (30, 1)
+    assert (MAX_ATTEMPTS, RETRY_DELAY) == (30, 1)
     assert [delivery.last for _, delivery in one_replica.screen.asked] == [False] * 29 + [True]
     assert one_replica.screen.ids == ["m1"]
     assert await rows(conn, ENDED) == [("succeeded", 30, 0)]
@@ -293,7 +293,7 @@ async def test_thirty_tries_a_second_apart_and_the_last_one_renders(one_replica:
 async def test_deferring_the_last_try_is_an_error(one_replica: Replica, conn: Connection) -> None:
     one_replica.screen.answer = lambda _: NOT_MINE
     await ended(one_replica.app)
-    await make_due(conn, attempt=TRIES - 1)
+    await make_due(conn, attempt=MAX_ATTEMPTS - 1)
     await one_replica.work()
     run = await only_run(one_replica.app, conn)
     assert (run.state, run.failures) == ("queued", 1)
@@ -305,7 +305,7 @@ async def test_a_delivery_that_fails_at_its_last_try_is_tried_again_as_the_last(
 ) -> None:
     one_replica.screen.answer = lambda d: NOT_MINE if d.event.seq and len(one_replica.screen.asked) < 2 else None
     await ended(one_replica.app)
-    await make_due(conn, attempt=TRIES - 1)
+    await make_due(conn, attempt=MAX_ATTEMPTS - 1)
     await one_replica.work()
     await make_due(conn)
     await one_replica.work()

@@ -10,7 +10,7 @@ import pytest
 
 from queue_service import App, Event, TurnFailure
 from queue_service.db.pool import Connection
-from queue_service.deliveries import TRIES, Delivery
+from queue_service.deliveries import MAX_ATTEMPTS, Delivery
 from tests.support import eventually, one, rows, working
 from tests.worker.test_deliveries import (
     CHAT,
@@ -106,14 +106,14 @@ async def test_the_last_try_renders_where_it_is_though_another_process_is_connec
     here, there = await replica(), await replica()
     await there.deliveries.connect("chat", "c1")
     await ended(here.app)
-    await make_due(conn, attempt=TRIES - 2)
+    await make_due(conn, attempt=MAX_ATTEMPTS - 2)
     await here.work()
     assert here.screen.shown == []
     await make_due(conn)
     await here.work()
     assert [delivery.last for _, delivery in here.screen.asked] == [False, True]
     assert here.screen.ids == ["m1"]
-    assert await rows(conn, ENDED) == [("succeeded", TRIES, 0)]
+    assert await rows(conn, ENDED) == [("succeeded", MAX_ATTEMPTS, 0)]
 
 
 @pytest.mark.parametrize("source", ["schedule", "automation"])

@@ -86,7 +86,7 @@ async def test_sigusr1_tells_where_a_blocked_event_loop_is(database: str, observ
 async def test_many_runs_are_told_of_by_the_longest(
     app: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dump, "SHOWN", 3)
+    monkeypatch.setattr(dump, "MAX_LOGGED", 3)
     begun: list[int] = []
 
     @app.task

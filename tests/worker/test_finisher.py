@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, Wire
+from queue_service.db.pool import Connection, OwnConnection
 from queue_service.runs import queries
 from queue_service.runs.claim import hold
 from queue_service.runs.model import Ending, NewRun, Return, RunState
@@ -22,10 +22,10 @@ from tests.support import claimed, enqueued, eventually, one, rows
 class Desk:
     """A finisher at work, with runs that were claimed for it."""
 
-    def __init__(self, conn: Connection, wire: Wire) -> None:
+    def __init__(self, conn: Connection, connection: OwnConnection) -> None:
         self._conn = conn
         self._leases = Leases()
-        self.finisher = Finisher(wire, self._leases, 1)
+        self.finisher = Finisher(connection, self._leases, 1)
 
     async def held(self, count: int, *, key: str | None = None, limited: bool = False) -> list[Held]:
         for number in range(count):
@@ -45,13 +45,13 @@ async def desk(conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch)
     """One that would let others come for an hour."""
     monkeypatch.setattr(finisher, "REST", 3_600.0)
     monkeypatch.setattr(finisher, "AGAIN", 0.05)
-    wire = Wire(database, application="test", lock_timeout=timedelta(milliseconds=100))
-    made = Desk(conn, wire)
+    connection = OwnConnection(database, application="test", lock_timeout=timedelta(milliseconds=100))
+    made = Desk(conn, connection)
     running = asyncio.create_task(made.finisher.run())
     yield made
     made.finisher.close()
     await running
-    await wire.close()
+    await connection.close()
 
 
 async def test_after_a_few_endings_others_are_let_come_together(desk: Desk, conn: Connection) -> None:

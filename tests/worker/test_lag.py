@@ -47,7 +47,7 @@ async def test_handlers_that_block_one_after_the_other_are_each_named(
     app: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lag, "THRESHOLD", 0.2)
-    monkeypatch.setattr(lag, "PERIOD", 0.01)
+    monkeypatch.setattr(lag, "LOOK_PERIOD", 0.01)
 
     @app.task
     async def hog(n: int) -> None:
@@ -63,7 +63,7 @@ async def test_each_time_that_the_loop_is_blocked_is_reported(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lag, "THRESHOLD", 0.1)
-    monkeypatch.setattr(lag, "PERIOD", 0.01)
+    monkeypatch.setattr(lag, "LOOK_PERIOD", 0.01)
     caplog.set_level("INFO")
     watching = asyncio.create_task(LagWatch(lambda _task: None).run())
     await eventually(watches)
@@ -80,7 +80,7 @@ async def test_handlers_that_wait_or_share_the_loop_are_not_reported(
     app: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lag, "THRESHOLD", 0.5)
-    monkeypatch.setattr(lag, "PERIOD", 0.01)
+    monkeypatch.setattr(lag, "LOOK_PERIOD", 0.01)
 
     @app.task
     async def short() -> None:

@@ -112,7 +112,7 @@ async def test_what_on_progress_raises_is_raised_where_it_was_given(app: App) ->
 async def test_many_reports_of_many_runs_are_one_statement_each_period(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reports, "PERIOD", 0.2)
+    monkeypatch.setattr(reports, "REPORT_PERIOD", 0.2)
     batches: list[int] = []
     report = queries.report
 
@@ -131,7 +131,7 @@ async def test_many_reports_of_many_runs_are_one_statement_each_period(
     await app.enqueue_many("index", [{}] * 20)
     begun = time.monotonic()
     await Worker(app, {"default": 20}).run(once=True)
-    assert 2 <= len(batches) <= (time.monotonic() - begun) / reports.PERIOD + 1
+    assert 2 <= len(batches) <= (time.monotonic() - begun) / reports.REPORT_PERIOD + 1
     assert max(batches) == 20
 
 

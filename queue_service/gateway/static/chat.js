@@ -2,9 +2,9 @@
  * The client of a conversation: events come down by EventSource, messages go up by POST.
  *
  * Every event of a watched stream is given to `onEvent` once and in the order of its seq, whatever was skipped, sent
- * twice or cut off on the way; what is not stored any more is told as an event of kind `gap`. Messages go up in the
+ * twice or cut off on the way; what is not stored any more comes as an event of kind `gap`. Messages go up in the
  * order they were sent, each under an id of its own, and leave the outbox only with a receipt, or when their sender is
- * told that they were not accepted.
+ * informed that they were not accepted.
  */
 
 import { call, CallFailed } from "./calls.js";
@@ -153,7 +153,7 @@ export class ChatClient {
         this.#pulse.heard();
         act(JSON.parse(frame.data));
       });
-    hear("welcome", (told) => this.#welcome(told));
+    hear("welcome", (welcome) => this.#welcome(welcome));
     hear("heartbeat", () => {});
     hear("message", (event) => this.#tracks.get(event.stream)?.receive(event));
     hear("gap", (missing) => this.#tracks.get(missing.stream)?.skip(missing));
@@ -161,15 +161,15 @@ export class ChatClient {
     source.onerror = () => this.#lost(source);
   }
 
-  async #welcome(told) {
+  async #welcome(welcome) {
     const generation = ++this.#generation;
-    this.#connection = told.connection_id;
-    this.#pulse.expect(1000 * GRACE * told.heartbeat);
+    this.#connection = welcome.connection_id;
+    this.#pulse.expect(1000 * GRACE * welcome.heartbeat);
     this.#ready = false;
     let known;
     do {
       known = this.#tracksChanged;
-      if (this.#tracks.size && !(await this.#tell(generation))) return;
+      if (this.#tracks.size && !(await this.#reconnect(generation))) return;
     } while (known !== this.#tracksChanged);
     this.#ready = true;
     if (!this.#retryIsFirm) this.#stopWaiting();
@@ -180,7 +180,7 @@ export class ChatClient {
   }
 
   /** Tell the server what we watch. False: it does not know, or the connection this was about is gone. */
-  async #tell(generation) {
+  async #reconnect(generation) {
     const streams = Object.fromEntries([...this.#tracks.values()].map(({ stream, top }) => [stream, top]));
     try {
       await this.#post("reconnect", { streams });
@@ -193,7 +193,7 @@ export class ChatClient {
 
   #subscribe() {
     this.#tracksChanged += 1;
-    if (this.#ready) this.#tell(this.#generation);
+    if (this.#ready) this.#reconnect(this.#generation);
     else if (this.state === "ended") this.#start();
   }
 
@@ -262,14 +262,14 @@ export class ChatClient {
   #track(stream, seq) {
     if (this.#tracks.has(stream)) return;
     const track = new Track(stream, seq, {
-      told: (event) => this.#told(event),
+      deliver: (event) => this.#deliver(event),
       history: (after, limit) => this.#history(track, after, limit),
       ended: () => this.#streamEnded(stream),
     });
     this.#tracks.set(stream, track);
   }
 
-  #told(event) {
+  #deliver(event) {
     // As good as its receipt, which may have been lost on the way.
     if (event.kind === "message") this.#outbox.accepted(event);
     this.#notify("onEvent", event);
@@ -398,9 +398,9 @@ export class ChatClient {
   }
 
   /** What a callback throws is its own trouble, and is reported. */
-  #notify(name, ...told) {
+  #notify(name, ...values) {
     try {
-      this.#options[name]?.(...told);
+      this.#options[name]?.(...values);
     } catch (error) {
       reportError(error);
     }

@@ -1,10 +1,10 @@
 /*
- * The conversation as it is shown: what the stream told, in its order, and below it what has not been accepted yet.
+ * The conversation as it is shown: the events of the stream, in its order, and below it what has not been accepted yet.
  * Everything that a person or an agent wrote is set as text.
  */
 
 export class Log {
-  #told = document.getElementById("told");
+  #events = document.getElementById("events");
   #unsent = document.getElementById("unsent");
   #thinking = document.getElementById("thinking");
   // By message id: what the person wrote, the reply that grows, and whether it is owed an ending.
@@ -27,7 +27,7 @@ export class Log {
   }
 
   get isEmpty() {
-    return !this.#told.childElementCount && !this.#unsent.childElementCount;
+    return !this.#events.childElementCount && !this.#unsent.childElementCount;
   }
 
   get isOwed() {
@@ -69,8 +69,8 @@ export class Log {
 
   failed(id, why) {
     const { node, note, actions, text } = this.#messages.get(id);
-    // The stream has told of it meanwhile: it was accepted after all.
-    if (node.parentElement === this.#told) return;
+    // It is in the stream meanwhile: it was accepted after all.
+    if (node.parentElement === this.#events) return;
     node.className = "entry person failed";
     note.textContent = `Not sent. ${why}`;
     const discard = button("Discard", () => {
@@ -93,7 +93,7 @@ export class Log {
 
   #message({ message_id: id, body }) {
     const entry = this.#messages.get(id) ?? this.#person(id, textOf(body));
-    this.#told.append(entry.node);
+    this.#events.append(entry.node);
     this.accepted(id);
     this.#latest = id;
     if (!this.#ended.has(id)) this.#owed.add(id);
@@ -126,11 +126,11 @@ export class Log {
       actions.append(button("Send again", () => this.#again(texts.join("\n"))));
       node.append(actions);
     }
-    this.#told.append(node);
+    this.#events.append(node);
   }
 
   #line(name, text) {
-    this.#told.append(element("p", `line ${name}`, text ?? ""));
+    this.#events.append(element("p", `line ${name}`, text ?? ""));
   }
 
   // Entries
@@ -155,7 +155,7 @@ export class Log {
     bubble.append(text);
     // Read out when it is complete, and not word by word.
     node.setAttribute("aria-busy", "true");
-    this.#told.append(node);
+    this.#events.append(node);
     this.#replies.set(id, { node, text });
     return this.#replies.get(id);
   }

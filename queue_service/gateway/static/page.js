@@ -99,7 +99,7 @@ function showState(state, error) {
   log.waitingNote = state === "open" ? "Sending…" : "Waiting for the connection…";
   text.disabled = byId("send").disabled = state === "ended";
   text.placeholder = state === "ended" ? "This conversation has ended" : "Write a message";
-  // That nobody answers is what reconnecting means; an answer that says no is told.
+  // That nobody answers is what reconnecting means; an answer that says no is shown.
   notice.textContent = error?.status && error.status !== 401 ? error.message : "";
   if (state === "signed-out" && !byId("login").open) byId("login").showModal();
 }

@@ -1,4 +1,4 @@
-/* A watch over a connection: who hears nothing for too long is told so, once. */
+/* A watch over a connection: whoever hears nothing for too long is called, once. */
 
 export class Pulse {
   #silent;

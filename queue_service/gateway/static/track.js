@@ -1,6 +1,6 @@
 /*
  * One stream as it is watched: every event once, in the order of seq. What a jump or a `gap` left out is fetched from the
- * history before what came after it goes on; what the history does not have is told as an event of kind `gap`.
+ * history before what came after it goes on; what the history does not have comes as an event of kind `gap`.
  */
 
 // More than this is not held while the history is read, but read from it too.
@@ -13,16 +13,16 @@ export class Track {
   #held = [];
   #advancing = false;
   #isEnding = false;
-  #told;
+  #deliver;
   #history;
   #whenEnded;
 
   /** `history(after, limit)` is a page of events, shorter than `limit` or empty where no more are stored. */
-  constructor(stream, seq, { told, history, ended }) {
+  constructor(stream, seq, { deliver, history, ended }) {
     this.stream = stream;
-    // The last event that was told, and the last one that needs not be sent to us again.
+    // The last event that was delivered, and the last one that needs not be sent to us again.
     this.seen = this.top = seq;
-    this.#told = told;
+    this.#deliver = deliver;
     this.#history = history;
     this.#whenEnded = ended;
   }
@@ -57,7 +57,7 @@ export class Track {
     this.#advancing = true;
     while (!this.closed && this.seen < this.top) {
       const [next] = this.#held;
-      if (next?.seq === this.seen + 1) this.#tell(this.#held.shift());
+      if (next?.seq === this.seen + 1) this.#see(this.#held.shift());
       else await this.#backfill(next === undefined ? this.top : next.seq - 1);
     }
     this.#advancing = false;
@@ -73,7 +73,7 @@ export class Track {
     for (const event of page) {
       if (event.seq > upto) break;
       this.#miss(event.seq - 1);
-      this.#tell(event);
+      this.#see(event);
     }
     if (!page.length || page.at(-1).seq > upto) this.#miss(upto);
   }
@@ -85,18 +85,18 @@ export class Track {
     this.top = head;
     if (this.seen <= head) return;
     this.seen = head;
-    this.#told({ stream: this.stream, seq: head, kind: "gap", body: missing, terminal: false, created_at: null });
+    this.#deliver({ stream: this.stream, seq: head, kind: "gap", body: missing, terminal: false, created_at: null });
   }
 
   #miss(upto) {
     if (upto <= this.seen) return;
     const missing = { from: this.seen + 1, to: upto, head: this.top };
     this.seen = upto;
-    this.#told({ stream: this.stream, seq: upto, kind: "gap", body: missing, terminal: false, created_at: null });
+    this.#deliver({ stream: this.stream, seq: upto, kind: "gap", body: missing, terminal: false, created_at: null });
   }
 
-  #tell(event) {
+  #see(event) {
     this.seen = event.seq;
-    this.#told(event);
+    this.#deliver(event);
   }
 }

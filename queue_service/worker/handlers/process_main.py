@@ -29,7 +29,7 @@ from queue_service.piped_process import die_with_parent, taken_pipes
 from queue_service.runs import context
 from queue_service.runs.model import Ending, Run
 from queue_service.tasks import Retry, Task
-from queue_service.worker.finisher import Outcome
+from queue_service.worker.finisher import Settlement
 from queue_service.worker.handlers import results
 from queue_service.worker.handlers.process_protocol import (
     HandlerBegun,
@@ -90,7 +90,7 @@ def _executed(job: Job, outgoing: BufferedWriter) -> RunEnded | RunReturned:
         retry = task.retry
         _send(outgoing, HandlerBegun())
         with _Context(job, outgoing) as found, context.registered(found.find):
-            outcome: Outcome = results.returned(run, task.function(**task.arguments(run)), limit=job.limit)
+            outcome: Settlement = results.returned(run, task.function(**task.arguments(run)), limit=job.limit)
     except BaseException as error:  # noqa: BLE001 - whatever a handler raises is its run's failure
         outcome = results.raised(run, retry, error)
     return RunEnded(outcome) if isinstance(outcome, Ending) else RunReturned(outcome)

@@ -23,7 +23,7 @@ from queue_service.logs import get_logger
 from queue_service.piped_process import PipedProcess
 from queue_service.runs.model import Run
 from queue_service.tasks import ProcessDied, Task
-from queue_service.worker.finisher import Outcome
+from queue_service.worker.finisher import Settlement
 from queue_service.worker.handlers.process_protocol import (
     HandlerBegun,
     Job,
@@ -44,7 +44,7 @@ BOOT = (
 # How long a process may take to start and to import the task's module.
 STARTUP = 60.0
 # How long an idle process gets to end by itself, once its pipe is closed.
-GRACE = 2.0
+EXIT_SECONDS = 2.0
 # Around a result: the traceback of an error, and the names of fields.
 ENVELOPE = 256 * 1024
 
@@ -64,7 +64,7 @@ class Processes:
 
     async def run(
         self, task: Task[..., Any], run: Run, *, on_turn: Callable[[], None], on_message: Callable[[Message], None]
-    ) -> Outcome:
+    ) -> Settlement:
         """The outcome of this run. `on_turn` is called when it need not wait for a process any more: from then on its
         handler may be called at any moment. `on_message` gets what its process sends before the answer,
         first of all HandlerBegun. When cancelled, the process is killed. Raises ProcessDied."""
@@ -97,11 +97,11 @@ class Processes:
         for process in self._living:
             process.close()
         if lives:
-            await asyncio.wait(lives, timeout=GRACE)
+            await asyncio.wait(lives, timeout=EXIT_SECONDS)
         for process in list(self._living):
             process.kill()
         if lives:
-            await asyncio.wait(lives, timeout=GRACE)
+            await asyncio.wait(lives, timeout=EXIT_SECONDS)
 
     def _taken(self) -> _Process:
         while self._idle:
@@ -132,7 +132,7 @@ class _Process:
         self._limit = limit
         self._child: PipedProcess | None = None
         self._job: bytes | None = None
-        self._answer: asyncio.Future[Outcome] | None = None
+        self._answer: asyncio.Future[Settlement] | None = None
         self._on_message: Callable[[Message], None] = lambda _message: None
         self._doomed = False
         self.has_begun = False
@@ -141,7 +141,7 @@ class _Process:
         self.has_ended = False
         self.life = asyncio.create_task(self._live())
 
-    async def do(self, job: bytes, on_message: Callable[[Message], None]) -> Outcome:
+    async def do(self, job: bytes, on_message: Callable[[Message], None]) -> Settlement:
         """What this process answers to a job. `on_message` gets what it sends before. Until its handler has begun, STARTUP
         bounds it, and then the caller does. Raises ProcessDied."""
         self._answer = asyncio.get_running_loop().create_future()

@@ -12,7 +12,7 @@ from queue_service.errors import ClaimLost, PayloadRefused
 from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.tasks import Cancel, Defer, ProcessDied, Retry, RetryLater, Snooze
-from queue_service.worker.finisher import Outcome
+from queue_service.worker.finisher import Settlement
 
 log = get_logger(__name__)
 
@@ -25,7 +25,7 @@ class TimedOut(TimeoutError):
         super().__init__(f"The handler ran longer than its {seconds:g} s.")
 
 
-def returned(run: Run, value: Any, *, limit: int) -> Outcome:
+def returned(run: Run, value: Any, *, limit: int) -> Settlement:
     """`limit` bounds the result, in bytes."""
     if isinstance(value, WORDS):
         return _as_asked(run, value)
@@ -36,7 +36,7 @@ def returned(run: Run, value: Any, *, limit: int) -> Outcome:
         return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("result_refused", reason))
 
 
-def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) -> Outcome:
+def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) -> Settlement:
     """Where a run was not `alone` in its call, it may not be the cause: it is tried again whatever the error is."""
     if isinstance(error, ClaimLost) and error.run_id == run.id:
         # Nothing to be written: the finisher will find it lost, too.
@@ -59,7 +59,7 @@ def interrupted(run: Run) -> Ending:
     return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("interrupted", message))
 
 
-def _as_asked(run: Run, value: Snooze | Cancel) -> Outcome:
+def _as_asked(run: Run, value: Snooze | Cancel) -> Settlement:
     if isinstance(value, Cancel):
         return cancelled(run, value.reason)
     owner = value.owner if isinstance(value, Defer) else None

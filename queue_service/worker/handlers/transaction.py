@@ -48,7 +48,7 @@ class Transaction(Generic[A, S]):
         self._worker_id = worker_id
         self._limit = limit
         self._ended = ended
-        # The ending, once only the commit is left to do: from then on a failure does not tell what has happened.
+        # The ending, once only the commit is left to do: from then on a failure does not say what has happened.
         self._in_doubt: Ending | None = None
 
     async def __aenter__(self) -> A:
