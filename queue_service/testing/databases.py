@@ -20,7 +20,10 @@ from queue_service.errors import ConfigError
 from queue_service.testing.watcher import watched
 
 # Tests check logic; what survives a power cut is the server's business, and its flushes would double the time.
-FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
+# What processes of a server share lies in its own directory, where a server that is killed leaves nothing behind.
+FAST = {
+    "fsync": "off", "full_page_writes": "off", "max_connections": "200", "dynamic_shared_memory_type": "mmap",
+}  # fmt: skip
 
 
 @contextmanager

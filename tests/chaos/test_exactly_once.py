@@ -70,6 +70,8 @@ async def test_two_hundred_runs_count_to_two_hundred(database: str, conn: Connec
             kills += 1
             workers.append(Process(database, WORKERS + kills))
         await eventually(lambda: one(conn, NOTHING_LEFT), within=60)
+        for worker in workers:
+            await worker.started(conn)
         assert [worker.terminate() for worker in workers] == [0] * WORKERS
     finally:
         for worker in workers:

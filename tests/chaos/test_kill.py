@@ -38,6 +38,11 @@ class Process:
         more = ["-q", "default:8", "--name", self.name, "--database-url", database, "--log-level", "error"]
         self._process = subprocess.Popen([*command, *paces, *more], stderr=subprocess.DEVNULL, env={**os.environ})
 
+    async def started(self, conn: Connection) -> None:
+        """It is at work: before, a signal would end it as it ends any program."""
+        joined = "select count(*) from queue_service.workers where name = %s"
+        await eventually(lambda: one(conn, joined, self.name), within=60)
+
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -73,6 +78,8 @@ async def test_killed_workers_lose_nothing_and_finish_nothing_twice(
             workers.append(Process(database, WORKERS + number))
             await load.enqueue(RUNS // 2 // KILLS)
         await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.runs"), within=60)
+        for worker in workers:
+            await worker.started(conn)
         assert all(worker.is_alive for worker in workers)
         assert [worker.terminate() for worker in workers] == [0] * WORKERS
     finally:

@@ -20,11 +20,11 @@ import pytest
 from queue_service.db import embedded
 from queue_service.db.cluster import Cluster
 from queue_service.errors import EmbeddedUnavailable
+from queue_service.testing.databases import FAST
 from tests.support import eventually, is_gone
 
 ROOT = os.geteuid() == 0
 REPOSITORY = Path(__file__).parents[2]
-FAST = {"fsync": "off", "full_page_writes": "off"}
 
 as_root = pytest.mark.skipif(not ROOT, reason="needs to be root")
 

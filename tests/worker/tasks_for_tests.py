@@ -70,6 +70,12 @@ def hold_thread(directory: str) -> None:
 
 
 @app.task
+async def clog(directory: str) -> None:
+    """As `hold`, and blocks the event loop meanwhile."""
+    hold_thread(directory)
+
+
+@app.task
 async def grind(path: str, rounds: int) -> None:
     """Blocks the event loop for some seconds, in one call that takes no notice of signals."""
     _append(Path(path), "begun\n")
