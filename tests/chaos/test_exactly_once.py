@@ -9,7 +9,7 @@ import random
 import pytest
 
 from queue_service.db.pool import Connection
-from tests.chaos.test_kill import HELD, Process
+from tests.chaos.test_kill import Process
 from tests.support import eventually, one, rows
 
 RUNS = 200
@@ -19,6 +19,21 @@ WORKERS = 2
 pytestmark = pytest.mark.chaos
 
 NOTHING_LEFT = "select not exists (select from queue_service.runs) and not exists (select from queue_service.leases)"
+
+
+NOBODY = "nobody, for all is done"
+HOLDER = (
+    "select workers.name from queue_service.workers join queue_service.leases on leases.worker_id = workers.id "
+    "where workers.name = any(%s) order by random() limit 1"
+)
+
+
+async def _holder(conn: Connection, workers: list[Process]) -> str | None:
+    """One of these workers that holds claims at this moment."""
+    found: str | None = await one(conn, HOLDER, [worker.name for worker in workers])
+    if found is None and await one(conn, NOTHING_LEFT):
+        return NOBODY
+    return found
 
 
 @pytest.mark.parametrize("dies", ["before", "after"])
@@ -61,9 +76,11 @@ async def test_two_hundred_runs_count_to_two_hundred(database: str, conn: Connec
     workers = [Process(database, number) for number in range(WORKERS)]
     kills = 0
     try:
-        while kills < KILLS and await one(conn, "select exists (select from queue_service.runs)"):
-            victim = workers[dice.randrange(WORKERS)]
-            await eventually(functools.partial(one, conn, HELD, victim.name), within=30)
+        while kills < KILLS:
+            holder = await eventually(functools.partial(_holder, conn, workers), within=60)
+            if holder == NOBODY:
+                break
+            victim = next(worker for worker in workers if worker.name == holder)
             await asyncio.sleep(dice.random() * 0.05)  # so that it dies at any moment of a transaction
             victim.kill()
             workers.remove(victim)
