@@ -61,17 +61,21 @@ class Combiner(Generic[A, R]):
 
     async def __call__(self, item: A) -> R:
         """Raises DatabaseUnavailable where a lock was not let go of in time, and whatever `send` raises."""
+        answer = await self._sent(item)
+        return await self._insist(item) if isinstance(answer, Busy) else answer
+
+    async def _insist(self, item: A) -> R:
+        """Send a busy item again, until it is done."""
         pauses, deadline = Pauses(FIRST_PAUSE, LAST_PAUSE, jitter=spread), time.monotonic() + LOCK_SECONDS
-        while True:
+        while time.monotonic() <= deadline:
+            # With jitter, so that two who collide drift apart.
+            await asyncio.sleep(pauses.next())
             answer = await self._sent(item)
             if not isinstance(answer, Busy):
                 return answer
-            if time.monotonic() > deadline:
-                raise DatabaseUnavailable(
-                    f"Another transaction has held what this needs ({self._name}) for {LOCK_SECONDS:g} s. Is one left open?"
-                )
-            # With jitter, so that two who collide drift apart.
-            await asyncio.sleep(pauses.next())
+        raise DatabaseUnavailable(
+            f"Another transaction has held what this needs ({self._name}) for {LOCK_SECONDS:g} s. Is one left open?"
+        )
 
     async def _sent(self, item: A) -> R | Busy:
         future: asyncio.Future[R | Busy] = asyncio.get_running_loop().create_future()
