@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,12 @@ from playwright.async_api import Browser, ConsoleMessage, Locator, Page, async_p
 from queue_service import App
 from tests.support import eventually, free_port
 
-QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")
-FLAGS = ["--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in QUIET)]
+# A page that nobody looks at keeps its timers.
+QUIET = (
+    "quic", "background-networking", "component-update", "sync", "gpu", "background-timer-throttling",
+    "backgrounding-occluded-windows", "renderer-backgrounding",
+)  # fmt: skip
+FLAGS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in QUIET)]
 COMMANDS = {
     "gateway": ["gateway", "-a", "tests.browser.tasks_for_tests:app"],
     "worker": ["worker", "-a", "tests.browser.tasks_for_tests:app", "-q", "agent:10"],
@@ -29,18 +34,36 @@ COMMANDS = {
 expect.set_options(timeout=40_000)
 
 
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    """Chromium, with an empty profile."""
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a Chromium with an empty profile takes commands. One for all tests: its start costs more than most of them."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.fail(
             "There is no Chromium on PATH: install Debian's `chromium`, or leave these out with -m 'not browser'."
         )
+    profile = tmp_path_factory.mktemp("chromium")
+    command = [program, *FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        port = profile / "DevToolsActivePort"
+        deadline = time.monotonic() + 60
+        while not (port.exists() and port.read_text().count("\n")):
+            assert running.poll() is None and time.monotonic() < deadline, "Chromium did not start."
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{port.read_text().splitlines()[0]}"
+    finally:
+        running.kill()
+        running.wait()
+
+
+@pytest.fixture
+async def browser(chromium: str) -> AsyncIterator[Browser]:
+    """The Chromium of all tests; the windows that this test opens are closed when it ends, and shared with no other."""
     async with async_playwright() as playwright:
-        running = await playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield running
-        await running.close()
+        connected = await playwright.chromium.connect_over_cdp(chromium)
+        yield connected
+        await connected.close()
 
 
 class Site:
