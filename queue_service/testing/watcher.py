@@ -1,10 +1,10 @@
 """What tests start in a directory of their own ends with them, however they end: also when they are killed.
 
-A second process waits for the end of a pipe that only the first one holds. When that ends without a word, it kills every
-process that was started with the directory on its command line or in its environment (a server by its data directory, a
-worker by its database URL), and removes the directory. Only those: the path has to stand there as a whole, so that `run-2`
-is not found in `run-23`, and the process has to be younger than the watcher. (Without /proc, as on macOS, only command
-lines are read, and ages are not: that is untested.)
+A second process waits for the end of a pipe that only the first one holds. Then it kills every process that was started
+with the directory on its command line or in its environment (a server by its data directory, a worker by its database
+URL); and where the pipe ended without a word, it removes the directory. Only those: the path has to stand there as a
+whole, so that `run-2` is not found in `run-23`, and the process has to be younger than the watcher. (Without /proc, as on
+macOS, only command lines are read, and ages are not: that is untested.)
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def started(pid):
 
 has_proc = os.path.isdir("/proc/self")
 own_start = started("self") if has_proc else 0
-if sys.stdin.buffer.read():
-    sys.exit()
+has_ended_in_order = bool(sys.stdin.buffer.read())
 
 def theirs():
     if has_proc:
@@ -60,13 +59,14 @@ for _ in range(100):
         except OSError:
             pass
     time.sleep(0.05)
-shutil.rmtree(directory, ignore_errors=True)
+if not has_ended_in_order:
+    shutil.rmtree(directory, ignore_errors=True)
 """
 
 
 @contextmanager
 def watched(directory: Path) -> Iterator[None]:
-    """In the block, this process is watched. One that leaves the block puts away by itself what it started."""
+    """Whatever was started with this directory ends with the block, or with this process if that is killed in it."""
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-c", _PROGRAM, str(directory)],
         stdin=subprocess.PIPE,

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from queue_service.testing.watcher import watched
 from tests.support import eventually, is_gone
 
 MODULE = """
@@ -97,3 +98,16 @@ async def test_nothing_else_is_killed(tmp_path: Path) -> None:
             each.wait()
         holder.stdin.close()
         holder.stdout.close()
+
+
+async def test_a_run_that_ends_in_order_leaves_no_process_and_keeps_its_files(tmp_path: Path) -> None:
+    ours = tmp_path / "run"
+    ours.mkdir()
+    with watched(ours):
+        victim = sleeper(ours)
+    try:
+        await eventually(lambda: victim.poll() == -signal.SIGKILL)
+        assert ours.exists()
+    finally:
+        victim.kill()
+        victim.wait()
