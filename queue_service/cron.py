@@ -60,21 +60,21 @@ class Recurrence:
         return str(self.cron) if self.timezone == "UTC" else f"{self.cron} ({self.timezone})"
 
 
-def following(timing: Recurrence, moment: datetime) -> datetime:
+def following(recurrence: Recurrence, moment: datetime) -> datetime:
     """The first slot after the moment."""
-    return next(slots(timing, moment))
+    return next(slots(recurrence, moment))
 
 
-def slots(timing: Recurrence, moment: datetime) -> Iterator[datetime]:
+def slots(recurrence: Recurrence, moment: datetime) -> Iterator[datetime]:
     """The slots after the moment, for ever (those of a cron expression end when none comes for 50 years)."""
-    if timing.every is not None:
-        number = (moment - EPOCH) // timing.every
+    if recurrence.every is not None:
+        number = (moment - EPOCH) // recurrence.every
         while True:
             number += 1
-            yield EPOCH + number * timing.every
-    assert timing.cron is not None
+            yield EPOCH + number * recurrence.every
+    assert recurrence.cron is not None
     last = moment = moment.astimezone(UTC)
-    for local in _walk(_read(timing.cron), moment, zone(timing.timezone)):
+    for local in _walk(_read(recurrence.cron), moment, zone(recurrence.timezone)):
         slot = local.astimezone(UTC)
         # In the second coming of an hour that comes twice, cronsim finds the times of the first again.
         if slot > last:
@@ -82,22 +82,22 @@ def slots(timing: Recurrence, moment: datetime) -> Iterator[datetime]:
             yield slot
 
 
-def newest(timing: Recurrence, since: datetime, until: datetime, most: int) -> list[datetime]:
+def newest(recurrence: Recurrence, since: datetime, until: datetime, most: int) -> list[datetime]:
     """The last `most` slots from `since` to `until`, both included, ascending. What it costs does not grow with how many
     lie before them."""
     just_before = since - timedelta(microseconds=1)
-    back = NEAR if timing.every is None else timing.every * min(most, (until - since) // timing.every + 1)
+    back = NEAR if recurrence.every is None else recurrence.every * min(most, (until - since) // recurrence.every + 1)
     while True:
         start = max(just_before, until - back)
-        found = list(takewhile(lambda slot: slot <= until, slots(timing, start)))
+        found = list(takewhile(lambda slot: slot <= until, slots(recurrence, start)))
         if len(found) >= most or start == just_before or back > FAR:
             return found[-most:]
         back *= 12
 
 
-def upcoming(timing: Recurrence, moment: datetime, count: int) -> list[datetime]:
+def upcoming(recurrence: Recurrence, moment: datetime, count: int) -> list[datetime]:
     """The next slots after the moment."""
-    return list(islice(slots(timing, moment), count))
+    return list(islice(slots(recurrence, moment), count))
 
 
 @functools.cache

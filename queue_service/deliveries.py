@@ -161,9 +161,8 @@ class Deliveries:
             await self._app.close()
 
     async def connect(self, platform: str, channel_id: str) -> bool:
-        """Hold the connection to a channel, so that its deliveries come here first. Returns False if another live
-        process holds it.
-        Connecting again changes nothing."""
+        """Hold the connection to a channel, so that its deliveries come here first. Returns False if another live process
+        holds it. Connecting again changes nothing."""
         check_word(platform, "platform")
         check_word(channel_id, "channel_id")
         if self._renewing is None:

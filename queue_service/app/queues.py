@@ -39,10 +39,9 @@ class Queues:
         return await self._core.fetch(queries.listed())
 
     async def pause(self, queue: str, *, until: datetime | timedelta | float | None = None) -> bool:
-        """Let no worker claim from this queue until `resume`, or until a time, or for so long (seconds or timedelta, by the
-        database's clock). What is running goes on. Returns False if it was paused
-        already, and for as long. Raises ConfigError for a
-        time that has passed, or has no time zone."""
+        """Let no worker claim from this queue until `resume`, or until a time, or for so long (seconds or timedelta, by
+        the database's clock). What is running goes on. Returns False if it was paused already, and for as long. Raises
+        ConfigError for a time that has passed, or has no time zone."""
         check_word(queue, "queue", enqueueing.MAX_QUEUE)
         if isinstance(until, datetime):
             enqueueing.check_moment(until, "until")

@@ -130,8 +130,8 @@ class Runs:
         return await self._core.fetch(queries.get(run_id))
 
     async def cancel(self, run_id: int) -> bool:
-        """Cancel a run: a queued one ends at once, a running one has its handler cancelled. Returns False
-        if the run is not live."""
+        """Cancel a run: a queued one ends at once, a running one has its handler cancelled. Returns False if the run is
+        not live."""
         answer = await self._core.fetch(queries.cancel(run_id))
         if answer is not None:
             channel = channels.CANCEL if answer == "requested" else channels.FINISHED
@@ -139,10 +139,8 @@ class Runs:
         return answer is not None
 
     async def retry(self, run_id: int) -> bool:
-        """Queue a failed, cancelled or expired run again, its counters fresh. Returns False if there is none
-        of this id.
-        Raises DuplicateRun if a live run holds its singleton key; then nothing moved.
-        """
+        """Queue a failed, cancelled or expired run again, its counters fresh. Returns False if there is none of this id.
+        Raises DuplicateRun if a live run holds its singleton key; then nothing moved."""
         try:
             where = await self._core.fetch(queries.retry(run_id))
         except pg.UniqueViolation:

@@ -47,12 +47,12 @@ class Schedules:
         priority: int = 0,
         expires_in: timedelta | float | None = None,
     ) -> bool | None:
-        """Store a schedule under this name, or change the one that has it. Returns True if it is new,
-        False if it was changed, and None if it was like this already.
+        """Store a schedule under this name, or change the one that has it. Returns True if it is new, False if it was
+        changed, and None if it was like this already.
 
         When: either `cron`, five fields (or `@daily` and the like) read in `timezone`, or `every`, seconds or timedelta.
         `misfire` says what happens about slots that passed while no worker was there: `skip`, `last` or `all` (at most
-        100). The others are those of `enqueue`. A change of the timing begins with the next slot; pauses stay. Raises
+        100). The others are those of `enqueue`. A change of the recurrence begins with the next slot; pauses stay. Raises
         ConfigError and PayloadRefused for what could never fire.
         """
         new = self._new(
@@ -71,8 +71,8 @@ class Schedules:
         if schedule is None:
             return None
         if schedule.paused_at is not None:
-            return slots.upcoming(schedule.timing, await self._core.fetch(queries.clock()), count)
-        return [schedule.next_at, *slots.upcoming(schedule.timing, schedule.next_at, count - 1)][:count]
+            return slots.upcoming(schedule.recurrence, await self._core.fetch(queries.clock()), count)
+        return [schedule.next_at, *slots.upcoming(schedule.recurrence, schedule.next_at, count - 1)][:count]
 
     async def list(self) -> list[Schedule]:
         """Return all schedules, ordered by name."""
@@ -101,7 +101,7 @@ class Schedules:
                 return None
             if schedule.paused_at is None:
                 return False
-            next_at = slots.following(schedule.timing, await self._core.fetch(queries.clock()))
+            next_at = slots.following(schedule.recurrence, await self._core.fetch(queries.clock()))
             if await self._core.fetch(queries.resume(schedule, next_at)):
                 return True
         raise ConfigError(f"Schedule {name!r} was changed again and again while it was to be resumed. Try again.")
@@ -138,7 +138,7 @@ class Schedules:
 
     async def _store(self, new: NewSchedule) -> bool | None:
         now = await self._core.fetch(queries.clock())
-        return await self._core.fetch(queries.put(new, slots.following(new.timing, now)))
+        return await self._core.fetch(queries.put(new, slots.following(new.recurrence, now)))
 
     def _new(
         self,
@@ -156,12 +156,12 @@ class Schedules:
         words = [each.value for each in Misfire]
         if misfire not in words:
             raise ConfigError(f"misfire must be one of {', '.join(words)}.{nearest(str(misfire), words)}")
-        timing = Recurrence(cron, None if every is None else duration(every, "every", positive=True), timezone)
+        recurrence = Recurrence(cron, None if every is None else duration(every, "every", positive=True), timezone)
         # Checked as the run that it will be.
         run = enqueueing.new_run(
             self._core.tasks, self._core.settings.payload_limit, task, {} if payload is None else payload, **options
         )
         return NewSchedule(
-            name=name, timing=timing, misfire=Misfire(misfire), task=task, queue=run.queue, payload=run.payload,
+            name=name, recurrence=recurrence, misfire=Misfire(misfire), task=task, queue=run.queue, payload=run.payload,
             priority=run.priority, expires_in=run.expires_in,
         )  # fmt: skip

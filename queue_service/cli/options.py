@@ -101,26 +101,26 @@ def command(function: F) -> F:
             click.get_current_context().obj = settings
             logs.configure(level=settings.log_level, fmt=settings.log_format)
             return function(*args, **kwargs)
-        except QueueServiceError as error:
-            if debug:
-                render.echo(*traceback.format_exc().splitlines(), err=True)
-            raise Failure(error) from None
         except (click.exceptions.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             # Whoever reads what is printed may stop doing so; click ends without a word then.
             raise
-        except pg.InsufficientPrivilege as refused:
+        except Exception as error:  # noqa: BLE001 - a person gets a sentence, or with --debug the traceback as well
             if debug:
                 render.echo(*traceback.format_exc().splitlines(), err=True)
-            raise click.ClickException(
-                f"The database does not allow it: {str(refused).splitlines()[0]}. Connect as the user that migrated it, "
-                "who owns the schema queue_service; to migrate, as one that may create a schema."
-            ) from None
-        except Exception as error:  # noqa: BLE001 - a person gets a sentence, or with --debug the traceback
-            if debug:
-                render.echo(*traceback.format_exc().splitlines(), err=True)
-            raise click.ClickException(f"{type(error).__name__}: {error} (--debug shows where)") from None
+            raise _failure(error) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def _failure(error: Exception) -> click.ClickException:
+    if isinstance(error, QueueServiceError):
+        return Failure(error)
+    if isinstance(error, pg.InsufficientPrivilege):
+        return click.ClickException(
+            f"The database does not allow it: {str(error).splitlines()[0]}. Connect as the user that migrated it, "
+            "who owns the schema queue_service; to migrate, as one that may create a schema."
+        )
+    return click.ClickException(f"{type(error).__name__}: {error} (--debug shows where)")
 
 
 app_option = click.option(

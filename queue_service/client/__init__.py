@@ -8,7 +8,7 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(f"The client needs httpx2. {install_extra('client')}") from missing
 
 from queue_service.client.chat import ChatClient
-from queue_service.client.model import MessageAccepted
+from queue_service.client.model import MessageReceipt
 from queue_service.events.model import Event
 
-__all__ = ["ChatClient", "Event", "MessageAccepted"]
+__all__ = ["ChatClient", "Event", "MessageReceipt"]

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import httpx2
 
 from queue_service.client.buffer import Buffer
-from queue_service.client.model import MessageAccepted, State
+from queue_service.client.model import MessageReceipt, State
 from queue_service.client.outbox import FileOutbox, Outbox
 from queue_service.client.sending import ATTEMPTS, Sender, is_forgotten, may_pass
 from queue_service.client.stream import EventStream
@@ -80,7 +80,7 @@ class ChatClient:
         self._failure: BaseException | None = None
         self._is_closed = False
         #: Messages that an earlier client left in the outbox, by client_message_id; there from `connect` on.
-        self.recovered: dict[str, asyncio.Future[MessageAccepted]] = {}
+        self.recovered: dict[str, asyncio.Future[MessageReceipt]] = {}
 
     # Life
 
@@ -193,7 +193,7 @@ class ChatClient:
 
     def send(
         self, stream: str, body: Mapping[str, Any], client_message_id: str | None = None
-    ) -> asyncio.Future[MessageAccepted]:
+    ) -> asyncio.Future[MessageReceipt]:
         """Send a message, after those sent before; the receipt comes when it is stored. It is tried three times, and waits
         for a connection as long as it takes; then the future fails with SendFailed. To cancel the future takes nothing
         back. With an outbox, the message is on disk when this returns.

@@ -9,7 +9,7 @@ import msgspec
 State = Literal["connecting", "open", "closed"]
 
 
-class MessageAccepted(msgspec.Struct, frozen=True):
+class MessageReceipt(msgspec.Struct, frozen=True):
     """The message is stored, as event `seq` of the stream, and its turn is owed one ending."""
 
     stream: str

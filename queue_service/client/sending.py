@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from queue_service.client.model import MessageAccepted
+from queue_service.client.model import MessageReceipt
 from queue_service.client.outbox import Line, Outbox
 from queue_service.client.timing import Timing
 from queue_service.client.wire import Stored, Wire
@@ -26,7 +26,7 @@ log = get_logger(__name__)
 ATTEMPTS = 3
 NOT_FOUND = 404
 # What a POST is answered with, by its name.
-ANSWERS: dict[str, type[Any]] = {"send": MessageAccepted, "permission": Stored}
+ANSWERS: dict[str, type[Any]] = {"send": MessageReceipt, "permission": Stored}
 
 
 def may_pass(failed: SendFailed) -> bool:
@@ -95,7 +95,7 @@ class Sender:
         self._moved.set()
         return letter.answer
 
-    def recover(self) -> dict[str, asyncio.Future[MessageAccepted]]:
+    def recover(self) -> dict[str, asyncio.Future[MessageReceipt]]:
         """Queue what an earlier client left, before all else. The receipts to come, by client_message_id."""
         left, self._left = self._left, []
         letters = [self._letter(line) for line in left]

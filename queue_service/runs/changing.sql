@@ -79,6 +79,19 @@ select id, created_at, attempt, max_attempts, priority, queue, task, payload, si
   from taken
 returning queue, priority
 
+-- define: stretch
+-- Makes `moment`, the times asked for, and `stretch`, where the next `scan_limit` runs that ended like this come to an end.
+moment as materialized (
+    select asked.until, coalesce(%(since)s::timestamptz, asked.until - %(within)s::interval, '-infinity') as since
+      from (select coalesce(%(until)s::timestamptz, clock_timestamp()) as until offset 0) as asked
+), stretch as materialized (
+    select max(id) as last
+      from (select id from queue_service.finished_runs
+             where state <> 'succeeded' and state = %(state)s and id > %(after)s
+               and finished_at >= (select date_trunc('day', moment.since) from moment)
+             order by id limit %(scan_limit)s) as following
+)
+
 -- name: retry_many
 -- As `retry`, the runs of history that ended in a state that is not success, of a queue, a task and a time: the oldest
 -- first, at most `limit` of the next `scan_limit`, for what is chosen may be rare among what there is. One whose singleton
@@ -89,16 +102,7 @@ returning queue, priority
 -- reads the partitions between the times of what was found, and does not say the state once more: before Postgres 18 the
 -- walk's own index would serve it, and be read from end to end.
 -- writes: runs, finished_runs
-with moment as materialized (
-    select asked.until, coalesce(%(since)s::timestamptz, asked.until - %(within)s::interval, '-infinity') as since
-      from (select coalesce(%(until)s::timestamptz, clock_timestamp()) as until offset 0) as asked
-), stretch as materialized (
-    select max(id) as last
-      from (select id from queue_service.finished_runs
-             where state <> 'succeeded' and state = %(state)s and id > %(after)s
-               and finished_at >= (select date_trunc('day', moment.since) from moment)
-             order by id limit %(scan_limit)s) as following
-), taken as materialized (
+with {stretch}, taken as materialized (
     select * from queue_service.finished_runs
      where state <> 'succeeded' and state = %(state)s and id > %(after)s and id <= (select stretch.last from stretch)
        and finished_at >= (select moment.since from moment) and finished_at <= (select moment.until from moment)
@@ -132,16 +136,7 @@ select moment.until,
 
 -- name: count_many
 -- How many `retry_many` would find, at most `limit`. Row: as there, without the last two.
-with moment as materialized (
-    select asked.until, coalesce(%(since)s::timestamptz, asked.until - %(within)s::interval, '-infinity') as since
-      from (select coalesce(%(until)s::timestamptz, clock_timestamp()) as until offset 0) as asked
-), stretch as materialized (
-    select max(id) as last
-      from (select id from queue_service.finished_runs
-             where state <> 'succeeded' and state = %(state)s and id > %(after)s
-               and finished_at >= (select date_trunc('day', moment.since) from moment)
-             order by id limit %(scan_limit)s) as following
-)
+with {stretch}
 select moment.until, stretch.last,
        (select count(*) from (
             select from queue_service.finished_runs

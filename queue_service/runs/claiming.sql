@@ -50,19 +50,6 @@ runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.los
                and runs.task = any(%(tasks)s::text[])
                and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
 
--- define: new_lease
--- One for all that was picked; none where nothing was.
-insert into queue_service.leases (worker_id, expires_at, run_ids, limited, final_tasks)
-    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id), %(limited)s::boolean,
-           %(final_tasks)s::text[]
-      from picked having count(*) > 0
-    returning id
-
--- define: claimed_columns
-runs.id, runs.queue, runs.task, runs.payload::text, runs.attempt, runs.failures, runs.losses, runs.priority,
-          runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts, runs.retry_delay, runs.timeout,
-          runs.singleton_key, runs.ordering_key, runs.organization_id, runs.metadata::text, runs.lease_id
-
 -- name: scan
 -- For each priority of each queue where something is due: the first run that a claim could take, which is where claims
 -- may start to look. Paused queues are left out. Distinct priorities are found by hopping along the index, one descent
@@ -110,6 +97,24 @@ select moment.now, due.queue, due.priority, due.run_at, due.id,
      ) as lane
   ) as due on true
 
+-- define: new_lease
+-- One for all that was picked; none where nothing was.
+insert into queue_service.leases (worker_id, expires_at, run_ids, limited, final_tasks)
+    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id), %(limited)s::boolean,
+           %(final_tasks)s::text[]
+      from picked having count(*) > 0
+    returning id
+
+-- define: take_picked
+-- Takes what was picked. That is locked, and so still queued; the guard stands where it is written all the same.
+update queue_service.runs
+   set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
+  from lease
+ where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
+returning runs.id, runs.queue, runs.task, runs.payload::text, runs.attempt, runs.failures, runs.losses, runs.priority,
+          runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts, runs.retry_delay, runs.timeout,
+          runs.singleton_key, runs.ordering_key, runs.organization_id, runs.metadata::text, runs.lease_id
+
 -- name: claim
 -- Take due runs of some queues, from each at most as many as are `wanted`, higher priority first, each priority from its
 -- floor on. Passed over: runs of tasks not named, expired ones, suspects (see claim_suspect), those reserved for another
@@ -140,11 +145,7 @@ with asked as materialized (
 ), lease as (
     {new_lease}
 )
-update queue_service.runs
-   set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
-  from lease
- where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
-returning {claimed_columns}
+{take_picked}
 
 -- define: from_lanes
 -- Makes `picked`, the heads of free lanes of the queues `asked` for, and puts off the lanes that gave none.
@@ -211,11 +212,7 @@ with asked as materialized (
 ), {from_lanes}, lease as (
     {new_lease}
 )
-update queue_service.runs
-   set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
-  from lease
- where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
-returning {claimed_columns}
+{take_picked}
 
 -- define: within_limits
 -- Makes `asked` of `given`: the queues that are not being claimed from by another session, and how many may begin of each.
@@ -274,11 +271,7 @@ with given as materialized (
 ), {counted_in}, lease as (
     {new_lease}
 ), taken as (
-    update queue_service.runs
-       set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
-      from lease
-     where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
-    returning {claimed_columns}
+    {take_picked}
 )
 select taken.*, asked.queue,
        case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
@@ -294,11 +287,7 @@ with given as materialized (
 ), {within_limits}, {from_lanes}, {counted_in}, lease as (
     {new_lease}
 ), taken as (
-    update queue_service.runs
-       set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
-      from lease
-     where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
-    returning {claimed_columns}
+    {take_picked}
 )
 select taken.*, asked.queue,
        case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
@@ -332,11 +321,7 @@ with suspect as materialized (
 ), {counted_in}, lease as (
     {new_lease}
 )
-update queue_service.runs
-   set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
-  from lease
- where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
-returning {claimed_columns}
+{take_picked}
 
 -- name: suspect_is_due
 -- Whether claim_suspect would find one.

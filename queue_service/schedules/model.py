@@ -44,7 +44,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     last_run_id: int | None = None
 
     @property
-    def timing(self) -> Recurrence:
+    def recurrence(self) -> Recurrence:
         """Raises ConfigError where the time zone is not known on this machine."""
         return Recurrence(self.cron, self.every, self.timezone)
 
@@ -54,7 +54,7 @@ class NewSchedule:
     """What is stored of a schedule. `payload` is JSON text."""
 
     name: str
-    timing: Recurrence
+    recurrence: Recurrence
     misfire: Misfire
     task: str
     queue: str

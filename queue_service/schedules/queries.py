@@ -42,11 +42,17 @@ def clock() -> Query[datetime]:
 
 
 def put(new: NewSchedule, next_at: datetime) -> Query[bool | None]:
-    """True: it is new; False: it was changed; None: it was like this already. `next_at` is for a timing that is new."""
-    fields = {name: getattr(new, name) for name in NewSchedule.__slots__ if name != "timing"}
-    timing = new.timing
+    """True: it is new; False: it was changed; None: it was like this already. `next_at` is for a recurrence that is new."""
+    fields = {name: getattr(new, name) for name in NewSchedule.__slots__ if name != "recurrence"}
+    recurrence = new.recurrence
     return SQL.query(
-        "put", scalar, **fields, cron=timing.cron, every=timing.every, timezone=timing.timezone, next_at=next_at
+        "put",
+        scalar,
+        **fields,
+        cron=recurrence.cron,
+        every=recurrence.every,
+        timezone=recurrence.timezone,
+        next_at=next_at,
     )
 
 

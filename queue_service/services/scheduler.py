@@ -106,12 +106,12 @@ class Scheduler:
 
 def firing(due: DueSchedule, look: Look) -> Firing:
     """What a due schedule does now: the slots it fires for, as its misfire policy says, and its next one. Raises
-    ConfigError where its timing means nothing on this machine."""
-    timing = Recurrence(due.cron, due.every, due.timezone)
+    ConfigError where its recurrence means nothing on this machine."""
+    recurrence = Recurrence(due.cron, due.every, due.timezone)
     most = MAX_SLOTS if due.misfire is Misfire.ALL else 1
-    slots = cron.newest(timing, due.next_at, look.now, most)
+    slots = cron.newest(recurrence, due.next_at, look.now, most)
     if due.misfire is Misfire.SKIP:
         slots = [slot for slot in slots if look.now - slot <= LATENESS]
     if slots[:1] != [due.next_at]:
         log.info("slots passed that get no run", schedule=due.name, since=str(due.next_at), misfire=due.misfire.value)
-    return Firing(due, slots, cron.following(timing, look.now))
+    return Firing(due, slots, cron.following(recurrence, look.now))

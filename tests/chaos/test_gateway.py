@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from queue_service import App, Run, Turn
-from queue_service.client import ChatClient, Event, MessageAccepted
+from queue_service.client import ChatClient, Event, MessageReceipt
 from queue_service.db.pool import Connection
 from tests.chaos.proxy import Proxy
 from tests.support import eventually, free_port, one, rows
@@ -87,7 +87,7 @@ class Person:
         self.stream = f"conv-{number % STREAMS}"
         self.chat = ChatClient(address)
         self.seen: list[Event] = []
-        self.accepted: list[MessageAccepted] = []
+        self.accepted: list[MessageReceipt] = []
         self.refused = 0
         self._number = number
 

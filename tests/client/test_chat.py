@@ -261,5 +261,5 @@ class TestADeath:
 
 
 def test_the_public_names_are_there() -> None:
-    assert set(queue_service.client.__all__) == {"ChatClient", "Event", "MessageAccepted"}
+    assert set(queue_service.client.__all__) == {"ChatClient", "Event", "MessageReceipt"}
     assert set(queue_service.client.__all__) <= set(dir(queue_service.client))

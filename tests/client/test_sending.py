@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import pytest
 
-from queue_service.client import ChatClient, MessageAccepted
+from queue_service.client import ChatClient, MessageReceipt
 from queue_service.client.wire import _seconds
 from queue_service.errors import NotConnected, OutboxFull, PayloadRefused, SendFailed
 from tests.client.server import Answer, Gateway
@@ -21,7 +21,7 @@ from tests.support import eventually
 Make = Callable[..., ChatClient]
 
 
-def say(chat: ChatClient, *texts: str) -> list[asyncio.Future[MessageAccepted]]:
+def say(chat: ChatClient, *texts: str) -> list[asyncio.Future[MessageReceipt]]:
     return [chat.send("s", {"text": text}) for text in texts]
 
 
@@ -29,7 +29,7 @@ class TestTheQueue:
     async def test_a_receipt_says_where_the_message_is(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect()
         receipt = await chat.send("s", MappingProxyType({"text": "hi"}), client_message_id="m1")
-        assert receipt == MessageAccepted(stream="s", client_message_id="m1", seq=1)
+        assert receipt == MessageReceipt(stream="s", client_message_id="m1", seq=1)
         assert gateway.asked("send")[0].body == {"stream": "s", "client_message_id": "m1", "body": {"text": "hi"}}
 
     async def test_each_message_gets_an_id_of_its_own(self, chat: ChatClient) -> None:
@@ -177,7 +177,7 @@ class TestRetries:
 
 class TestAFlush:
     async def test_is_in_order_and_over_before_the_connection_is_open(self, gateway: Gateway, client: Make) -> None:
-        receipts: list[asyncio.Future[MessageAccepted]] = []
+        receipts: list[asyncio.Future[MessageReceipt]] = []
         done_when_opened: list[bool] = []
         chat = client(on_open=lambda: done_when_opened.extend(receipt.done() for receipt in receipts))
         receipts += say(chat, "1", "2", "3")

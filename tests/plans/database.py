@@ -15,7 +15,7 @@ from queue_service.db.query import Query
 
 Sync = psycopg.Connection[Any]
 
-# Where Postgres cannot notify from the statement.
+# Where Postgres cannot tell from the statement.
 TYPES = {
     "priority": "smallint",
     "max_attempts": "integer",

@@ -1,6 +1,6 @@
 """Every order in which two or three sessions can arm, extend and end one turn, each committing or rolling back.
 
-Two orders are the same one where nothing can notify them apart, and are played once: twins that begin in one order or the
+Two orders are the same one where nothing can tell them apart, and are played once: twins that begin in one order or the
 other, and transactions that have nothing left to do but to finish. In triples, replies and failures are one statement,
 and a turn that lapsed stands for one that did not: everything but the sweep treats both alike.
 """
