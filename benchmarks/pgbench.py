@@ -22,7 +22,10 @@ def rate(conninfo: str, script: Sequence[str], *, clients: int, seconds: int) ->
     return float(next(line for line in out.splitlines() if line.startswith("tps =")).split()[2])
 
 
-def one_line(text: str) -> str:
-    """A statement as pgbench takes it: it ends one at a semicolon, and knows no comments within."""
+def one_line(text: str, **values: str) -> str:
+    """A statement as pgbench takes it: its parameters filled in, ended by a semicolon, with no comments within.
+
+    A parameter without a value raises KeyError.
+    """
     lines = (line.split(" -- ")[0] for line in text.splitlines() if not line.lstrip().startswith("--"))
-    return " ".join(line.strip() for line in lines).replace("%%", "%") + ";"
+    return " ".join(line.strip() for line in lines) % values + ";"

@@ -69,8 +69,8 @@ def _pgbench(conninfo: str, seconds: int) -> float:
     script = [
         f"\\set id random(1, {10**15})",
         f"\\set stream random(0, {STREAMS - 1})",
-        pgbench.one_line(texts["arm"].replace("%(turns)s", f"({turn})")),
-        pgbench.one_line(texts["end"].replace("%(endings)s", f"({ending})").replace("%(tell)s", "false")),
+        pgbench.one_line(texts["arm"], turns=f"({turn})"),
+        pgbench.one_line(texts["end"], endings=f"({ending})", notify="false"),
     ]
     return pgbench.rate(conninfo, script, clients=CALLERS, seconds=seconds)
 
