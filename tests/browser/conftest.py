@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Browser, ConsoleMessage, Locator, Page, async_playwright, expect
 
 from queue_service import App
@@ -34,8 +34,8 @@ COMMANDS = {
 expect.set_options(timeout=40_000)
 
 
-@pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     """Where a Chromium with an empty profile takes commands. One for all tests: its start costs more than most of them."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
@@ -43,18 +43,22 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             "There is no Chromium on PATH: install Debian's `chromium`, or leave these out with -m 'not browser'."
         )
     profile = tmp_path_factory.mktemp("chromium")
-    command = [program, *FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = [*FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}"]
+    running = await asyncio.create_subprocess_exec(
+        program, *flags, "about:blank", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    written = profile / "DevToolsActivePort"
+
+    def port() -> str | None:
+        assert running.returncode is None, "Chromium did not start."
+        lines = written.read_text().splitlines() if written.exists() else []
+        return lines[0] if len(lines) > 1 else None
+
     try:
-        port = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
-        while not (port.exists() and port.read_text().count("\n")):
-            assert running.poll() is None and time.monotonic() < deadline, "Chromium did not start."
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{port.read_text().splitlines()[0]}"
+        yield f"http://127.0.0.1:{await eventually(port, within=60)}"
     finally:
         running.kill()
-        running.wait()
+        await running.wait()
 
 
 @pytest.fixture
@@ -188,7 +192,7 @@ async def visit(browser: Browser, site: Site, app: App) -> AsyncIterator[Visit]:
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", note)
         await page.goto(path)
-        # The page names its conversation in its address, by itself where it was not told one.
+        # The page names its conversation in its address, by itself where it was given none.
         await page.wait_for_url("**/?*stream=*")
         return Chat(page, app)
 

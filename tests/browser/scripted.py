@@ -132,8 +132,8 @@ class Scripted:
             await writer.drain()
 
     async def _api(self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        told = self._answers[request.name]
-        answer = told.popleft() if told else Answer()
+        scripted = self._answers[request.name]
+        answer = scripted.popleft() if scripted else Answer()
         if answer.held is not None:
             await answer.held.wait()
         if answer.status == 0:

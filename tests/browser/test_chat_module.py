@@ -102,8 +102,8 @@ class TestOpening:
         known.set()
         log = await client.heard("onOpen")
         assert log == ["connecting", "delta 5", "receipt for first", "receipt for second", "open", "onOpen"]
-        (told,) = server.asked("reconnect")
-        assert (told.body, told.headers["x-connection-id"]) == ({"streams": {"s": 4}}, "c1")
+        (seen,) = server.asked("reconnect")
+        assert (seen.body, seen.headers["x-connection-id"]) == ({"streams": {"s": 4}}, "c1")
 
     async def test_a_reconnect_says_what_was_seen_last(self, server: Scripted, client: Client) -> None:
         await client.open()
@@ -164,7 +164,7 @@ class TestOpening:
         await client.heard("open")
         assert len(server.asked("events")) == 3
 
-    async def test_it_asks_who_we_are_only_once_and_goes_on_when_told(self, server: Scripted, client: Client) -> None:
+    async def test_it_asks_who_we_are_only_once_and_goes_on_when_asked(self, server: Scripted, client: Client) -> None:
         server.will("events", Answer(401))
         server.will("state", Answer(401))
         await client.open()
@@ -226,7 +226,7 @@ class TestAConnectionThatDiesWithoutASign:
 
 
 class TestEvents:
-    async def test_an_event_that_comes_twice_is_told_once(self, server: Scripted, client: Client) -> None:
+    async def test_an_event_that_comes_twice_is_delivered_once(self, server: Scripted, client: Client) -> None:
         await client.open()
         connection = await server.connected()
         for seq, kind in [(1, "delta"), (2, "reply"), (1, "delta"), (2, "reply"), (3, "delta")]:
@@ -235,7 +235,7 @@ class TestEvents:
         assert [entry for entry in log if entry[-1].isdigit()] == ["delta 1", "reply 2", "delta 3"]
 
     @pytest.mark.parametrize("is_announced", [True, False])
-    async def test_what_was_skipped_is_told_from_the_history_before_what_came_after(
+    async def test_what_was_skipped_is_delivered_from_the_history_before_what_came_after(
         self, server: Scripted, client: Client, *, is_announced: bool
     ) -> None:
         server.history = [event(seq) for seq in range(1, 1_205)] + [event(1_205, "reply")]
@@ -252,8 +252,8 @@ class TestEvents:
         assert "delta 1206" not in await client.log()
         slow.set()
         log = await client.heard("delta 1206")
-        told = [int(entry.split()[1]) for entry in log if entry[-1].isdigit()]
-        assert told == list(range(1, 1_207))
+        seen = [int(entry.split()[1]) for entry in log if entry[-1].isdigit()]
+        assert seen == list(range(1, 1_207))
         assert [entry for entry in log if "reply" in entry] == ["reply 1205"]
 
     async def test_a_history_that_cannot_be_reached_is_asked_again(self, server: Scripted, client: Client) -> None:
@@ -264,7 +264,7 @@ class TestEvents:
         log = await client.heard("delta 3", "open")
         assert [entry for entry in log if entry[-1].isdigit()] == ["delta 1", "delta 2", "delta 3"]
 
-    async def test_what_the_history_has_no_more_is_told(self, server: Scripted, client: Client) -> None:
+    async def test_what_the_history_has_no_more_is_reported(self, server: Scripted, client: Client) -> None:
         server.history = [event(3, "reply"), event(4), event(9)]
         await client.open()
         (await server.connected()).event(9)
@@ -285,7 +285,7 @@ class TestEvents:
         log = await client.heard("delta 4", "open")
         assert [entry for entry in log if entry[-1].isdigit()] == ["gap 4-3", "delta 4"]
 
-    async def test_a_stream_that_went_back_is_told_of_once_and_nothing_of_it_is_lost(
+    async def test_a_stream_that_went_back_is_reported_once_and_nothing_of_it_is_lost(
         self, server: Scripted, client: Client
     ) -> None:
         server.history = [event(4, "reply")]
@@ -316,7 +316,7 @@ class TestEvents:
             f"delta {seq}" for seq in range(1, 5)
         ]
 
-    async def test_a_stream_that_ends_while_its_history_is_read_is_told_to_its_end(
+    async def test_a_stream_that_ends_while_its_history_is_read_is_delivered_to_its_end(
         self, server: Scripted, client: Client
     ) -> None:
         server.history = [event(seq) for seq in range(1, 4)]
@@ -365,7 +365,9 @@ class TestSending:
         await client.heard("receipt for first", "receipt for second")
 
     @pytest.mark.parametrize("status", [0, 408, 429, 500])
-    async def test_after_three_attempts_the_sender_is_told(self, server: Scripted, client: Client, status: int) -> None:
+    async def test_after_three_attempts_the_sender_gets_an_error(
+        self, server: Scripted, client: Client, status: int
+    ) -> None:
         server.will("send", *[Answer(status)] * 3)
         await client.open()
         await client.send("first", "second")
@@ -373,7 +375,7 @@ class TestSending:
         await client.heard(f"no receipt for first: {status} {why}", "receipt for second")
         assert server.texts == ["first", "first", "first", "second"]
 
-    async def test_what_the_server_refuses_is_told_at_once(self, server: Scripted, client: Client) -> None:
+    async def test_what_the_server_refuses_is_reported_at_once(self, server: Scripted, client: Client) -> None:
         server.will("send", Answer(400))
         await client.open()
         await client.send("first", "second")

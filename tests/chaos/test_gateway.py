@@ -102,7 +102,7 @@ class Person:
             sent = self.chat.send(self.stream, {"text": f"one two three from {self._number} the {count}th"})
             try:
                 self.accepted.append(await sent)
-            except Exception:  # noqa: BLE001 - it was told that it failed, which is all it is owed
+            except Exception:  # noqa: BLE001 - it knows that it failed, which is all it is owed
                 self.refused += 1
             await asyncio.sleep(random.uniform(0.2, 1.0))  # a person
 

@@ -284,7 +284,7 @@ def test_migrate_goes_down_and_up_again(empty_database: str) -> None:
     succeeded(call("db", "migrate", **on))
 
 
-def test_migrate_to_a_revision_that_is_not_there_is_told(invoke: Invoke) -> None:
+def test_migrate_to_a_revision_that_is_not_there_is_refused(invoke: Invoke) -> None:
     assert "nonsense" in said(invoke("db", "migrate", "--to", "nonsense"), 2)
 
 
@@ -296,7 +296,7 @@ def test_check_exits_with_four_where_the_schema_is_behind(empty_database: str) -
 
 
 @pytest.mark.parametrize("arguments", [["db", "migrate"], ["db", "current"], ["runs", "list"], ["enqueue", "t"]])
-def test_a_user_who_may_not_is_told_who_may(database: str, arguments: list[str]) -> None:
+def test_a_user_who_may_not_reads_who_may(database: str, arguments: list[str]) -> None:
     with psycopg.connect(database, autocommit=True) as admin:
         name = f"stranger_{admin.info.dbname}"
         admin.execute(f'create role "{name}" login')
@@ -411,7 +411,7 @@ def test_enqueue_with_a_delay_is_due_later(invoke: Invoke) -> None:
     assert (queue["due"], queue["later"]) == (0, 1)
 
 
-def test_a_taken_singleton_key_is_returned_replaced_or_told(invoke: Invoke) -> None:
+def test_a_taken_singleton_key_is_returned_replaced_or_reported(invoke: Invoke) -> None:
     first = new_id(invoke("enqueue", "t", '{"n": 1}', "--singleton-key", "s", "--json"))
     assert new_id(invoke("enqueue", "t", '{"n": 2}', "--singleton-key", "s", "--json")) == first
     assert "live" in said(invoke("enqueue", "t", "--singleton-key", "s", "--on-conflict", "raise"), 1)
@@ -438,11 +438,11 @@ def test_a_line_that_is_not_json_is_named_and_nothing_is_enqueued(database: str,
 
 def test_a_bad_line_after_many_says_what_is_enqueued_already(database: str, invoke: Invoke) -> None:
     lines = "\n" + '{"n": 1}\n' * 6_000
-    told = said(invoke("enqueue", "double", "-", input=lines + "nonsense\n"), 2)
+    printed = said(invoke("enqueue", "double", "-", input=lines + "nonsense\n"), 2)
     ((count,),) = rows(database, "select count(*) from queue_service.runs")
     assert count == 5_000
-    assert "The lines up to 5,001 are enqueued, 5,000 runs: leave them out the next time.\n" in told
-    assert "Line 6002 is not JSON" in told
+    assert "The lines up to 5,001 are enqueued, 5,000 runs: leave them out the next time.\n" in printed
+    assert "Line 6002 is not JSON" in printed
 
 
 @pytest.mark.parametrize("payload", ["{", "[]", "1", '"text"', "null", '{"a": NaN}', "{'a': 1}"])
@@ -461,7 +461,7 @@ def test_options_that_contradict_are_refused(invoke: Invoke, arguments: list[str
     said(invoke("enqueue", *arguments, input="{}\n"), 2)
 
 
-def test_a_task_that_the_app_does_not_know_is_told_with_the_nearest(invoke: Invoke) -> None:
+def test_a_task_that_the_app_does_not_know_is_refused_with_the_nearest(invoke: Invoke) -> None:
     text = said(invoke("enqueue", "doubel", "-a", TASKS), 2)
     assert "Did you mean 'double'?" in text
 
@@ -572,8 +572,8 @@ def test_retry_tells_of_those_whose_singleton_key_is_held(database: str, invoke:
     first = new_id(invoke("enqueue", "other", "--singleton-key", "k", "--json"))
     succeeded(invoke("runs", "cancel", str(first)))
     succeeded(invoke("enqueue", "other", "--singleton-key", "k"))
-    told = succeeded(invoke("runs", "retry", "--state", "cancelled")).stdout
-    assert told == "0 runs queued again; 1 skipped: a live run holds their singleton key\n"
+    printed = succeeded(invoke("runs", "retry", "--state", "cancelled")).stdout
+    assert printed == "0 runs queued again; 1 skipped: a live run holds their singleton key\n"
 
 
 @pytest.mark.parametrize(
@@ -758,7 +758,7 @@ def test_workers_are_listed_with_what_they_hold(database: str, invoke: Invoke) -
         ("./tasks.py:app", "names no App"),
     ],
 )
-def test_an_app_that_cannot_be_found_is_told(invoke: Invoke, path: str, says: str) -> None:
+def test_an_app_that_cannot_be_found_is_named(invoke: Invoke, path: str, says: str) -> None:
     for command in (["worker", "-a", path], ["enqueue", "double", "-a", path]):
         assert says in said(invoke(*command), 2)
 
@@ -767,7 +767,7 @@ def test_an_app_is_needed_and_its_variable_is_named(invoke: Invoke) -> None:
     assert "QUEUE_SERVICE_APP" in said(invoke("worker"), 2)
 
 
-def test_an_error_inside_the_apps_module_is_told_in_one_sentence(invoke: Invoke, here: Path) -> None:
+def test_an_error_inside_the_apps_module_is_reported_in_one_sentence(invoke: Invoke, here: Path) -> None:
     (here / "broken_for_tests.py").write_text("import not_installed_for_tests\n")
     (here / "raising_for_tests.py").write_text("raise RuntimeError('while it was imported')\n")
     assert "not_installed_for_tests" in said(invoke("worker", "-a", "broken_for_tests:app"), 1)

@@ -143,7 +143,7 @@ async def test_a_question_waits_for_nobody_while_something_stands_against_it(
             await asyncio.to_thread(downgrade, database, "0001", lease=timedelta(seconds=30), force=False, commit=False)
 
 
-async def test_a_transaction_that_holds_a_table_is_told_of_in_a_sentence(
+async def test_a_transaction_that_holds_a_table_is_reported_in_a_sentence(
     database: str, session: Callable[[], Awaitable[Connection]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downgrade_module, "LOCK_TIMEOUT", "100ms")

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from queue_service import App, Run, Turn, TurnFailure, Worker
-from queue_service.cli import cli
+from queue_service.cli import cli, render
 from queue_service.roster import queries as roster
 from tests.unit.test_printable import obeyed
 
@@ -97,6 +97,12 @@ def test_a_line_break_in_data_makes_no_second_field(database: str) -> None:
     assert [line for line in shown.splitlines() if line.startswith("state ")] == ["state            queued"]
     why = call(database, "runs", "why", "1").stdout
     assert len(why.splitlines()) == 1
+
+
+@pytest.mark.parametrize("err", [False, True], ids=["stdout", "stderr"])
+def test_what_is_printed_as_one_line_is_one_line(err: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    render.echo("a\nb\rc\td", err=err)
+    assert "".join(capsys.readouterr()) == "a\\nb\\rc\td\n"
 
 
 def test_an_error_that_quotes_data_is_escaped(database: str) -> None:

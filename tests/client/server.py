@@ -1,4 +1,4 @@
-"""A gateway for tests of the client: HTTP/1.1 on a real socket, as `docs/gateway.md` says, and misbehaving as it is told."""
+"""A gateway for tests of the client: HTTP/1.1 on a real socket, as `docs/gateway.md` says, and misbehaving on request."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Line:
 
     @property
     def is_blocked(self) -> bool:
-        """The client does not read what it is told, and the socket takes no more."""
+        """The client does not read what is sent to it, and the socket takes no more."""
         return self._writer.transport.get_write_buffer_size() > 0
 
     async def frame(self, name: str, data: Any, *, retry: int | None = None) -> None:
@@ -101,7 +101,7 @@ class Line:
 
 class Gateway:
     """What it is to answer next is in `next`, by the name of the request (`events`, `send`, …; `history` for pages of a
-    stream). While `is_silent`, what is appended is stored and told to nobody."""
+    stream). While `is_silent`, what is appended is stored and announced to nobody."""
 
     def __init__(self) -> None:
         self.url = ""

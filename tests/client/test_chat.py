@@ -148,7 +148,7 @@ class TestLeaving:
         await chat.unwatch("s")
         assert chat.cursors == {}
 
-    async def test_a_stream_while_the_list_is_told_tells_it_again(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_a_stream_while_the_list_is_sent_sends_it_again(self, gateway: Gateway, chat: ChatClient) -> None:
         took = asyncio.Event()
         gateway.next["reconnect"].append(Answer(hold=took))
         connecting = asyncio.ensure_future(chat.connect({"s": 0, "t": 0}))

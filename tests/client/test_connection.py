@@ -63,7 +63,7 @@ class TestBecomingOpen:
         assert sorted(gateway.asked("events")[-1].values("cursor")) == ["s:2", "t:4"]
         await eventually(lambda: chat.state == "open")
 
-    async def test_a_list_too_long_for_a_url_is_told_by_the_post_alone(
+    async def test_a_list_too_long_for_a_url_is_sent_by_the_post_alone(
         self, gateway: Gateway, chat: ChatClient
     ) -> None:
         streams = {f"conversation-{n:040}": n for n in range(200)}
@@ -265,7 +265,7 @@ class TestTheEnd:
         with pytest.raises(NotConnected):
             chat.send("s", {"text": "too late"})
 
-    async def test_what_waits_to_be_sent_is_told_of_it(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_what_waits_to_be_sent_hears_of_it(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect({"s": 0})
         gateway.next["events"].extend([Answer(503), Answer(204)])
         gateway.line.cut()
@@ -273,7 +273,7 @@ class TestTheEnd:
         with pytest.raises(SendFailed, match="it was never sent"):
             await chat.send("s", {"text": "hi"})
 
-    async def test_it_does_not_ask_again_when_it_was_told_that_all_have_ended(
+    async def test_it_does_not_ask_again_when_it_has_heard_that_all_have_ended(
         self, gateway: Gateway, chat: ChatClient
     ) -> None:
         await gateway.append("s", "delta", "reply")
@@ -307,12 +307,12 @@ class TestConnect:
         assert (await receipt).seq == 1
         assert await seqs(chat, 1) == [1]
 
-    async def test_is_told_that_nobody_listens_there(self) -> None:
+    async def test_hears_that_nobody_listens_there(self) -> None:
         async with ChatClient("http://127.0.0.1:1", first_pause=0.01) as chat:
             with pytest.raises(NotConnected, match="ConnectError"):
                 await chat.connect(timeout=0.5)
 
-    async def test_is_told_at_once_that_the_gateway_does_not_want_it(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_hears_at_once_that_the_gateway_does_not_want_it(self, gateway: Gateway, chat: ChatClient) -> None:
         gateway.always["events"] = Answer(401, body={"error": "Nobody is signed in.", "field": None})
         receipt = chat.send("s", {"text": "hi"})
         with pytest.raises(NotConnected, match="Nobody is signed in"):

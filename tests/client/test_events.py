@@ -1,4 +1,4 @@
-"""Events come in order and once, whatever the connection does, and what is missing is fetched or told of."""
+"""Events come in order and once, whatever the connection does, and what is missing is fetched or reported."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.support import eventually
 Make = Callable[..., ChatClient]
 
 
-def told(events: list[Event]) -> list[Any]:
+def contents(events: list[Event]) -> list[Any]:
     """The seq of each event; of a gap, what it says."""
     return [event.body if event.kind == "gap" else event.seq for event in events]
 
 
 async def stored(gateway: Gateway, stream: str, *kinds: str) -> None:
-    """Append events that nobody is told of."""
+    """Append events that are announced to nobody."""
     gateway.is_silent = True
     await gateway.append(stream, *kinds)
     gateway.is_silent = False
 
 
 class TestAnEvent:
-    async def test_is_told_with_all_that_is_known_of_it(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_is_delivered_with_all_that_is_known_of_it(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect({"s": 0})
         await gateway.append("s", "reply", body={"message_ids": ["m1"]})
         (event,) = await take(chat, 1)
@@ -45,7 +45,7 @@ class TestAnEvent:
         await gateway.append("s", "delta", body=text)
         assert (await take(chat, 1))[0].body == text
 
-    async def test_that_comes_twice_is_told_once(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_that_comes_twice_is_delivered_once(self, gateway: Gateway, chat: ChatClient) -> None:
         await gateway.append("s", "delta", "delta", "reply")
         await chat.connect({"s": 0})
         for event in gateway.streams["s"]:
@@ -100,31 +100,31 @@ class TestAGap:
         assert await seqs(chat, 1_200) == list(range(1, 1_201))
         assert len(gateway.asked("history")) == 3
 
-    async def test_that_the_history_does_not_have_is_told(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_that_the_history_does_not_have_is_reported(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect({"s": 0})
         await stored(gateway, "s", *["delta"] * 5)
         gateway.trim("s", 3)
         await gateway.line.gap("s", 1, 5, 5)
-        assert told(await take(chat, 3)) == [{"stream": "s", "from": 1, "to": 3, "head": 5}, 4, 5]
+        assert contents(await take(chat, 3)) == [{"stream": "s", "from": 1, "to": 3, "head": 5}, 4, 5]
         await gateway.append("s", "delta")
-        assert told(await take(chat, 1)) == [6]
+        assert contents(await take(chat, 1)) == [6]
 
-    async def test_of_which_nothing_is_left_is_told(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_of_which_nothing_is_left_is_reported(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect({"s": 0})
         await stored(gateway, "s", *["delta"] * 5)
         gateway.trim("s", 5)
         await gateway.line.gap("s", 1, 5, 5)
-        assert told(await take(chat, 1)) == [{"stream": "s", "from": 1, "to": 5, "head": 5}]
+        assert contents(await take(chat, 1)) == [{"stream": "s", "from": 1, "to": 5, "head": 5}]
         await gateway.append("s", "delta")
-        assert told(await take(chat, 1)) == [6]
+        assert contents(await take(chat, 1)) == [6]
 
-    async def test_inside_the_history_is_told_where_it_is(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_inside_the_history_is_reported_where_it_is(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect({"s": 0})
         await stored(gateway, "s", "delta", "reply", "delta", "delta", "delta")
         gateway.streams["s"] = [event for event in gateway.streams["s"] if event["seq"] in {2, 5}]
         await gateway.line.gap("s", 1, 5, 5)
         gaps = [{"stream": "s", "from": 1, "to": 1, "head": 5}, {"stream": "s", "from": 3, "to": 4, "head": 5}]
-        assert told(await take(chat, 4)) == [gaps[0], 2, gaps[1], 5]
+        assert contents(await take(chat, 4)) == [gaps[0], 2, gaps[1], 5]
 
     async def test_is_asked_for_until_the_history_answers(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect({"s": 0})
@@ -133,7 +133,7 @@ class TestAGap:
         await gateway.line.gap("s", 1, 2, 2)
         assert await seqs(chat, 2) == [1, 2]
 
-    async def test_whose_history_begins_too_early_is_told_once(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_whose_history_begins_too_early_is_reported_once(self, gateway: Gateway, chat: ChatClient) -> None:
         await chat.connect({"s": 2})
         await stored(gateway, "s", "delta", "delta", "reply")
         gateway.next["history"].append(Answer(body={"head": 3, "events": gateway.streams["s"]}))
@@ -149,7 +149,7 @@ class TestAGap:
         behind = [{"head": 0, "events": []}, {"head": 1, "events": gateway.streams["s"][:1]}]
         gateway.next["history"].extend(Answer(body=page) for page in behind)
         await gateway.line.gap("s", 1, 2, 2)
-        assert told(await take(chat, 2)) == [1, 2]
+        assert contents(await take(chat, 2)) == [1, 2]
 
     async def test_does_not_hold_up_other_streams(self, gateway: Gateway, chat: ChatClient) -> None:
         go_on = asyncio.Event()
@@ -163,7 +163,7 @@ class TestAGap:
         go_on.set()
         assert [(event.stream, event.seq) for event in await take(chat, 4)] == [("s", seq) for seq in (1, 2, 3, 4)]
 
-    async def test_whose_events_come_live_meanwhile_is_told_once(self, gateway: Gateway, client: Make) -> None:
+    async def test_whose_events_come_live_meanwhile_is_delivered_once(self, gateway: Gateway, client: Make) -> None:
         chat = client(buffer=1)
         await chat.connect({"s": 0})
         await stored(gateway, "s", *["delta"] * 3)
@@ -195,10 +195,10 @@ class TestAGap:
         await chat.connect({"s": 9})
         await gateway.line.gap("s", 6, 9, 5)
         await gateway.append("s", "delta", "reply")
-        assert told(await take(chat, 3)) == [{"stream": "s", "from": 6, "to": 9, "head": 5}, 6, 7]
+        assert contents(await take(chat, 3)) == [{"stream": "s", "from": 6, "to": 9, "head": 5}, 6, 7]
         assert chat.cursors == {"s": 7}
 
-    async def test_beyond_the_head_that_is_told_twice_loses_nothing_between(
+    async def test_beyond_the_head_that_is_reported_twice_loses_nothing_between(
         self, gateway: Gateway, chat: ChatClient
     ) -> None:
         await stored(gateway, "s", *["delta"] * 5)
@@ -206,7 +206,7 @@ class TestAGap:
         await gateway.line.gap("s", 6, 9, 5)
         await stored(gateway, "s", "reply")
         await gateway.line.gap("s", 7, 9, 6)
-        assert told(await take(chat, 2)) == [{"stream": "s", "from": 6, "to": 9, "head": 5}, 6]
+        assert contents(await take(chat, 2)) == [{"stream": "s", "from": 6, "to": 9, "head": 5}, 6]
 
     async def test_beyond_the_head_bounds_what_is_missing(self, gateway: Gateway, chat: ChatClient) -> None:
         go_on = asyncio.Event()
@@ -220,7 +220,7 @@ class TestAGap:
         gateway.line.finish()
         gateway.always["events"] = Answer(204)
         go_on.set()
-        assert told(await take(chat, 4)) == [3, 4, 5]
+        assert contents(await take(chat, 4)) == [3, 4, 5]
 
 
 class TestAnEnding:
@@ -231,7 +231,7 @@ class TestAnEnding:
         gateway.line.finish()
         assert [event.kind for event in await take(chat, 3)] == ["delta", "reply"]
 
-    async def test_is_told_once_over_reconnects_and_backfills(self, gateway: Gateway, chat: ChatClient) -> None:
+    async def test_is_reported_once_over_reconnects_and_backfills(self, gateway: Gateway, chat: ChatClient) -> None:
         go_on = asyncio.Event()
         gateway.next["history"].append(Answer(hold=go_on))
         await chat.connect({"s": 0})

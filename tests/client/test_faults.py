@@ -78,6 +78,6 @@ async def test_nothing_is_lost_repeated_or_reordered(gateway: Gateway, client: M
     assert seen == {stream: list(range(1, gateway.heads[stream] + 1)) for stream in "st"}
     accepted = [int(event["body"]["body"]["text"]) for event in gateway.streams["s"] if event["kind"] == "message"]
     assert accepted == sorted(set(accepted))
-    told = [n for n, outcome in enumerate(outcomes) if not isinstance(outcome, SendFailed)]
-    assert set(told) <= set(accepted)
-    assert len(told) > ROUNDS / 2
+    stored = [n for n, outcome in enumerate(outcomes) if not isinstance(outcome, SendFailed)]
+    assert set(stored) <= set(accepted)
+    assert len(stored) > ROUNDS / 2

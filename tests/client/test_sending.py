@@ -1,4 +1,4 @@
-"""What is sent arrives once and in order, or its caller is told why not."""
+"""What is sent arrives once and in order, or its caller hears why not."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class TestRetries:
         assert (len(gateway.lines), len(gateway.asked("send"))) == (1, 1)
 
     @pytest.mark.parametrize("answer", [Answer(500), Answer(404), Answer(lost=True)])
-    async def test_after_three_attempts_the_caller_is_told_what_happened(
+    async def test_after_three_attempts_the_caller_hears_what_happened(
         self, gateway: Gateway, chat: ChatClient, answer: Answer
     ) -> None:
         await chat.connect()

@@ -55,7 +55,7 @@ async def end(conn: Connection, state: RunState, *, suspect: bool = False) -> No
     assert await fetch(conn, queries.finish([ending], worker_id=9, freed=[lease]))
 
 
-def told(attempts: tuple[Attempt, ...]) -> list[tuple[int, int | None, Any]]:
+def brief(attempts: tuple[Attempt, ...]) -> list[tuple[int, int | None, Any]]:
     """Number, worker and message of each."""
     return [(each.attempt, each.worker_id, each.error and each.error["message"]) for each in attempts]
 
@@ -74,13 +74,13 @@ async def test_a_run_that_never_failed_keeps_nothing_and_tells_of_the_attempt_it
     assert await one(conn, "select attempts is null from queue_service.finished_runs") is True
 
 
-async def test_each_failure_and_each_loss_is_told_with_its_worker_and_its_times(conn: Connection) -> None:
+async def test_each_failure_and_each_loss_is_shown_with_its_worker_and_its_times(conn: Connection) -> None:
     run_id = await enqueued(conn)
     await fail(conn, "first", worker_id=1)
     await lose(conn, worker_id=2)
     await end(conn, RunState.FAILED, suspect=True)
     run = await found(conn, run_id)
-    assert told(run.attempts) == [
+    assert brief(run.attempts) == [
         (1, 1, "first"), (2, 2, "The worker was lost while this run was with it."), (3, 9, "the last"),
     ]  # fmt: skip
     assert [each.error and each.error["reason"] for each in run.attempts] == ["raised", "worker_lost", "raised"]
@@ -93,7 +93,7 @@ async def test_an_attempt_that_went_well_has_no_error_though_the_run_had_one(con
     run_id = await enqueued(conn)
     await fail(conn, "first")
     await end(conn, RunState.SUCCEEDED)
-    assert told((await found(conn, run_id)).attempts) == [(1, 1, "first"), (2, 9, None)]
+    assert brief((await found(conn, run_id)).attempts) == [(1, 1, "first"), (2, 9, None)]
 
 
 async def test_an_attempt_that_goes_on_has_no_error_either(conn: Connection) -> None:
@@ -101,7 +101,7 @@ async def test_an_attempt_that_goes_on_has_no_error_either(conn: Connection) -> 
     await fail(conn, "first")
     await begun(conn, worker_id=4)
     running = await found(conn, run_id)
-    assert told(running.attempts) == [(1, 1, "first"), (2, 4, None)]
+    assert brief(running.attempts) == [(1, 1, "first"), (2, 4, None)]
     assert running.attempts[-1].ended_at is None
 
 
@@ -112,14 +112,14 @@ async def test_what_is_handed_back_or_snoozes_is_not_kept(conn: Connection) -> N
         run, lease = await begun(conn)
         assert await fetch(conn, queries.give_back([Return(run.claim, delay)], worker_id=1, freed=[lease]))
     await fail(conn, "fourth")
-    assert told((await found(conn, run_id)).attempts) == [(1, 1, "first"), (4, 1, "fourth")]
+    assert brief((await found(conn, run_id)).attempts) == [(1, 1, "first"), (4, 1, "fourth")]
 
 
 async def test_the_last_twenty_are_kept_and_the_numbers_say_what_is_missing(conn: Connection) -> None:
     run_id = await enqueued(conn)
     for n in range(1, 24):
         await fail(conn, str(n))
-    assert told((await found(conn, run_id)).attempts) == [(n, 1, str(n)) for n in range(4, 24)]
+    assert brief((await found(conn, run_id)).attempts) == [(n, 1, str(n)) for n in range(4, 24)]
     await lose(conn)
     assert [each.attempt for each in (await found(conn, run_id)).attempts] == list(range(5, 25))
     await end(conn, RunState.FAILED, suspect=True)
@@ -200,15 +200,15 @@ async def test_attempts_go_with_the_run_into_history_and_back(
     state, last = await ending(conn)
     over = await found(conn, run_id)
     assert over.state is state
-    assert told(over.attempts) == before + last
+    assert brief(over.attempts) == before + last
     assert await fetch(conn, queries.retry(run_id)) is not None
     back = await found(conn, run_id)
-    assert told(back.attempts) == before + last
+    assert brief(back.attempts) == before + last
     assert [(each.claimed_at, each.ended_at) for each in back.attempts] == [
         (each.claimed_at, each.ended_at) for each in over.attempts
     ]
     await fail(conn, "after that")
-    assert told((await found(conn, run_id)).attempts)[: len(before + last)] == before + last
+    assert brief((await found(conn, run_id)).attempts)[: len(before + last)] == before + last
 
 
 async def test_a_run_that_is_put_in_the_place_of_another_begins_without_its_attempts(conn: Connection) -> None:

@@ -223,7 +223,7 @@ class TestNotices:
         heard = [notice.payload async for notice in conn.notifies(timeout=5, stop_after=1)]
         assert heard[0] == ("2 q" if end == "commit" else "last")
 
-    async def test_a_delayed_run_is_not_told_of(self, q: SyncApp, database: str, conn: Connection) -> None:
+    async def test_a_delayed_run_is_not_announced(self, q: SyncApp, database: str, conn: Connection) -> None:
         await conn.execute(f"listen {channels.RUNS}")
         with psycopg.connect(database) as mine:
             q.enqueue("noop", {}, delay=60, conn=mine)

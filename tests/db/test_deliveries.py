@@ -104,7 +104,7 @@ async def test_a_run_that_is_given_back_in_any_other_way_is_anyones(conn: Connec
     assert await rows(conn, OPEN) == [(not fields, None, "queued", int("failed" in fields), 1)]
 
 
-async def test_the_owner_of_a_run_that_is_handed_over_is_told_when_that_commits(
+async def test_the_owner_of_a_run_that_is_handed_over_hears_of_it_when_that_commits(
     conn: Connection, session: Callable[[], Awaitable[Connection]]
 ) -> None:
     other = await session()
@@ -116,7 +116,7 @@ async def test_the_owner_of_a_run_that_is_handed_over_is_told_when_that_commits(
     assert [notice.payload async for notice in other.notifies(timeout=5, stop_after=1)] == ["3 default"]
 
 
-async def test_a_run_that_is_snoozed_is_told_to_nobody(
+async def test_a_run_that_is_snoozed_is_announced_to_nobody(
     conn: Connection, session: Callable[[], Awaitable[Connection]]
 ) -> None:
     other = await session()

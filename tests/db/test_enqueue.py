@@ -215,7 +215,7 @@ class TestNotices:
         await app.enqueue("noop", {}, queue="q", priority=7)
         assert await self.heard(conn) == ["7 q"]
 
-    async def test_a_burst_is_told_of_by_few_notices(
+    async def test_a_burst_is_announced_by_few_notices(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # It has to be one on any machine: a run comes within each moment.

@@ -1,4 +1,4 @@
-"""Streams on a real database: the order of seq is the order of commits, without gaps, and readers are told what they miss."""
+"""Streams on a real database: the order of seq is the order of commits, without gaps, and readers hear what they miss."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ class TestFollowing:
             event = await first
         assert (event.kind, event.terminal, event.body["message_ids"]) == ("reply", True, ["m"])
 
-    async def test_is_told_what_was_trimmed_before_it_came(self, app: App) -> None:
+    async def test_hears_what_was_trimmed_before_it_came(self, app: App) -> None:
         await app.events.append_many("s", [("delta", n) for n in range(5)])
         await app.events.trim("s", upto=3)
         async with aclosing(app.events.follow("s", after=1)) as events:
@@ -252,7 +252,7 @@ class TestFollowing:
             assert gap.body["head"] >= 4
             assert await taken(events, 2) == [4, 5]
 
-    async def test_is_told_of_a_gap_on_either_side_of_an_ending(self, app: App) -> None:
+    async def test_hears_of_a_gap_on_either_side_of_an_ending(self, app: App) -> None:
         await app.events.append("s", "delta", {})
         await app.turns.arm(Turn(deployment="d", message_id="m", stream="s"))
         await app.turns.fail("d", "m", TurnFailure("cancelled"))
@@ -261,7 +261,7 @@ class TestFollowing:
         await app.events.set_state("s", "ended")
         assert await to_the_end(app.events.follow("s")) == [(1, "gap"), (2, "error"), (3, "gap")]
 
-    async def test_is_told_of_a_cursor_that_this_database_never_had(self, app: App) -> None:
+    async def test_hears_of_a_cursor_that_this_database_never_had(self, app: App) -> None:
         await app.events.append_many("s", [("delta", 1), ("delta", 2)])
         async with aclosing(app.events.follow("s", after=7)) as events:
             gap = await following(events)
@@ -296,7 +296,7 @@ class TestFollowing:
                 )
                 assert (await following(events)).kind == "x"
 
-    async def test_finds_what_nobody_told_it_of(self, app: App, conn: Connection) -> None:
+    async def test_finds_what_nobody_announced(self, app: App, conn: Connection) -> None:
         async with aclosing(app.events.follow("s")) as events:
             first = asyncio.ensure_future(following(events))
             await waiting_follower(app)

@@ -154,7 +154,7 @@ class TestMaxRunning:
         await app.queues.resume("default")
         assert len(await begun(conn)) == 5
 
-    async def test_is_told_by_a_scan(self, app: App, conn: Connection) -> None:
+    async def test_is_announced_by_a_scan(self, app: App, conn: Connection) -> None:
         await full_of(conn, 1)
         await enqueued(conn, queue="other", ordering_key="k")
         scan = queries.scan(["default", "other"], ["noop"])
@@ -195,7 +195,7 @@ class TestMaxRunningPerKey:
         await full_of(conn, 5, ordering_key="b")
         assert [len(await begun(conn, laned=True)) for _ in range(3)] == [2, 1, 0]
 
-    async def test_of_a_lane_that_could_not_be_told_is_kept_by_claims(self, conn: Connection) -> None:
+    async def test_of_a_lane_that_could_not_be_announced_is_kept_by_claims(self, conn: Connection) -> None:
         await full_of(conn, 5, ordering_key="k")
         await conn.execute("update queue_service.lanes set width = 4")
         assert [len(await claimed(conn, laned=True)) for _ in range(2)] == [1, 0]

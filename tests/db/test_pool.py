@@ -69,7 +69,7 @@ class TestSession:
         assert await one(fresh, "show synchronous_commit") == ("on" if held == "off" else held)
         await fresh.close()
 
-    async def test_times_are_told_in_utc_whatever_the_database_prefers(self, database: str, conn: Connection) -> None:
+    async def test_times_are_read_in_utc_whatever_the_database_prefers(self, database: str, conn: Connection) -> None:
         name = await one(conn, "select current_database()")
         await conn.execute(f"alter database {name} set timezone = 'Asia/Kathmandu'".encode())
         await enqueued(conn)

@@ -153,7 +153,7 @@ class TestPurge:
     ) -> None:
         monkeypatch.setattr("queue_service.app.queues.PURGE_BATCH", 10)
         await app.enqueue_many("noop", [{}] * 25)
-        told: list[int] = []
-        assert await app.queues.purge("default", on_progress=told.append) == 25
-        assert told == [10, 20, 25]
+        counts: list[int] = []
+        assert await app.queues.purge("default", on_progress=counts.append) == 25
+        assert counts == [10, 20, 25]
         assert await one(conn, "select count(*) from queue_service.runs") == 0

@@ -115,9 +115,9 @@ class TestHow:
     async def test_it_tells_of_each_batch(self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(history, "RETRIED_AT_ONCE", 2)
         await ended(conn, 5)
-        told: list[Retried] = []
-        await app.retry_many(on_progress=told.append)
-        assert told == [Retried(2, 0), Retried(4, 0), Retried(5, 0)]
+        counts: list[Retried] = []
+        await app.retry_many(on_progress=counts.append)
+        assert counts == [Retried(2, 0), Retried(4, 0), Retried(5, 0)]
 
     async def test_each_moves_as_retry_moves_it(self, app: App, conn: Connection) -> None:
         one_by_one, together = await ended(conn, 2, priority=3)
@@ -127,15 +127,15 @@ class TestHow:
         assert await one(conn, moved, together) == await one(conn, moved, one_by_one)
         assert await over(conn) == []
 
-    async def test_workers_are_told_of_each_queue_and_priority(
+    async def test_workers_hear_of_each_queue_and_priority(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        told: list[Notice] = []
-        monkeypatch.setattr(app.opened.notifier, "send", told.extend)
+        announced: list[Notice] = []
+        monkeypatch.setattr(app.opened.notifier, "send", announced.extend)
         await ended(conn, 2)
         await ended(conn, queue="other queue", priority=-7)
         await app.retry_many()
-        assert sorted(told) == sorted([channels.enqueued("default", 0), channels.enqueued("other queue", -7)])
+        assert sorted(announced) == sorted([channels.enqueued("default", 0), channels.enqueued("other queue", -7)])
 
     async def test_lanes_take_them_up_in_their_order(self, app: App, conn: Connection) -> None:
         ids = await ended(conn, 3, ordering_key="k")

@@ -241,7 +241,7 @@ class TestClaim:
             "interval '30 s' from queue_service.leases",
         ) == [(42, True)]
 
-    async def test_a_claimed_run_is_told_as_it_is_stored(self, conn: Connection) -> None:
+    async def test_a_claimed_run_is_returned_as_it_is_stored(self, conn: Connection) -> None:
         run_id = await enqueued(
             conn, payload='{"a": 1}', priority=0, expires_in=timedelta(hours=1), singleton_key="s", ordering_key="o",
             max_attempts=4, retry_delay=timedelta(seconds=2.5), timeout=timedelta(3), metadata='{"m": 1}',

@@ -265,8 +265,8 @@ class TestRaces:
             *(fire(each, *map(firing, order)) for each, order in zip(sessions, orders, strict=True))
         )
         assert sum(map(len, fired)) == 30
-        told = await rows(conn, "select metadata ->> 'schedule' from queue_service.runs")
-        assert sorted(name for (name,) in told) == sorted(names)
+        by = await rows(conn, "select metadata ->> 'schedule' from queue_service.runs")
+        assert sorted(name for (name,) in by) == sorted(names)
 
 
 class TestTheRest:

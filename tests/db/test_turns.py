@@ -1,4 +1,4 @@
-"""Turns on a real database: what is armed ends once, and whoever comes second is told."""
+"""Turns on a real database: what is armed ends once, and whoever comes second hears of it."""
 
 from __future__ import annotations
 
@@ -655,7 +655,7 @@ class TestWaiting:
         assert await app.turns.is_live("dep-1", "m1")
         assert app.opened.fanout._tails == {}
 
-    async def test_many_who_wait_are_all_told(self, app: App) -> None:
+    async def test_many_who_wait_all_hear_of_it(self, app: App) -> None:
         await armed(app)
         waiting = [asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=10)) for _ in range(20)]
         await eventually(lambda: app.opened.fanout._tails and app.opened.fanout._tails["conv-1"].watchers == 20)
@@ -877,6 +877,6 @@ class TestBlockingCode:
             mine.commit()
         assert (await ended(app)).kind == "reply"
 
-    async def test_is_told_of_connections_that_are_asynchronous(self, q: SyncApp, conn: Connection) -> None:
+    async def test_refuses_connections_that_are_asynchronous(self, q: SyncApp, conn: Connection) -> None:
         with pytest.raises(ConfigError, match="asynchronous"):
             q.turns.arm(turn(), conn=conn)

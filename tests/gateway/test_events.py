@@ -29,7 +29,7 @@ class TestAConnection:
         assert len(ids) == 20
         assert all(len(each) == 32 for each in ids)
 
-    async def test_is_told_when_to_come_again_each_at_a_time_of_its_own(self, app: App) -> None:
+    async def test_hears_when_to_come_again_each_at_a_time_of_its_own(self, app: App) -> None:
         async with serving(app, retry=(1.0, 3.0)) as served, served.client() as client:
             pauses = []
             for _ in range(20):
@@ -38,7 +38,7 @@ class TestAConnection:
         assert all(pause is not None and 1_000 <= pause <= 3_000 for pause in pauses)
         assert len(set(pauses)) > 15
 
-    async def test_is_told_where_each_stream_goes_on(self, ann: Client) -> None:
+    async def test_hears_where_each_stream_goes_on(self, ann: Client) -> None:
         async with ann.connected("?stream=ann/a&cursor=ann/b:7") as (stream, _):
             assert stream.frames[0].data["streams"] == {"ann/a": 0, "ann/b": 7}
 
@@ -373,12 +373,12 @@ class TestShutdown:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "read"),
     [("a:1", ("a", 1)), ("a:b:12", ("a:b", 12)), ("ü :0", ("ü ", 0)), ("a", None), (":1", None), ("a:+1", None)],
 )
-def test_a_place_is_read_as_it_was_written(text: str, told: Any) -> None:
-    if told is None:
+def test_a_place_is_read_as_it_was_written(text: str, read: Any) -> None:
+    if read is None:
         with pytest.raises(ValueError, match="no place"):
             frames.place(text)
     else:
-        assert frames.place(text) == told
+        assert frames.place(text) == read

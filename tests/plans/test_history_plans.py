@@ -93,9 +93,9 @@ def test_a_statement_reads_what_it_shows_or_moves_and_little_else(filled: Sync, 
     nodes = list(flattened(row[0][0]["Plan"]))
     reads = [node for node in nodes if str(node.get("Relation Name")).startswith(("runs", "finished_runs"))]
     reads = [node for node in reads if "Scan" in node["Node Type"] and node["Actual Loops"]]
-    told = [(each["Node Type"], each.get("Index Name"), each["Actual Rows"], each["Actual Loops"]) for each in reads]
-    assert {each["Node Type"] for each in reads} <= {"Index Scan", "Index Only Scan", "Tid Scan"}, told
+    shown = [(each["Node Type"], each.get("Index Name"), each["Actual Rows"], each["Actual Loops"]) for each in reads]
+    assert {each["Node Type"] for each in reads} <= {"Index Scan", "Index Only Scan", "Tid Scan"}, shown
     visited = sum(
         each["Actual Loops"] * (each["Actual Rows"] + each.get("Rows Removed by Filter", 0)) for each in reads
     )
-    assert visited <= most, "\n".join(map(str, told))
+    assert visited <= most, "\n".join(map(str, shown))

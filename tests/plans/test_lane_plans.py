@@ -84,11 +84,11 @@ def test_a_statement_reads_what_it_takes_and_little_else(filled: Sync, name: str
     assert row is not None
     reads = [node for node in flattened(row[0][0]["Plan"]) if node.get("Relation Name") in {"runs", "lanes"}]
     reads = [node for node in reads if "Scan" in node["Node Type"]]
-    told = [(each["Node Type"], each.get("Index Name"), each["Actual Rows"], each["Actual Loops"]) for each in reads]
+    shown = [(each["Node Type"], each.get("Index Name"), each["Actual Rows"], each["Actual Loops"]) for each in reads]
     visited = sum(
         each["Actual Loops"] * (each["Actual Rows"] + each.get("Rows Removed by Filter", 0)) for each in reads
     )
-    assert visited <= most, "\n".join(map(str, told))
+    assert visited <= most, "\n".join(map(str, shown))
     assert {each["Node Type"] for each in reads if each["Actual Loops"]} <= {
         "Index Scan",
         "Index Only Scan",

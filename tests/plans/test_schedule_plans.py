@@ -91,16 +91,16 @@ def test_a_statement_looks_at_what_it_takes_and_little_else(filled: Sync, stage:
     assert row is not None
     nodes = list(flattened(row[0][0]["Plan"]))
     reads = [node for node in nodes if "Scan" in node["Node Type"] and node.get("Relation Name") in TABLES]
-    told = "\n".join(
+    shown = "\n".join(
         str((node["Node Type"], node.get("Index Name"), node["Actual Rows"], node["Actual Loops"])) for node in reads
     )
     visited = sum(
         node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) for node in reads
     )
-    assert visited <= most, told
+    assert visited <= most, shown
     assert {node["Node Type"] for node in reads if node["Actual Loops"]} <= {
         "Index Scan",
         "Index Only Scan",
         "Tid Scan",
-    }, told
+    }, shown
     assert sum(node["Actual Loops"] * node.get("Rows Removed by Join Filter", 0) for node in nodes) <= 30_000

@@ -152,9 +152,9 @@ def test_a_statement_looks_at_what_it_takes_and_little_else(conn: Sync, stage: S
     # A loop over two lists of one batch is cheap while the batch is small.
     discarded = sum(node["Actual Loops"] * node.get("Rows Removed by Join Filter", 0) for node in nodes)
     kinds = {node["Node Type"] for node in reads if node["Actual Loops"]}
-    told = [(node["Node Type"], node.get("Index Name"), node["Actual Rows"], node["Actual Loops"]) for node in reads]
+    shown = [(node["Node Type"], node.get("Index Name"), node["Actual Rows"], node["Actual Loops"]) for node in reads]
     # Before version 17 a plan for an empty table may look through the turns of a deployment, here a hundred.
     slack = 0 if conn.info.server_version >= 170_000 else 200
-    assert visited <= most + slack, "\n".join(map(str, told))
+    assert visited <= most + slack, "\n".join(map(str, shown))
     assert discarded <= 30_000
-    assert kinds <= {"Index Scan", "Index Only Scan", "Tid Scan"}, "\n".join(map(str, told))
+    assert kinds <= {"Index Scan", "Index Only Scan", "Tid Scan"}, "\n".join(map(str, shown))

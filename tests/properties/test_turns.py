@@ -325,7 +325,7 @@ class Turns(RuleBasedStateMachine):
         assert endings == sorted(key for key, turn in self.turns.items() if turn.seq is not None)
 
     @invariant()
-    def whoever_asks_is_told_how_each_turn_stands(self) -> None:
+    def whoever_asks_hears_how_each_turn_stands(self) -> None:
         for key in KEYS:
             turn = self.turns.get(key)
             assert self.ask(queries.is_live(*key)) == (turn is not None and turn.kind is None and not turn.is_late)

@@ -28,7 +28,7 @@ class Finish(StrEnum):
     ROLLBACK = "rollback and chain"
 
 
-# A function makes a statement of what the one before it told.
+# A function makes a statement of what the one before it returned.
 Step = Query[Any] | Finish | Callable[[Any], Query[Any]]
 Path = tuple[int, ...]
 
@@ -46,12 +46,12 @@ class Actor:
 
 @dataclass(slots=True)
 class Role:
-    """An actor on the stage: how far it is, and what its statements told it."""
+    """An actor on the stage: how far it is, and what its last statement returned."""
 
     actor: Actor
     conn: Connection
     taken: int = 0
-    told: Any = None
+    result: Any = None
     committed: bool = False
     error: Exception | None = None
     running: asyncio.Task[None] | None = None
@@ -86,14 +86,14 @@ class Role:
                 await self.conn.execute(step.value.encode())
                 self.committed = step is Finish.COMMIT and self.error is None
             elif self.error is None:
-                self.told = await fetch(self.conn, step if isinstance(step, Query) else step(self.told))
+                self.result = await fetch(self.conn, step if isinstance(step, Query) else step(self.result))
         except (psycopg.Error, QueueServiceError) as error:
             self.error = error
 
 
 @dataclass(slots=True)
 class History:
-    """What happened: who took each step, of those who could have, what each actor was told, and how often one waited."""
+    """What happened: who took each step, of those who could have, what each actor's statements returned, and how often one waited."""
 
     roles: list[Role]
     path: Path = ()

@@ -144,8 +144,8 @@ def kind_of(role: Role) -> str:
     return role.name.split("-")[0]
 
 
-class Told(NamedTuple):
-    """What the actors whose transactions committed were told: who ended the turn, armed it, extended it."""
+class Results(NamedTuple):
+    """What the statements of those who committed returned: who ended the turn, armed it, extended it."""
 
     enders: list[Role]
     winners: list[Role]
@@ -154,41 +154,41 @@ class Told(NamedTuple):
     extended: list[Role]
 
     @classmethod
-    def by(cls, roles: Sequence[Role]) -> Told:
+    def by(cls, roles: Sequence[Role]) -> Results:
         done = [role for role in roles if role.committed]
-        enders = [role for role in done if kind_of(role) in ENDERS and role.told is not BUSY]
+        enders = [role for role in done if kind_of(role) in ENDERS and role.result is not BUSY]
         arms = [role for role in done if kind_of(role) == "arm"]
         return cls(
             enders=enders,
-            winners=[role for role in enders if role.told],
+            winners=[role for role in enders if role.result],
             arms=arms,
-            armed=[role for role in arms if any(role.told.values())],
-            extended=[role for role in done if kind_of(role) == "extend" and role.told],
+            armed=[role for role in arms if any(role.result.values())],
+            extended=[role for role in done if kind_of(role) == "extend" and role.result],
         )
 
 
 def judge(position: str, history: History, ground: Ground) -> Iterator[str]:
-    """What is wrong with what is left, given what each actor was told."""
-    told = Told.by(history.roles)
+    """What is wrong with what is left, given what each actor's statements returned."""
+    results = Results.by(history.roles)
     yield from (f"{role.name} got {role.error!r}" for role in history.roles if role.error)
     yield from about_the_stream(ground)
-    if len(told.armed) != (1 if told.arms and position == "unarmed" else 0):
-        yield f"{len(told.armed)} were told that they armed it"
+    if len(results.armed) != (1 if results.arms and position == "unarmed" else 0):
+        yield f"{len(results.armed)} were answered that they armed it"
     if position == "ended":
         yield from about_an_ending(ground, {"the past"})
-        if told.winners or told.extended:
+        if results.winners or results.extended:
             yield "a turn that had ended was touched"
-    elif position == "unarmed" and not told.armed:
-        if told.winners or told.extended or ground != NOTHING:
+    elif position == "unarmed" and not results.armed:
+        if results.winners or results.extended or ground != NOTHING:
             yield f"nobody armed it, and there is {ground}"
-    elif told.winners:
-        yield from about_an_ending(ground, signature(told.winners[0]))
-        yield from about_winners(told)
+    elif results.winners:
+        yield from about_an_ending(ground, signature(results.winners[0]))
+        yield from about_winners(results)
     else:
         yield from about_a_debt(ground)
-        if position != "unarmed" and any(kind_of(role) != "sweep" for role in told.enders):
+        if position != "unarmed" and any(kind_of(role) != "sweep" for role in results.enders):
             yield "an ending was refused, and nobody ended it"
-        if told.extended and ground.markers != [True]:
+        if results.extended and ground.markers != [True]:
             yield "it was extended, and is overdue"
 
 
@@ -197,10 +197,10 @@ def signature(role: Role) -> set[str]:
     return {UNTAKEN, "No sign of life for 01:00:00."} if kind_of(role) == "sweep" else {role.name}
 
 
-def about_winners(told: Told) -> Iterator[str]:
-    if len(told.winners) > 1:
-        yield f"{len(told.winners)} were told that they ended it"
-    if told.extended and any(kind_of(role) == "sweep" for role in told.winners):
+def about_winners(results: Results) -> Iterator[str]:
+    if len(results.winners) > 1:
+        yield f"{len(results.winners)} were answered that they ended it"
+    if results.extended and any(kind_of(role) == "sweep" for role in results.winners):
         yield "it was extended and swept"
 
 

@@ -125,7 +125,7 @@ cluster.leave()
 
 
 class User:
-    """Another process that uses the cluster: it starts, and leaves, when told so."""
+    """Another process that uses the cluster: it starts, and leaves, on request."""
 
     def __init__(self, path: Path, *, keep: bool = False, user: str = "", **environ: str) -> None:
         self.process = subprocess.Popen(
@@ -288,7 +288,7 @@ def test_a_half_made_cluster_is_made_anew(make: Callable[..., Cluster], place: P
     assert list((place / "c").glob("data.new*")) == []
 
 
-def test_a_kept_server_survives_its_users_and_is_stopped_when_told(
+def test_a_kept_server_survives_its_users_and_is_stopped_on_request(
     make: Callable[..., Cluster], other: Callable[..., User], place: Path
 ) -> None:
     keeper = other(keep=True)

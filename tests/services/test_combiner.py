@@ -8,26 +8,34 @@ from collections.abc import Sequence
 import pytest
 
 from queue_service.errors import DatabaseUnavailable
-from queue_service.services.combiner import CARRIERS, MAX_BYTES, MAX_ITEMS, Combiner
+from queue_service.services import combiner
+from queue_service.services.combiner import BUSY, CARRIERS, MAX_BYTES, MAX_ITEMS, Busy, Combiner
 
 
 class Server:
-    """Answers each number with its double, once it is let; refuses what is negative."""
+    """Answers each number with its double, once it is let; refuses what is negative. Of `busy`, it says so as often."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.gate = asyncio.Event()
         self.is_gone = False
+        self.busy: dict[int, int] = {}
         self.combiner: Combiner[int, int] = Combiner(self.send, name="test", weigh=lambda number: number)
 
-    async def send(self, numbers: Sequence[int]) -> list[int]:
+    async def send(self, numbers: Sequence[int]) -> list[int | Busy]:
         self.batches.append(list(numbers))
         await self.gate.wait()
         if self.is_gone:
             raise DatabaseUnavailable("gone")
         if min(numbers) < 0:
             raise ValueError(min(numbers))
-        return [2 * number for number in numbers]
+        return [self._answer(number) for number in numbers]
+
+    def _answer(self, number: int) -> int | Busy:
+        if not self.busy.get(number):
+            return 2 * number
+        self.busy[number] -= 1
+        return BUSY
 
     async def call(self, *numbers: int) -> list[asyncio.Task[int]]:
         """Calls made at the same moment, after which a moment has passed."""
@@ -114,6 +122,23 @@ async def test_where_the_database_is_gone_nobody_tries_one_by_one(server: Server
     assert sum(len(batch) for batch in server.batches) == 20
     server.is_gone = False
     assert await server.combiner(1) == 2
+
+
+async def test_what_is_busy_goes_again_until_it_is_done(server: Server) -> None:
+    server.gate.set()
+    server.busy = {3: 4}
+    assert await asyncio.gather(*map(server.combiner, range(6))) == [2 * number for number in range(6)]
+    assert server.batches == [list(range(6)), [3], [3], [3], [3]]
+
+
+async def test_what_stays_busy_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combiner, "LOCK_SECONDS", 0.05)
+    server.gate.set()
+    server.busy = {3: 1_000_000}
+    async with asyncio.timeout(30):
+        with pytest.raises(DatabaseUnavailable, match="Another transaction has held"):
+            await server.combiner(3)
+    assert await server.combiner(4) == 8
 
 
 async def test_a_caller_who_gives_up_takes_nothing_from_the_others_and_is_not_sent(server: Server) -> None:

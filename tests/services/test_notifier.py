@@ -129,7 +129,7 @@ async def test_closing_sends_what_is_pending(post: Post) -> None:
     assert post.letters == [[about(1), about(2)]]
 
 
-async def test_a_flood_is_told_of_by_a_listener_without_a_loss(
+async def test_a_flood_is_announced_by_a_listener_without_a_loss(
     session: Callable[[], Awaitable[Connection]], conn: Connection
 ) -> None:
     await conn.execute("listen runs")
@@ -174,7 +174,7 @@ async def test_the_moment_grows_in_a_flood_and_shrinks_at_a_thousand_a_second(
     assert await letters_at(1_000, 0.5) > 300
 
 
-async def test_an_app_that_closes_has_told_of_all_it_did(database: str, conn: Connection) -> None:
+async def test_an_app_that_closes_has_announced_all_it_did(database: str, conn: Connection) -> None:
     await conn.execute(f"listen {channels.RUNS}")
     async with App(database) as app:
         for priority in range(10):

@@ -31,8 +31,8 @@ from tests.support import eventually, one, refusing, rows, working
 ROOT = Path(__file__).parents[2]
 
 
-class Told(Scheduler):
-    """A scheduler that writes down what it asks and tells, and whose database may be gone."""
+class RecordingScheduler(Scheduler):
+    """A scheduler that writes down what it asks and announces, and whose database may be gone."""
 
     def __init__(self, app: App) -> None:
         self.notices: list[Notice] = []
@@ -52,8 +52,8 @@ class Told(Scheduler):
 
 
 @pytest.fixture
-async def scheduler(app: App) -> Told:
-    return Told(app)
+async def scheduler(app: App) -> RecordingScheduler:
+    return RecordingScheduler(app)
 
 
 async def overdue(conn: Connection, by: timedelta, name: str | None = None) -> None:
@@ -69,13 +69,15 @@ async def fired(conn: Connection) -> list[str]:
 
 
 class TestOnce:
-    async def test_nothing_that_is_due_costs_one_question(self, app: App, scheduler: Told, conn: Connection) -> None:
+    async def test_nothing_that_is_due_costs_one_question(
+        self, app: App, scheduler: RecordingScheduler, conn: Connection
+    ) -> None:
         await app.schedules.put("yearly", "report", cron="@yearly")
         assert await scheduler.once() == 0
         assert (len(scheduler.asked), scheduler.notices, await fired(conn)) == (1, [], [])
 
     async def test_fires_what_is_due_once_and_tells_each_lane(
-        self, app: App, scheduler: Told, conn: Connection
+        self, app: App, scheduler: RecordingScheduler, conn: Connection
     ) -> None:
         for name, queue in [("a", "default"), ("b", "default"), ("c", "other")]:
             await app.schedules.put(name, "report", cron="@hourly", queue=queue)
@@ -87,7 +89,9 @@ class TestOnce:
         assert sorted(scheduler.notices) == [channels.enqueued("default", 0), channels.enqueued("other", 0)]
         assert await scheduler.once() == 0
 
-    async def test_more_than_a_batch_is_fired_in_batches(self, app: App, scheduler: Told, conn: Connection) -> None:
+    async def test_more_than_a_batch_is_fired_in_batches(
+        self, app: App, scheduler: RecordingScheduler, conn: Connection
+    ) -> None:
         await app.schedules.put("s", "report", cron="@hourly")
         count = 2 * FIRED_AT_ONCE + 1
         await conn.execute(
@@ -104,13 +108,15 @@ class TestOnce:
         for n in range(20):
             await app.schedules.put(f"s{n}", "report", cron="@hourly", misfire="all")
         await overdue(conn, timedelta(hours=9))
-        counts = await asyncio.gather(*(Told(app).once() for _ in range(8)))
-        told = await rows(conn, "select metadata ->> 'schedule', metadata ->> 'slot' from queue_service.runs")
-        assert sum(counts) == len(told) == len(set(told))
+        counts = await asyncio.gather(*(RecordingScheduler(app).once() for _ in range(8)))
+        fired = await rows(conn, "select metadata ->> 'schedule', metadata ->> 'slot' from queue_service.runs")
+        assert sum(counts) == len(fired) == len(set(fired))
         # An hour may have begun meanwhile.
-        assert 200 <= len(told) <= 220
+        assert 200 <= len(fired) <= 220
 
-    async def test_a_paused_schedule_is_passed_over(self, app: App, scheduler: Told, conn: Connection) -> None:
+    async def test_a_paused_schedule_is_passed_over(
+        self, app: App, scheduler: RecordingScheduler, conn: Connection
+    ) -> None:
         await app.schedules.put("s", "report", cron="@hourly")
         await overdue(conn, timedelta(hours=5))
         await app.schedules.pause("s")
@@ -120,21 +126,21 @@ class TestOnce:
 
 
 class TestThePause:
-    async def test_is_until_the_next_slot(self, app: App, scheduler: Told, conn: Connection) -> None:
+    async def test_is_until_the_next_slot(self, app: App, scheduler: RecordingScheduler, conn: Connection) -> None:
         scheduler._poll_interval = timedelta(hours=1)
         await app.schedules.put("s", "report", cron="@yearly")
         await conn.execute("update queue_service.schedules set next_at = clock_timestamp() + interval '1 min'")
         await scheduler.once()
         assert timedelta(0) < scheduler.pause <= timedelta(minutes=1)
 
-    async def test_is_the_poll_interval_at_most(self, app: App, scheduler: Told) -> None:
+    async def test_is_the_poll_interval_at_most(self, app: App, scheduler: RecordingScheduler) -> None:
         await scheduler.once()
         assert scheduler.pause == app.settings.poll_interval
         await app.schedules.put("s", "report", cron="@yearly")
         await scheduler.once()
         assert scheduler.pause == app.settings.poll_interval
 
-    async def test_follows_an_outage_too(self, app: App, scheduler: Told) -> None:
+    async def test_follows_an_outage_too(self, app: App, scheduler: RecordingScheduler) -> None:
         scheduler.is_gone = True
         with pytest.raises(DatabaseUnavailable):
             await scheduler.when_due()
@@ -143,7 +149,7 @@ class TestThePause:
 
 class TestWhatCannotFire:
     async def test_does_not_hold_up_the_others(
-        self, app: App, scheduler: Told, conn: Connection, caplog: pytest.LogCaptureFixture
+        self, app: App, scheduler: RecordingScheduler, conn: Connection, caplog: pytest.LogCaptureFixture
     ) -> None:
         for name in ("a", "bad", "c"):
             await app.schedules.put(name, name, cron="@hourly")
@@ -164,7 +170,7 @@ class TestWhatCannotFire:
 
     @pytest.mark.parametrize("change", ["cron = 'nonsense'", "timezone = 'Atlantis/City'"])
     async def test_is_said_when_its_timing_cannot_be_read_here(
-        self, app: App, scheduler: Told, conn: Connection, caplog: pytest.LogCaptureFixture, change: str
+        self, app: App, scheduler: RecordingScheduler, conn: Connection, caplog: pytest.LogCaptureFixture, change: str
     ) -> None:
         for name in ("bad", "good"):
             await app.schedules.put(name, "report", cron="@hourly")
@@ -398,7 +404,7 @@ async def test_a_thousand_schedules_cost_a_hundredth_of_a_core_when_idle(app: Ap
         "select 's' || n, 'report', 'default', '{}', '@daily', clock_timestamp() + n * interval '1 hour' "
         "from generate_series(1, 1000) as n"
     )
-    scheduler = Told(app)
+    scheduler = RecordingScheduler(app)
     await scheduler.once()
     began, passes = time.process_time(), 50
     for _ in range(passes):

@@ -23,16 +23,16 @@ KILL = "select pg_terminate_backend(pid) from pg_stat_activity where application
 
 
 class TestSweeper:
-    async def test_a_lost_workers_runs_are_queued_again_and_told_of(self, app: App, conn: Connection) -> None:
-        told: list[Notice] = []
+    async def test_a_lost_workers_runs_are_queued_again_and_announced(self, app: App, conn: Connection) -> None:
+        announced: list[Notice] = []
         await enqueued(conn)
         await claimed(conn)
-        sweeper = Sweeper(app.fetch, told.extend, max_losses=3)
+        sweeper = Sweeper(app.fetch, announced.extend, max_losses=3)
         assert await sweeper.once() == SweepCounts(0, 0, 0)
         await lapse(conn)
         assert await sweeper.once() == SweepCounts(1, 0, 0)
         assert await rows(conn, "select state, losses, attempt from queue_service.runs") == [("queued", 1, 1)]
-        assert told == [channels.enqueued("default", 0)]
+        assert announced == [channels.enqueued("default", 0)]
 
     async def test_at_the_limit_of_losses_a_run_ends_failed_for_that_reason(self, app: App, conn: Connection) -> None:
         run_id = await enqueued(conn)

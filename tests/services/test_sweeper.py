@@ -20,8 +20,8 @@ from queue_service.services.sweeper import LEASE_LIMIT, RUN_LIMIT, TURN_LIMIT, S
 from tests.support import claimed, enqueued, lapse, one, rows
 
 
-class Told:
-    """A sweeper that writes down what it asks and tells, and whose database may be gone."""
+class Recorded:
+    """A sweeper that writes down what it asks and announces, and whose database may be gone."""
 
     def __init__(self, app: App, **options: Any) -> None:
         self.notices: list[Notice] = []
@@ -38,38 +38,38 @@ class Told:
 
 
 @pytest.fixture
-async def told(app: App) -> Told:
-    return Told(app)
+async def recorded(app: App) -> Recorded:
+    return Recorded(app)
 
 
-async def test_nothing_that_lapsed_is_told_of_to_nobody(told: Told, conn: Connection) -> None:
+async def test_nothing_that_lapsed_is_announced_to_nobody(recorded: Recorded, conn: Connection) -> None:
     await enqueued(conn)
     await claimed(conn)
-    assert await told.sweeper.once() == SweepCounts(0, 0, 0)
-    assert told.notices == []
+    assert await recorded.sweeper.once() == SweepCounts(0, 0, 0)
+    assert recorded.notices == []
     assert await one(conn, "select state from queue_service.runs") == "running"
 
 
-async def test_each_lane_that_gets_runs_back_is_told_of_once(told: Told, conn: Connection) -> None:
+async def test_each_lane_that_gets_runs_back_is_announced_once(recorded: Recorded, conn: Connection) -> None:
     for queue, priority in [("default", 0), ("default", 0), ("default", 5), ("other", 0)]:
         await enqueued(conn, queue=queue, priority=priority)
     await claimed(conn, priorities=(5, 0))
     await claimed(conn, queue="other")
     await lapse(conn)
-    assert await told.sweeper.once() == SweepCounts(4, 0, 0)
+    assert await recorded.sweeper.once() == SweepCounts(4, 0, 0)
     expected = {channels.enqueued("default", 0), channels.enqueued("default", 5), channels.enqueued("other", 0)}
-    assert set(told.notices) == expected
-    assert len(told.notices) == 3
+    assert set(recorded.notices) == expected
+    assert len(recorded.notices) == 3
 
 
-async def test_those_that_ended_are_told_of_as_finished(told: Told, conn: Connection) -> None:
+async def test_those_that_ended_are_announced_as_finished(recorded: Recorded, conn: Connection) -> None:
     asked, often = await enqueued(conn), await enqueued(conn)
     await claimed(conn)
     await conn.execute("update queue_service.runs set losses = 2 where id = %s", [often])
     await fetch(conn, queries.cancel(asked))
     await lapse(conn)
-    assert await told.sweeper.once() == SweepCounts(0, 2, 0)
-    ((channel, payload),) = told.notices
+    assert await recorded.sweeper.once() == SweepCounts(0, 2, 0)
+    ((channel, payload),) = recorded.notices
     assert channel == channels.FINISHED
     assert channels.read_run_ids(payload) == {asked, often}
 
@@ -78,32 +78,32 @@ async def test_with_one_loss_allowed_the_first_ends_the_run(app: App, conn: Conn
     run_id = await enqueued(conn)
     await claimed(conn)
     await lapse(conn)
-    assert await Told(app, max_losses=1).sweeper.once() == SweepCounts(0, 1, 0)
+    assert await Recorded(app, max_losses=1).sweeper.once() == SweepCounts(0, 1, 0)
     run = await app.get(run_id)
     assert run is not None
     assert (run.state, run.losses) == (RunState.FAILED, 1)
 
 
-async def test_leases_are_taken_in_bounded_passes_until_none_is_left(told: Told, conn: Connection) -> None:
+async def test_leases_are_taken_in_bounded_passes_until_none_is_left(recorded: Recorded, conn: Connection) -> None:
     count = 2 * LEASE_LIMIT + 1
     for _ in range(count):
         await enqueued(conn)
         await claimed(conn, limit=1)
     await lapse(conn)
-    assert await told.sweeper.once() == SweepCounts(count, 0, 0)
-    limits = [query.params["limit"] for query in told.asked if "limit" in query.params]
+    assert await recorded.sweeper.once() == SweepCounts(count, 0, 0)
+    limits = [query.params["limit"] for query in recorded.asked if "limit" in query.params]
     assert limits == [RUN_LIMIT] + 4 * [LEASE_LIMIT] + [TURN_LIMIT]
     assert await one(conn, "select count(*) from queue_service.leases") == 0
 
 
-async def test_expiries_are_taken_in_bounded_passes_and_told_of(told: Told, conn: Connection) -> None:
+async def test_expiries_are_taken_in_bounded_passes_and_announced(recorded: Recorded, conn: Connection) -> None:
     await conn.execute(
         "insert into queue_service.runs (queue, task, payload, expires_at) select 'default', 'noop', '{}', "
         "'2020-01-01Z' from generate_series(1, 2500)"
     )
-    assert await told.sweeper.once() == SweepCounts(0, 0, 2_500)
-    assert {notice.channel for notice in told.notices} == {channels.FINISHED}
-    assert len(told.notices) == 3
+    assert await recorded.sweeper.once() == SweepCounts(0, 0, 2_500)
+    assert {notice.channel for notice in recorded.notices} == {channels.FINISHED}
+    assert len(recorded.notices) == 3
     assert await rows(conn, "select state, count(*) from queue_service.finished_runs group by 1") == [
         ("expired", 2_500)
     ]
@@ -111,50 +111,50 @@ async def test_expiries_are_taken_in_bounded_passes_and_told_of(told: Told, conn
 
 class TestAfterAnOutage:
     async def test_leases_have_their_grace_and_expiries_go_on(self, app: App, conn: Connection) -> None:
-        told = Told(app, grace=timedelta(minutes=1))
+        recorded = Recorded(app, grace=timedelta(minutes=1))
         await enqueued(conn)
         await claimed(conn)
         await lapse(conn)
         await enqueued(conn, expires_in=timedelta(hours=1))
         await conn.execute("update queue_service.runs set expires_at = '2020-01-01Z' where state = 'queued'")
-        told.is_gone = True
+        recorded.is_gone = True
         with pytest.raises(DatabaseUnavailable):
-            await told.sweeper.once()
-        told.is_gone = False
-        assert await told.sweeper.once() == SweepCounts(0, 0, 1)
-        assert await told.sweeper.once() == SweepCounts(0, 0, 0)
+            await recorded.sweeper.once()
+        recorded.is_gone = False
+        assert await recorded.sweeper.once() == SweepCounts(0, 0, 1)
+        assert await recorded.sweeper.once() == SweepCounts(0, 0, 0)
 
     async def test_when_the_grace_is_over_what_lapsed_is_taken(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = [1_000.0]
         monkeypatch.setattr("queue_service.services.sweeper.time.monotonic", lambda: now[0])
-        told = Told(app, grace=timedelta(seconds=10))
+        recorded = Recorded(app, grace=timedelta(seconds=10))
         await enqueued(conn)
         ((_, lease),) = await claimed(conn)
         await enqueued(conn)
         ((saved, other),) = await claimed(conn)
         await lapse(conn)
-        told.is_gone = True
+        recorded.is_gone = True
         with pytest.raises(DatabaseUnavailable):
-            await told.sweeper.once()
-        told.is_gone = False
-        assert await told.sweeper.once() == SweepCounts(0, 0, 0)
+            await recorded.sweeper.once()
+        recorded.is_gone = False
+        assert await recorded.sweeper.once() == SweepCounts(0, 0, 0)
         assert await fetch(conn, queries.extend([other], timedelta(minutes=1))) == {other}
         now[0] += 9.9
-        assert await told.sweeper.once() == SweepCounts(0, 0, 0)
+        assert await recorded.sweeper.once() == SweepCounts(0, 0, 0)
         now[0] += 0.2
-        assert await told.sweeper.once() == SweepCounts(1, 0, 0)
+        assert await recorded.sweeper.once() == SweepCounts(1, 0, 0)
         assert await rows(conn, "select id from queue_service.leases") == [(other,)]
         assert await rows(conn, "select id from queue_service.runs where state = 'running'") == [(saved.id,)]
         assert lease != other
 
     async def test_without_one_there_is_no_grace(self, app: App, conn: Connection) -> None:
-        told = Told(app, grace=timedelta(minutes=1))
+        recorded = Recorded(app, grace=timedelta(minutes=1))
         await enqueued(conn)
         await claimed(conn)
         await lapse(conn)
-        assert await told.sweeper.once() == SweepCounts(1, 0, 0)
+        assert await recorded.sweeper.once() == SweepCounts(1, 0, 0)
 
 
 @pytest.mark.parametrize("what", ["run", "lane"])
@@ -199,7 +199,7 @@ async def test_what_a_transaction_has_locked_is_left_until_it_ends_and_holds_up_
 
 
 async def test_a_run_that_expired_in_a_lane_that_is_locked_is_left_and_holds_up_nothing_else(
-    told: Told, conn: Connection, session: Callable[[], Awaitable[Connection]]
+    recorded: Recorded, conn: Connection, session: Callable[[], Awaitable[Connection]]
 ) -> None:
     other = await session()
     for key in ("a", "b", None):
@@ -207,6 +207,6 @@ async def test_a_run_that_expired_in_a_lane_that_is_locked_is_left_and_holds_up_
     await conn.execute("update queue_service.runs set expires_at = clock_timestamp()")
     await other.execute("begin")
     await fetch(other, queries.enqueue(NewRun("noop", "default", "{}", ordering_key="a")))
-    assert await told.sweeper.once() == SweepCounts(0, 0, 2)
+    assert await recorded.sweeper.once() == SweepCounts(0, 0, 2)
     await other.execute("commit")
-    assert await told.sweeper.once() == SweepCounts(0, 0, 1)
+    assert await recorded.sweeper.once() == SweepCounts(0, 0, 1)

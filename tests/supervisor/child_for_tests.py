@@ -16,14 +16,13 @@ def main() -> None:
         say(type="ready")
     for step in json.loads(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1].startswith("[") else []:
         take(step, {"message_id": "none"})
-    for line in sys.stdin.buffer:
-        told = json.loads(line)
-        if told["type"] == "turn":
-            for step in told["payload"]:
-                take(step, told)
-        elif told["type"] == "late":
-            say(type="event", message_id="after", kind="late", body=told["message_ids"])
-        elif told["type"] == "stop" and "stubborn" not in sys.argv:
+    for line in map(json.loads, sys.stdin.buffer):
+        if line["type"] == "turn":
+            for step in line["payload"]:
+                take(step, line)
+        elif line["type"] == "late":
+            say(type="event", message_id="after", kind="late", body=line["message_ids"])
+        elif line["type"] == "stop" and "stubborn" not in sys.argv:
             break
 
 

@@ -143,7 +143,7 @@ def _scalar(sql: str) -> Any:
     return Query(sql, scalar, {})
 
 
-async def test_an_exit_code_is_told(app: App) -> None:
+async def test_an_exit_code_is_reported(app: App) -> None:
     async with Supervisor(app, "d", CHILD) as child:
         await given(app, child, ["exit", 3])
         assert (await child.wait()).reason == "exit code 3"
@@ -312,7 +312,7 @@ async def test_many_signs_of_life_are_few_statements(
     assert 1 <= len(calls) <= 2 + (time.monotonic() - begun) / supervisor.PULSE
 
 
-async def test_a_failing_extend_is_survived_and_told(
+async def test_a_failing_extend_is_survived_and_logged(
     app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken(deployment: str) -> list[str]:
@@ -360,7 +360,7 @@ async def _equal(asked: Any, expected: object) -> bool:
     return bool(await asked == expected)
 
 
-async def test_a_reply_after_the_ending_is_dropped_and_the_child_is_told(
+async def test_a_reply_after_the_ending_is_dropped_and_the_child_hears_of_it(
     app: App, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with Supervisor(app, "d", CHILD) as child:
@@ -462,7 +462,7 @@ async def test_a_talkative_child_is_held_back_while_nothing_can_be_stored_and_lo
 # A database that is gone
 
 
-async def test_a_crash_and_a_reply_during_an_outage_are_told_when_the_database_is_back(
+async def test_a_crash_and_a_reply_during_an_outage_are_stored_when_the_database_is_back(
     own_cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     paces = {"LEASE": "2s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
@@ -508,7 +508,7 @@ async def echo(conversation):
     await conversation.event("delta", {"text": "..."})
     print("for standard error")
     if conversation.turn.payload == "raise":
-        raise RuntimeError("as it was told to")
+        raise RuntimeError("on purpose")
     if conversation.turn.payload == "linger":
         await asyncio.sleep(0.3)  # the work of its handler
     return {"text": conversation.turn.payload}
@@ -520,8 +520,8 @@ asyncio.run(serve(echo, beat=0.05))
 async def test_a_child_does_not_outlive_a_killed_supervisor(database: str, command: list[str]) -> None:
     supervising = subprocess.Popen([sys.executable, "-c", SUPERVISING, database, *command], stdout=subprocess.PIPE)  # noqa: ASYNC220
     assert supervising.stdout is not None
-    with supervising.stdout as told:
-        pid = int(await asyncio.to_thread(told.readline))
+    with supervising.stdout as printed:
+        pid = int(await asyncio.to_thread(printed.readline))
     assert _runs(pid)
     supervising.kill()
     supervising.wait()
@@ -550,7 +550,7 @@ async def test_a_child_in_python_answers_fails_and_stops_in_good_order(app: App,
         for payload in ("hello", "raise", "linger"):
             await child.send(await armed(app, payload), payload)
         outcomes = [await ending(app, name) for name in ("hello", "raise")]
-        # What is under way when it is told to stop is finished first.
+        # What is under way when it is asked to stop is finished first.
         await child.stop()
         assert (await child.wait()).reason == "exit code 0"
     assert [(outcome.kind, outcome.code) for outcome in outcomes] == [("reply", None), ("error", "internal_error")]
@@ -558,7 +558,7 @@ async def test_a_child_in_python_answers_fails_and_stops_in_good_order(app: App,
     assert "RuntimeError" in json.dumps(outcomes[1].body)
 
 
-async def test_a_child_that_ends_because_it_was_told_to_is_not_killed_by_the_signal_that_says_so_too(
+async def test_a_child_that_ends_because_it_was_asked_to_is_not_killed_by_the_signal_that_says_so_too(
     tmp_path: Path,
 ) -> None:
     program = "\n".join([

@@ -1,4 +1,4 @@
-"""What a supervisor does when the database or the child does not do its part: it tells, tries again, and ends once."""
+"""What a supervisor does when the database or the child does not do its part: it logs, tries again, and ends once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def ended(app: App, message_id: str = "m") -> Outcome:
     return outcome
 
 
-def told(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+def levels(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
     """The levels at which this was logged."""
     return [record.levelname for record in caplog.records if words in record.message]
 
@@ -53,7 +53,7 @@ def told(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
 async def test_whatever_a_child_says_is_a_sign_of_life(app: App, conn: Connection, line: dict[str, Any]) -> None:
     await armed(app, "before")
     async with Supervisor(app, "d", CHILD) as child:
-        # What it said when it was ready is told; what extends the next turn is what it says now.
+        # What it said when it was ready is logged; what extends the next turn is what it says now.
         await eventually(lambda: one(conn, ADMITTED, "before"))
         await given(app, child)
         assert not await one(conn, ADMITTED, "m")
@@ -67,11 +67,11 @@ async def test_a_failing_extend_ends_no_child_and_is_made_good_by_the_next_one(
     async with Supervisor(app, "d", CHILD) as child:
         async with refusing(conn, "turn_markers", "admitted_at is not null"):
             await given(app, child, ["beat", 1, 0])
-            await eventually(lambda: told(caplog, "sign of life"))
+            await eventually(lambda: levels(caplog, "sign of life"))
         await given(app, child, ["beat", 1, 0], message_id="next")
         await eventually(lambda: one(conn, ADMITTED, "m"))
         assert child.pid is not None
-    assert set(told(caplog, "sign of life")) == {"ERROR"}
+    assert set(levels(caplog, "sign of life")) == {"ERROR"}
 
 
 # A child that ends by itself
@@ -85,16 +85,16 @@ async def test_a_child_that_ends_in_good_order_without_being_asked_to_ends_its_t
     assert (await ended(app)).code == "worker_died"
 
 
-async def test_a_crash_whose_ending_is_refused_is_told_and_tried_until_it_is_taken(
+async def test_a_crash_whose_ending_is_refused_is_logged_and_tried_until_it_is_taken(
     app: App, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with Supervisor(app, "d", CHILD) as child:
         async with refusing(conn, "events", "terminal"):
             await given(app, child, ["exit", 3])
-            await eventually(lambda: len(told(caplog, "trying again")) >= 2)
+            await eventually(lambda: len(levels(caplog, "trying again")) >= 2)
             assert await app.turns.is_live("d", "m")
         assert (await asyncio.wait_for(child.wait(), 30)).message_ids == ["m"]
-    assert set(told(caplog, "trying again")) == {"ERROR"}
+    assert set(levels(caplog, "trying again")) == {"ERROR"}
     assert await rows(conn, ENDINGS) == [("m", "error")]
 
 
@@ -112,7 +112,7 @@ async def test_a_supervisor_that_fails_itself_ends_its_child_and_its_turns_and_t
         await child.wait()
     assert (await ended(app)).code == "internal_error"
     assert child.pid is None
-    assert told(caplog, "a supervisor has failed") == ["ERROR"]
+    assert levels(caplog, "a supervisor has failed") == ["ERROR"]
 
 
 # A child that is stopped
@@ -125,9 +125,9 @@ async def test_a_stop_that_cannot_store_what_was_said_before_tells_so_and_ends_n
     await child.start()
     async with refusing(conn, "events", "kind = 'reply'"):
         await given(app, child, ["reply", {}])
-        await eventually(lambda: told(caplog, "trying again"))
+        await eventually(lambda: levels(caplog, "trying again"))
         await asyncio.wait_for(child.stop(), 30)
-        assert told(caplog, "gave up what a child left") == ["ERROR"]
+        assert levels(caplog, "gave up what a child left") == ["ERROR"]
     assert await app.turns.is_live("d", "m")
     assert await rows(conn, ENDINGS) == []
 
@@ -146,13 +146,13 @@ async def test_a_failed_start_ends_only_what_is_still_owed_and_only_once(app: Ap
     assert (await ended(app, "owed")).code == "worker_startup_failed"
 
 
-async def test_a_failed_start_whose_ending_is_refused_is_told_and_tried_until_it_is_taken(
+async def test_a_failed_start_whose_ending_is_refused_is_logged_and_tried_until_it_is_taken(
     app: App, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     await armed(app)
     async with refusing(conn, "events", "terminal"):
         starting = asyncio.ensure_future(Supervisor(app, "d", ["/nonexistent/agent"]).start())
-        await eventually(lambda: told(caplog, "trying again"))
+        await eventually(lambda: levels(caplog, "trying again"))
         assert not starting.done()
     with pytest.raises(ConfigError, match="could not be started"):
         await starting

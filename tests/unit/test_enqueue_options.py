@@ -258,7 +258,7 @@ def test_many_runs_go_to_the_queue_of_their_task_unless_another_is_named(app: Ap
     assert many(payloads)[0].queue == "default"
 
 
-def test_only_a_run_that_is_due_is_told_of() -> None:
+def test_only_a_run_that_is_due_is_announced() -> None:
     assert enqueueing.notice(new(queue="a b", priority=-3)) == Notice("queue_service_runs", "-3 a b")
     assert enqueueing.notice(new(delay=0)) is not None
     assert enqueueing.notice(new(delay=5)) is None

@@ -388,7 +388,7 @@ def test_a_snooze_for_no_time_is_refused(delay: Any) -> None:
         Snooze(delay)
 
 
-def test_what_a_handler_may_return_says_what_it_was_told() -> None:
+def test_what_a_handler_may_return_says_what_it_is_given() -> None:
     assert Snooze(90).delay == timedelta(seconds=90)
     assert Cancel("not needed").reason == "not needed"
     assert Cancel().reason

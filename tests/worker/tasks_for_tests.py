@@ -27,7 +27,7 @@ async def double(n: int) -> int:
 
 @app.task(retry=Retry(max_attempts=1))
 async def fail() -> None:
-    raise RuntimeError("as it was told to")
+    raise RuntimeError("on purpose")
 
 
 @app.task
@@ -204,7 +204,7 @@ def effect(run: Run, dies: bool = False, raises: bool = False) -> None:
         conn.execute("insert into effects values (%s, %s)", [run.id, run.attempt])
         transaction.result = os.getpid()
         if raises:
-            raise RuntimeError("as it was told to")
+            raise RuntimeError("on purpose")
     if dies:
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -19,7 +19,7 @@ RUNNING = "select count(*) from queue_service.runs where state = 'running'"
 
 @pytest.fixture
 async def patient(database: str) -> AsyncIterator[App]:
-    """An App that would look for runs once in an hour, and must be told of them to be quicker."""
+    """An App that would look for runs once in an hour, and is quicker only where it hears of them."""
     slow = {f"QUEUE_SERVICE_{name}": "1h" for name in ("POLL_INTERVAL", "SWEEP_INTERVAL", "LEASE")}
     async with App(database, settings=load(slow)) as opened:
         yield opened

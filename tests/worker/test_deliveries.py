@@ -71,7 +71,7 @@ class Screen:
 
 @dataclass
 class Replica:
-    """A process in all but its memory: an App, a renderer for `chat`, and what it was told of lost connections."""
+    """A process in all but its memory: an App, a renderer for `chat`, and what it heard of lost connections."""
 
     app: App
     deliveries: Deliveries
@@ -430,9 +430,9 @@ async def test_a_run_that_does_not_fit_its_event_is_dropped_loudly(
     assert (run.state, run.attempt, one_replica.screen.asked) == ("cancelled", 1, [])
     assert error_of(run).startswith("Nothing was delivered. ")
     assert why in error_of(run)
-    (told,) = [record for record in caplog.records if record.message == "a delivery was dropped"]
-    assert (told.levelname, vars(told)["run_id"]) == ("ERROR", run.id)
-    assert why in vars(told)["why"]
+    (reported,) = [record for record in caplog.records if record.message == "a delivery was dropped"]
+    assert (reported.levelname, vars(reported)["run_id"]) == ("ERROR", run.id)
+    assert why in vars(reported)["why"]
 
 
 # Which handler
@@ -464,7 +464,7 @@ async def test_the_failure_of_a_turn_comes_to_the_handler_of_errors(one_replica:
     assert (name, delivery.event.body["code"]) == ("error", "worker_died")
 
 
-async def test_what_is_sent_is_reserved_for_the_owner_and_told_at_once(replica: Make, conn: Connection) -> None:
+async def test_what_is_sent_is_reserved_for_the_owner_and_announced_at_once(replica: Make, conn: Connection) -> None:
     here, there = await replica(), await replica(PATIENT)
     await there.deliveries.connect("chat", "c1")
     seq = await here.app.events.append("conv-1", "delta", {})
@@ -564,7 +564,7 @@ async def test_a_connection_is_renewed_for_as_long_as_its_process_lives(replica:
     assert here.lost == []
 
 
-async def test_a_connection_that_went_to_another_process_is_told(
+async def test_a_connection_that_went_to_another_process_is_reported(
     replica: Make, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     here, there = await replica(PATIENT), await replica(PATIENT)
@@ -577,8 +577,8 @@ async def test_a_connection_that_went_to_another_process_is_told(
     await here.deliveries.renew()
     assert here.lost == [("chat", "c1")]
     assert (here.deliveries.holds("chat", "c1"), here.deliveries.holds("chat", "c2")) == (False, True)
-    (told,) = [record for record in caplog.records if record.message == "lost the connection to a channel"]
-    assert (vars(told)["platform"], vars(told)["channel_id"]) == ("chat", "c1")
+    (reported,) = [record for record in caplog.records if record.message == "lost the connection to a channel"]
+    assert (vars(reported)["platform"], vars(reported)["channel_id"]) == ("chat", "c1")
 
 
 async def test_connecting_where_the_connection_went_to_another_process_says_so(replica: Make, conn: Connection) -> None:
@@ -590,22 +590,22 @@ async def test_connecting_where_the_connection_went_to_another_process_says_so(r
 
 
 async def test_a_callback_that_raises_ends_nothing(database: str, conn: Connection) -> None:
-    told = []
+    reported = []
 
     def broken(platform: str, channel_id: str) -> None:
-        told.append(channel_id)
-        raise RuntimeError("as it was told to")
+        reported.append(channel_id)
+        raise RuntimeError("on purpose")
 
     async with Deliveries(App(database), lost=broken) as deliveries:
         for channel in ("c1", "c2", "c3"):
             await deliveries.connect("chat", channel)
         await conn.execute("delete from queue_service.connections where channel_id <> 'c3'")
         await deliveries.renew()
-        assert told == ["c1", "c2"]
+        assert reported == ["c1", "c2"]
         assert deliveries.holds("chat", "c3")
 
 
-async def test_the_death_of_the_renewal_is_told_and_the_next_connect_starts_it_again(
+async def test_the_death_of_the_renewal_is_logged_and_the_next_connect_starts_it_again(
     replica: Make, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     here = await replica()

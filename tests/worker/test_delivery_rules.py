@@ -166,7 +166,7 @@ async def test_a_delivery_that_failed_for_want_of_a_renderer_can_be_tried_again_
 @pytest.mark.parametrize(
     "spoil", ["payload - 'platform'", "payload || '{\"platform\": null}'"], ids=["missing", "null"]
 )
-async def test_a_delivery_without_a_platform_ends_as_an_error_that_is_told(
+async def test_a_delivery_without_a_platform_ends_as_an_error_that_is_logged(
     one_replica: Replica, conn: Connection, caplog: pytest.LogCaptureFixture, spoil: str
 ) -> None:
     await ended(one_replica.app)

@@ -20,11 +20,11 @@ from tests.worker.worker_process import WorkerProcess
 SAID_TO_NOBODY = "nobody-should-read-this"
 
 
-async def run_told(worker: WorkerProcess, task: str) -> dict[str, Any]:
-    def told() -> dict[str, Any] | None:
+async def logged_run(worker: WorkerProcess, task: str) -> dict[str, Any]:
+    def logged() -> dict[str, Any] | None:
         return next((each for each in worker.events("a run") if each["task"] == task), None)
 
-    return await eventually(told, within=20)
+    return await eventually(logged, within=20)
 
 
 async def test_sigusr1_tells_of_each_run_where_it_is_and_no_payload(
@@ -39,7 +39,7 @@ async def test_sigusr1_tells_of_each_run_where_it_is_and_no_payload(
         run_ids["nap"] = await app.enqueue("nap", {"seconds": 60, "path": str(places["nap"] / "started")})
     await eventually(lambda: all((place / "started").exists() for place in places.values()), within=30)
     worker.signal(signal.SIGUSR1)
-    waiting, thread, process = [await run_told(worker, name) for name in places]
+    waiting, thread, process = [await logged_run(worker, name) for name in places]
     assert [each["run_id"] for each in (waiting, thread, process)] == list(run_ids.values())
     assert {(each["queue"], each["attempt"], each["level"]) for each in (waiting, thread, process)} == {
         ("default", 1, "warning")
@@ -76,14 +76,14 @@ async def test_sigusr1_tells_where_a_blocked_event_loop_is(database: str, observ
         run_id = await app.enqueue("grind", {"path": str(path), "rounds": 50_000_000})
     await eventually(lambda: any("loop is blocked" in line for line in worker.lines), within=30)
     worker.signal(signal.SIGUSR1)
-    told = await run_told(worker, "grind")
+    logged = await logged_run(worker, "grind")
     assert "ended" not in path.read_text()
-    assert (told["run_id"], told["where"]) == (run_id, "event loop, at work")
-    assert "hashlib.pbkdf2_hmac" in told["stack"]
-    assert "executor.py" not in told["stack"]
+    assert (logged["run_id"], logged["where"]) == (run_id, "event loop, at work")
+    assert "hashlib.pbkdf2_hmac" in logged["stack"]
+    assert "executor.py" not in logged["stack"]
 
 
-async def test_many_runs_are_told_of_by_the_longest(
+async def test_many_runs_are_listed_from_the_longest(
     app: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dump, "MAX_LOGGED", 3)
@@ -101,14 +101,14 @@ async def test_many_runs_are_told_of_by_the_longest(
         await eventually(lambda: len(begun) == 6)
         await asyncio.to_thread(worker.dump)
         worker.stop(now=True)
-    told = [vars(record) for record in caplog.records if record.getMessage() == "a run"]
-    assert len(told) == 3
-    assert {each["run_id"] for each in told} > set(first)
+    logged = [vars(record) for record in caplog.records if record.getMessage() == "a run"]
+    assert len(logged) == 3
+    assert {each["run_id"] for each in logged} > set(first)
     (head,) = [vars(record) for record in caplog.records if record.getMessage() == "what this worker does"]
     assert (head["runs"], head["shown"]) == (6, 3)
 
 
-async def test_a_batch_is_told_of_once(app: App, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_batch_is_announced_once(app: App, caplog: pytest.LogCaptureFixture) -> None:
     begun = asyncio.Event()
 
     @app.task(batch=10)
@@ -121,12 +121,12 @@ async def test_a_batch_is_told_of_once(app: App, caplog: pytest.LogCaptureFixtur
         await begun.wait()
         worker.dump()
         worker.stop(now=True)
-    (told,) = [vars(record) for record in caplog.records if record.getMessage() == "a run"]
-    assert (told["run_id"], told["together"], told["where"]) == (first, 4, "event loop, waiting")
-    assert "asyncio.Event().wait()" in told["stack"]
+    (logged,) = [vars(record) for record in caplog.records if record.getMessage() == "a run"]
+    assert (logged["run_id"], logged["together"], logged["where"]) == (first, 4, "event loop, waiting")
+    assert "asyncio.Event().wait()" in logged["stack"]
 
 
-async def test_a_thread_that_was_given_up_is_told_of_with_its_run(app: App, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_thread_that_was_given_up_is_reported_with_its_run(app: App, caplog: pytest.LogCaptureFixture) -> None:
     release = threading.Event()
 
     @app.task(timeout=0.5)
@@ -139,9 +139,9 @@ async def test_a_thread_that_was_given_up_is_told_of_with_its_run(app: App, capl
             worker.dump()
     finally:
         release.set()
-    (told,) = [vars(each) for each in caplog.records if each.getMessage() == "a thread whose handler was given up"]
-    assert (told["run_id"], told["task"]) == (run.id, "stays")
-    assert "release.wait()" in told["stack"]
+    (logged,) = [vars(each) for each in caplog.records if each.getMessage() == "a thread whose handler was given up"]
+    assert (logged["run_id"], logged["task"]) == (run.id, "stays")
+    assert "release.wait()" in logged["stack"]
 
 
 async def test_a_worker_that_does_not_run_says_so(app: App, caplog: pytest.LogCaptureFixture) -> None:

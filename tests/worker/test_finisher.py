@@ -153,7 +153,7 @@ async def test_a_worker_that_stops_waits_for_what_it_has_set_aside_and_says_so(
     assert "stopping waits" in waits
 
 
-async def test_a_claim_that_is_lost_while_it_is_set_aside_is_told_of(
+async def test_a_claim_that_is_lost_while_it_is_set_aside_is_reported(
     desk: Desk, conn: Connection, session: Callable[[], Awaitable[Connection]]
 ) -> None:
     (held,) = await desk.held(1)

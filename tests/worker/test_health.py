@@ -30,13 +30,13 @@ from queue_service.worker import endpoint, health
 from queue_service.worker.endpoint import Endpoint, HttpAnswer
 from tests.support import eventually, one, rows, working
 from tests.worker.conftest import Observe
-from tests.worker.worker_process import Told, ask
+from tests.worker.worker_process import Response, ask
 
 REVISION = "update queue_service.alembic_version set version_num = %s"
 
 
 @contextlib.asynccontextmanager
-async def probed(app: App, **options: Any) -> AsyncIterator[tuple[Worker, Callable[[str], Awaitable[Told]]]]:
+async def probed(app: App, **options: Any) -> AsyncIterator[tuple[Worker, Callable[[str], Awaitable[Response]]]]:
     """A worker in this process, and what asks it."""
     async with working(app, health_port=0, **options) as worker:
         url = worker.health_url
@@ -45,13 +45,13 @@ async def probed(app: App, **options: Any) -> AsyncIterator[tuple[Worker, Callab
         yield worker, lambda path: ask(url, path)
 
 
-async def answers(asked: Callable[[], Awaitable[Told]], status: int, **checks: str) -> Told:
+async def answers(asked: Callable[[], Awaitable[Response]], status: int, **checks: str) -> Response:
     """The first answer of this status whose checks begin so."""
 
-    async def right() -> Told | None:
-        told = await asked()
-        found = told.status == status and all(told.checks[name].startswith(why) for name, why in checks.items())
-        return told if found else None
+    async def right() -> Response | None:
+        response = await asked()
+        found = response.status == status and all(response.checks[name].startswith(why) for name, why in checks.items())
+        return response if found else None
 
     return await eventually(right, within=30)
 
@@ -98,8 +98,8 @@ async def test_probes_do_not_load_the_database(app: App, monkeypatch: pytest.Mon
     monkeypatch.setattr(app.pool, "fetch", counted)
     monkeypatch.setattr(health, "FRESH_SECONDS", 60.0)
     async with probed(app) as (_, asked):
-        told = await asyncio.gather(*(asked("/readyz") for _ in range(30)), *(asked("/livez") for _ in range(30)))
-    assert {each.status for each in told} == {200}
+        responses = await asyncio.gather(*(asked("/readyz") for _ in range(30)), *(asked("/livez") for _ in range(30)))
+    assert {each.status for each in responses} == {200}
     assert len(looks) == 1
 
 
@@ -172,9 +172,9 @@ async def test_what_is_wrong_with_the_database_is_for_the_log_once(
         for _ in range(2):
             monkeypatch.setattr(app.pool, "fetch", lost)
             for _ in range(3):
-                told = await asked("/readyz")
-                assert (told.status, told.checks["claiming"]) == (503, "ok")
-                assert where not in str(told.body)
+                response = await asked("/readyz")
+                assert (response.status, response.checks["claiming"]) == (503, "ok")
+                assert where not in str(response.body)
             monkeypatch.setattr(app.pool, "fetch", fetch)
             assert (await asked("/readyz")).status == 200
     assert [vars(each)["why"] for each in caplog.records if "no database" in each.getMessage()] == [where, where]
@@ -424,7 +424,7 @@ async def test_connections_that_say_nothing_keep_no_probe_out_and_are_closed(mon
             assert await each == b""
 
 
-async def test_an_answer_that_breaks_is_told_and_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_answer_that_breaks_is_logged_and_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
     async def broken() -> HttpAnswer:
         raise KeyError("a mistake")
 

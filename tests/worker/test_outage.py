@@ -175,7 +175,7 @@ async def test_the_command_line_without_a_schema_exits_with_four_and_the_fix(emp
 
 
 @pytest.mark.parametrize("where", ["postgresql://127.0.0.1:1/nowhere", "host=/nonexistent dbname=nowhere"])
-async def test_a_server_out_of_reach_is_told_and_exits_with_three(where: str) -> None:
+async def test_a_server_out_of_reach_is_explained_and_exits_with_three(where: str) -> None:
     with pytest.raises(DatabaseUnavailable):
         await Worker(App(where)).run()
     code, errors = _command(where, "worker", "-a", "tests.worker.tasks_for_tests:app")

@@ -64,7 +64,7 @@ async def is_at(app: App, run_id: int, value: float, note: str | None) -> bool:
     return await progress(app, run_id) == (value, note)
 
 
-async def test_whoever_waits_is_told_of_each_that_is_new(app: App) -> None:
+async def test_whoever_waits_hears_of_each_that_is_new(app: App) -> None:
     seen: asyncio.Queue[Progress] = asyncio.Queue()
 
     @app.task
@@ -93,17 +93,17 @@ async def test_what_on_progress_raises_is_raised_where_it_was_given(app: App) ->
     @app.task
     async def index(run: Run) -> None:
         run.progress(0.5)
-        await told.wait()
+        await refused.wait()
 
     def refuse(progress: Progress) -> None:
         raise LookupError(f"{progress.value}")
 
-    told = asyncio.Event()
+    refused = asyncio.Event()
     async with working(app):
         run_id = await app.enqueue("index", {})
         with pytest.raises(LookupError, match=r"0\.5"):
             await app.wait(run_id, timeout=20, on_progress=refuse)
-        told.set()
+        refused.set()
         assert (await app.wait(run_id, timeout=20)).state is RunState.SUCCEEDED
     with pytest.raises(TimeoutError):
         await app.wait(await app.enqueue("index", {}), timeout=0.2, on_progress=refuse)
@@ -142,7 +142,7 @@ async def test_the_next_attempt_begins_without_it(app: App, conn: Connection, ho
         run.progress(0.5)
         await eventually(lambda: is_at(app, run.id, 0.5, None))
         if how == "fails":
-            raise RuntimeError("as it was told to")
+            raise RuntimeError("on purpose")
         return Snooze(3600)
 
     if how == "is lost":
@@ -166,9 +166,9 @@ async def test_what_is_no_progress_is_refused(app: App, value: Any) -> None:
 
     @app.task
     async def index(run: Run) -> None:
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as refused:
             run.progress(value)
-        refusals.append(str(told.value))
+        refusals.append(str(refused.value))
 
     run_id = await app.enqueue("index", {})
     await Worker(app).run(once=True)
@@ -191,7 +191,7 @@ async def test_a_note_that_postgres_could_not_store_is_stored_as_it_can(app: App
     assert (await app.wait(run_id, timeout=5)).state is RunState.SUCCEEDED
 
 
-async def test_a_handler_whose_run_is_not_its_own_any_more_is_told(app: App) -> None:
+async def test_a_handler_whose_run_is_not_its_own_any_more_gets_an_error(app: App) -> None:
     answers: list[bool] = []
     over = threading.Event()
 

@@ -138,7 +138,7 @@ class TestTogether:
         run, failed = await app.wait_many([run_id, failing], timeout=5)
         assert (run.state, type(run.result)) == (RunState.SUCCEEDED, int)
         assert run.result != os.getpid()
-        assert (failed.state, failed.error and failed.error["message"]) == (RunState.FAILED, "as it was told to")
+        assert (failed.state, failed.error and failed.error["message"]) == (RunState.FAILED, "on purpose")
         assert await written(conn) == [(run_id, 1)]
         assert (tally.succeeded, tally.failed, tally.lost) == (1, 1, 0)
         assert await is_settled(conn)
@@ -238,7 +238,7 @@ class TestBatches:
         async def spend(runs: list[Run]) -> None:
             for run in runs:
                 if run.payload["n"] == 2 and run.attempt == 1:
-                    raise RuntimeError("as it was told to")
+                    raise RuntimeError("on purpose")
                 if run.payload["n"] < 4:
                     async with run.transaction() as mine:
                         await mine.execute(WRITE, [run.id, run.attempt])
@@ -261,7 +261,7 @@ class TestBatches:
             if len(runs) > 1:
                 # As if only the first had been taken from this worker.
                 raise ClaimLost(*runs[0].claim)
-            raise RuntimeError("as it was told to")
+            raise RuntimeError("on purpose")
 
         ids = await app.enqueue_many("spend", [{}] * 2)
         await Worker(app, {"default": 1}).run(once=True)
@@ -356,8 +356,8 @@ class TestLost:
         async with not_disturbing(database) as opened:
             yield opened
 
-    async def test_a_zombie_commits_nothing_and_is_told(self, app: App, conn: Connection) -> None:
-        told: list[BaseException] = []
+    async def test_a_zombie_commits_nothing_and_gets_an_error(self, app: App, conn: Connection) -> None:
+        caught: list[BaseException] = []
 
         @app.task
         async def spend(run: Run) -> None:
@@ -369,7 +369,7 @@ class TestLost:
                     await lapse(conn)
                     assert [each.run_id for each in await fetch(conn, SWEEP)] == [run.id]
             except ClaimLost as lost:
-                told.append(lost)
+                caught.append(lost)
                 raise
 
         run_id = await app.enqueue("spend", {})
@@ -377,7 +377,7 @@ class TestLost:
         run = await app.wait(run_id, timeout=10)
         assert (run.state, run.attempt, run.losses, run.failures) == (RunState.SUCCEEDED, 2, 1, 0)
         assert await written(conn) == []
-        assert [str(each).split(":")[0] for each in told] == [f"Attempt 1 of run {run_id} is over"]
+        assert [str(each).split(":")[0] for each in caught] == [f"Attempt 1 of run {run_id} is over"]
         assert (tally.succeeded, tally.lost) == (1, 1)
 
     @pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])
@@ -471,7 +471,7 @@ class TestLost:
 
 
 class TestAfterwards:
-    async def test_whoever_waits_is_told_before_the_handler_is_over(
+    async def test_whoever_waits_hears_before_the_handler_is_over(
         self, app: App, conn: Connection, database: str
     ) -> None:
         heard = asyncio.Event()
@@ -521,7 +521,7 @@ class TestAfterwards:
             if n == 4:
                 await go_on.wait()
             if n % 3 == 1:
-                raise RuntimeError("as it was told to")
+                raise RuntimeError("on purpose")
 
         ids = await app.enqueue_many("spend", [{"n": n} for n in range(9)])
         async with working(app, {"default": 9}):
@@ -565,9 +565,9 @@ class TestAfterwards:
         async def spend(run: Run) -> None:
             async with run.transaction() as mine:
                 await mine.execute(WRITE, [run.id, run.attempt])
-            with pytest.raises(ConfigError) as told:
+            with pytest.raises(ConfigError) as caught:
                 run.transaction()
-            refused.append(str(told.value))
+            refused.append(str(caught.value))
             assert run.progress(0.5) is False
 
         await executed(app, "spend")
@@ -707,10 +707,10 @@ class TestRefused:
         refusals: list[str] = []
 
         async def refused(transaction: Any) -> None:
-            with pytest.raises(ConfigError) as told:
+            with pytest.raises(ConfigError) as caught:
                 async with transaction:
                     pytest.fail("the block was entered")
-            refusals.append(str(told.value))
+            refusals.append(str(caught.value))
 
         @app.task
         async def spend(run: Run) -> None:

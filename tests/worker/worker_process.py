@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tests.support import eventually
 
 
-class Told(NamedTuple):
+class Response(NamedTuple):
     status: int
     body: Any
     headers: dict[str, str]
@@ -28,11 +28,11 @@ class Told(NamedTuple):
         return checks
 
 
-async def ask(url: str, path: str, *, verb: str = "GET", timeout: float = 60.0) -> Told:
+async def ask(url: str, path: str, *, verb: str = "GET", timeout: float = 60.0) -> Response:
     return await asyncio.to_thread(asked, url, path, verb=verb, timeout=timeout)
 
 
-def asked(url: str, path: str, *, verb: str = "GET", timeout: float = 60.0) -> Told:
+def asked(url: str, path: str, *, verb: str = "GET", timeout: float = 60.0) -> Response:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout)
     try:
         connection.request(verb, path)
@@ -40,7 +40,7 @@ def asked(url: str, path: str, *, verb: str = "GET", timeout: float = 60.0) -> T
         content = answer.read()
         is_json = answer.headers["content-type"] == "application/json" and content
         body = json.loads(content) if is_json else content.decode()
-        return Told(answer.status, body, {name.lower(): value for name, value in answer.headers.items()})
+        return Response(answer.status, body, {name.lower(): value for name, value in answer.headers.items()})
     finally:
         connection.close()
 
@@ -67,10 +67,10 @@ class WorkerProcess:
         assert self.process.poll() is None, "".join(self.lines)
         self.url = self.events("worker started")[0]["health"]
 
-    async def says(self, path: str, status: int, *, within: float = 30) -> Told:
+    async def says(self, path: str, status: int, *, within: float = 30) -> Response:
         """What it answers once it answers with this status."""
 
-        async def answered() -> Told | None:
+        async def answered() -> Response | None:
             answer = await ask(self.url, path)
             return answer if answer.status == status else None
 
