@@ -18,11 +18,10 @@ from queue_service import App
 from queue_service.db import embedded, schema, url
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import Connection, connect
-from queue_service.settings import load
 from queue_service.testing import databases
 from queue_service.testing.options import given_server
 from queue_service.testing.watcher import watched
-from tests.support import local_programs
+from tests.support import local_programs, quick_app
 
 # Variables that would lead a test, or a process it starts, to a developer's own database.
 for _name in ("QUEUE_SERVICE_DATABASE_URL", "DATABASE_URL", *url.PG_VARIABLES):
@@ -130,10 +129,8 @@ async def conn(session: Callable[[], Awaitable[Connection]]) -> Connection:
 
 @pytest.fixture
 async def app(database: str) -> AsyncIterator[App]:
-    """An open App, without tasks, whose clocks are quick: leases of 3 s, polls and sweeps each 100 ms."""
-    quick = {"LEASE": "3s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "DRAIN_TIMEOUT": "5s"}
-    settings = load({f"QUEUE_SERVICE_{name}": value for name, value in quick.items()})
-    async with App(database, settings=settings) as opened:
+    """An open App, as `quick_app` makes it."""
+    async with quick_app(database) as opened:
         yield opened
 
 

@@ -22,10 +22,17 @@ from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
 from queue_service.runs.queries import Claimant, Wanted
+from queue_service.settings import load
 from queue_service.testing import eventually as eventually  # noqa: PLC0414 - most tests have it from here
 from queue_service.worker.floors import FRONT
 
 LEASE = timedelta(seconds=30)
+
+
+def quick_app(database: str) -> App:
+    """Without tasks, and with quick clocks: leases of 3 s, polls and sweeps each 100 ms."""
+    quick = {"LEASE": "3s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "DRAIN_TIMEOUT": "5s"}
+    return App(database, settings=load({f"QUEUE_SERVICE_{name}": value for name, value in quick.items()}))
 
 
 async def one(conn: Connection, sql: str, *params: object) -> Any:

@@ -202,6 +202,10 @@ class Cluster:
 
     def _stop(self) -> None:
         self._run("pg_ctl", "-D", str(self.data), "-m", "fast", "-w", "-t", str(START_TIMEOUT), "stop")
+        if (sockets := self._socket_dir()) != self.data:
+            # Not empty where the server has not stopped: then it stays.
+            with contextlib.suppress(OSError):
+                sockets.rmdir()
 
     def _socket_dir(self) -> Path:
         if len(os.fsencode(self.data)) <= _SOCKET_DIR_LIMIT and _PLAIN.fullmatch(str(self.data)):

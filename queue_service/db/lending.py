@@ -15,8 +15,8 @@ from typing import Any
 import psycopg
 import psycopg_pool
 
-from queue_service.db.execute import DEADLINE, cancellable
-from queue_service.db.pool import none_free, options
+from queue_service.db.execute import DEADLINE
+from queue_service.db.pool import CancellablePool, none_free, options
 from queue_service.errors import ConfigError
 
 # A handler that is stuck, or whose machine is gone, keeps neither its locks nor what vacuum would remove: the server rolls
@@ -42,7 +42,7 @@ class Lender:
             "conninfo": options(conninfo, "queue_service handler"), "min_size": 0, "max_size": size, "open": False,
             "kwargs": {"autocommit": True}, "timeout": DEADLINE, "reconnect_timeout": DEADLINE, "name": "handlers",
         }  # fmt: skip
-        pool, blocking = psycopg_pool.AsyncConnectionPool, psycopg_pool.ConnectionPool
+        pool, blocking = CancellablePool, psycopg_pool.ConnectionPool
         self._pool = pool(configure=_configure, check=pool.check_connection, **shared)
         self._blocking = blocking(configure=_configure_blocking, check=blocking.check_connection, **shared)
         self._loop = loop
@@ -52,17 +52,14 @@ class Lender:
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigError("This is not the worker's event loop. Use `with` here, or give a connection of your own.")
         await self._pool.open()
-        conn = None
         try:
-            try:
-                with cancellable():
-                    conn = await self._pool.getconn()
-            except psycopg_pool.PoolTimeout:
-                raise none_free() from None
+            conn = await self._pool.getconn()
+        except psycopg_pool.PoolTimeout:
+            raise none_free() from None
+        try:
             yield conn
         finally:
-            if conn is not None:
-                await self._pool.putconn(conn)
+            await self._pool.putconn(conn)
 
     @contextmanager
     def blocking(self) -> Iterator[psycopg.Connection[Any]]:

@@ -99,11 +99,45 @@ def none_free() -> DatabaseUnavailable:
     )
 
 
+class CancellablePool(psycopg_pool.AsyncConnectionPool[Connection]):
+    """psycopg's pool, for callers that are cancelled at any moment.
+
+    A `putconn` that is cancelled loses the connection, and forgets the client that was to have it: it waits for the lock
+    of that client while the client begins to wait. So it goes on here, whatever happens to its caller.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._returning: set[asyncio.Task[None]] = set()
+
+    async def getconn(self, timeout: float | None = None) -> Connection:
+        conn = None
+        try:
+            with cancellable():
+                conn = await super().getconn(timeout)
+        except asyncio.CancelledError:
+            if conn is not None:
+                await self.putconn(conn)
+            raise
+        return conn
+
+    async def putconn(self, conn: Connection) -> None:
+        returning = asyncio.create_task(super().putconn(conn), name="return of a connection")
+        self._returning.add(returning)
+        returning.add_done_callback(self._returning.discard)
+        await asyncio.shield(returning)
+
+    async def close(self, timeout: float = 5.0) -> None:
+        if self._returning:
+            await asyncio.wait(self._returning)
+        await super().close(timeout)
+
+
 class Pool:
     """A bounded pool. `fetch` runs one query on any connection; `connection` lends one out."""
 
     def __init__(self, conninfo: str, *, size: int, application: str = "queue_service") -> None:
-        self._pool = psycopg_pool.AsyncConnectionPool(
+        self._pool = CancellablePool(
             options(conninfo, application),
             min_size=1,
             max_size=size,
@@ -161,17 +195,11 @@ class Pool:
             return conn
         self._waiting += 1
         try:
-            with cancellable():
-                conn = await self._pool.getconn()
-        except asyncio.CancelledError:
-            if conn is not None:
-                await self._pool.putconn(conn)
-            raise
+            return await self._pool.getconn()
         except psycopg_pool.PoolTimeout:
             raise none_free() from None
         finally:
             self._waiting -= 1
-        return conn
 
     async def _give(self, conn: Connection) -> None:
         idle = not conn.closed and conn.info.transaction_status is TransactionStatus.IDLE

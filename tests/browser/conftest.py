@@ -1,4 +1,7 @@
-"""A real browser, and what it looks at: a gateway and a worker, each a process of its own."""
+"""A real browser, and what it looks at: a gateway and a worker, each a process of its own.
+
+All tests of a process share the browser and the connection to it, which belongs to one event loop: so they share that, too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -18,7 +22,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, ConsoleMessage, Locator, Page, async_playwright, expect
 
 from queue_service import App
-from tests.support import eventually, free_port
+from tests.support import eventually, free_port, quick_app
 
 # A page that nobody looks at keeps its timers.
 QUIET = (
@@ -34,9 +38,12 @@ COMMANDS = {
 expect.set_options(timeout=40_000)
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """Where a Chromium with an empty profile takes commands. One for all tests: its start costs more than most of them."""
+fixture = partial(pytest_asyncio.fixture, loop_scope="session")
+
+
+@fixture(scope="session")
+async def chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Browser]:
+    """A Chromium with an empty profile. One for all tests: its start, and the connection, cost more than most of them."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.fail(
@@ -55,19 +62,28 @@ async def chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[st
         return lines[0] if len(lines) > 1 else None
 
     try:
-        yield f"http://127.0.0.1:{await eventually(port, within=60)}"
+        address = f"http://127.0.0.1:{await eventually(port, within=60)}"
+        async with async_playwright() as playwright:
+            yield await playwright.chromium.connect_over_cdp(address)
     finally:
         running.kill()
         await running.wait()
 
 
-@pytest.fixture
-async def browser(chromium: str) -> AsyncIterator[Browser]:
+@fixture
+async def browser(chromium: Browser) -> AsyncIterator[Browser]:
     """The Chromium of all tests; the windows that this test opens are closed when it ends, and shared with no other."""
-    async with async_playwright() as playwright:
-        connected = await playwright.chromium.connect_over_cdp(chromium)
-        yield connected
-        await connected.close()
+    before = chromium.contexts
+    yield chromium
+    for context in chromium.contexts:
+        if context not in before:
+            await context.close()
+
+
+@fixture
+async def app(database: str) -> AsyncIterator[App]:
+    async with quick_app(database) as opened:
+        yield opened
 
 
 class Site:
@@ -177,7 +193,7 @@ class Chat:
 Visit = Callable[..., Awaitable[Chat]]
 
 
-@pytest.fixture
+@fixture
 async def visit(browser: Browser, site: Site, app: App) -> AsyncIterator[Visit]:
     """Opens the page in a window of its own. No page may throw, or try what its policy forbids."""
     wrong: list[str] = []
@@ -187,7 +203,8 @@ async def visit(browser: Browser, site: Site, app: App) -> AsyncIterator[Visit]:
             wrong.append(message.text)
 
     async def open_page(path: str = "/", **options: Any) -> Chat:
-        context = await browser.new_context(base_url=site.address, **options)
+        # What moves for ever is drawn for ever, here by the processor.
+        context = await browser.new_context(base_url=site.address, reduced_motion="reduce", **options)
         page = await context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", note)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from playwright.async_api import Browser, Page
 
+from tests.browser.conftest import fixture
 from tests.browser.scripted import Answer, Scripted, event
 from tests.support import eventually
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
 OPEN_CLIENT = """
 async ([streams, options]) => {
@@ -71,14 +72,14 @@ class Client:
         return state
 
 
-@pytest.fixture
+@fixture
 async def server() -> AsyncIterator[Scripted]:
     made = Scripted()
     async with made.serving():
         yield made
 
 
-@pytest.fixture
+@fixture
 async def client(browser: Browser, server: Scripted) -> Client:
     return Client(await browser.new_page(), server)
 

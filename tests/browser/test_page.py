@@ -11,23 +11,23 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from queue_service import App, Run, Turn
-from queue_service.db.pool import Connection
 from queue_service.gateway import Gateway, loopback, page
 from tests.browser.conftest import Chat, Site, Visit
 from tests.chaos.proxy import Proxy
 from tests.gateway.served import serving
 from tests.support import one, working
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="session")]
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 SEND = "**/api/chat/send"
 
 
-async def turns(conn: Connection, stream: str) -> tuple[int, int]:
+async def turns(app: App, stream: str) -> tuple[int, int]:
     """How many messages a stream has, and how many endings."""
     count = "select count(*) from queue_service.events where stream = %s and "
-    return await one(conn, f"{count} kind = 'message'", stream), await one(conn, f"{count} terminal", stream)
+    async with app.pool.connection() as conn:
+        return await one(conn, f"{count} kind = 'message'", stream), await one(conn, f"{count} terminal", stream)
 
 
 async def picture(chat: Chat, name: str) -> None:
@@ -35,7 +35,7 @@ async def picture(chat: Chat, name: str) -> None:
     await chat.page.screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled")
 
 
-async def test_a_message_gets_its_reply_word_by_word(site: Site, visit: Visit, conn: Connection) -> None:
+async def test_a_message_gets_its_reply_word_by_word(site: Site, visit: Visit, app: App) -> None:
     await site.start("gateway", "worker")
     chat = await visit()
     await expect(chat.connection).to_have_text("Connected")
@@ -49,11 +49,11 @@ async def test_a_message_gets_its_reply_word_by_word(site: Site, visit: Visit, c
     await expect(chat.button("Stop")).to_be_hidden()
     # A kind of event that the page does not know.
     await expect(chat.page.locator(".line.other")).to_have_text(["go"])
-    assert await turns(conn, chat.stream) == (1, 1)
+    assert await turns(app, chat.stream) == (1, 1)
 
 
 async def test_a_gateway_killed_in_the_middle_of_a_turn_costs_the_page_nothing(
-    site: Site, visit: Visit, conn: Connection
+    site: Site, visit: Visit, app: App
 ) -> None:
     await site.start("gateway", "worker")
     chat = await visit()
@@ -69,12 +69,10 @@ async def test_a_gateway_killed_in_the_middle_of_a_turn_costs_the_page_nothing(
     await expect(chat.replies).to_have_text(["You said: one two (wait) three four"])
     await expect(chat.mine).to_have_text(["one two (wait) three four"])
     assert await chat.page.evaluate("window.isTheSame")
-    assert await turns(conn, chat.stream) == (1, 1)
+    assert await turns(app, chat.stream) == (1, 1)
 
 
-async def test_a_message_typed_while_the_gateway_is_down_is_sent_once(
-    site: Site, visit: Visit, conn: Connection
-) -> None:
+async def test_a_message_typed_while_the_gateway_is_down_is_sent_once(site: Site, visit: Visit, app: App) -> None:
     await site.start("gateway", "worker")
     chat = await visit()
     await expect(chat.connection).to_have_text("Connected")
@@ -86,10 +84,10 @@ async def test_a_message_typed_while_the_gateway_is_down_is_sent_once(
     await site.start("gateway")
     await expect(chat.replies).to_have_text(["You said: first", "You said: second"])
     await expect(chat.page.locator(".waiting")).to_have_count(0)
-    assert await turns(conn, chat.stream) == (2, 2)
+    assert await turns(app, chat.stream) == (2, 2)
 
 
-async def test_a_message_whose_receipt_is_lost_is_accepted_once(site: Site, visit: Visit, conn: Connection) -> None:
+async def test_a_message_whose_receipt_is_lost_is_accepted_once(site: Site, visit: Visit, app: App) -> None:
     await site.start("gateway", "worker")
     chat = await visit()
 
@@ -100,7 +98,7 @@ async def test_a_message_whose_receipt_is_lost_is_accepted_once(site: Site, visi
     await chat.page.route(SEND, lose, times=1)
     await chat.say("hello")
     await expect(chat.replies).to_have_text(["You said: hello"])
-    assert await turns(conn, chat.stream) == (1, 1)
+    assert await turns(app, chat.stream) == (1, 1)
 
 
 async def test_a_reload_shows_the_conversation_again(site: Site, visit: Visit) -> None:
@@ -121,7 +119,7 @@ async def test_a_reload_shows_the_conversation_again(site: Site, visit: Visit) -
     await expect(chat.replies).to_have_text(["You said: first", "You said: second (wait) third"])
 
 
-async def test_messages_that_were_not_sent_survive_a_reload(site: Site, visit: Visit, conn: Connection) -> None:
+async def test_messages_that_were_not_sent_survive_a_reload(site: Site, visit: Visit, app: App) -> None:
     await site.start("gateway", "worker")
     chat = await visit()
     await chat.page.route(SEND, lambda route: route.abort())
@@ -131,10 +129,10 @@ async def test_messages_that_were_not_sent_survive_a_reload(site: Site, visit: V
     await chat.page.reload()
     await expect(chat.replies).to_have_text(["You said: before"])
     await expect(chat.page.locator(".waiting")).to_have_count(0)
-    assert await turns(conn, chat.stream) == (1, 1)
+    assert await turns(app, chat.stream) == (1, 1)
 
 
-async def test_a_worker_that_dies_shows_its_error(site: Site, visit: Visit, conn: Connection) -> None:
+async def test_a_worker_that_dies_shows_its_error(site: Site, visit: Visit, app: App) -> None:
     await site.start("gateway", "worker", EXECUTION="3s")
     chat = await visit()
     await chat.say("one (wait) two")
@@ -143,17 +141,15 @@ async def test_a_worker_that_dies_shows_its_error(site: Site, visit: Visit, conn
     await expect(chat.errors).to_have_text(["The agent stopped responding. Please send the message again."])
     await expect(chat.growing).to_have_count(0)
     await expect(chat.button("Stop")).to_be_hidden()
-    assert await turns(conn, chat.stream) == (1, 1)
+    assert await turns(app, chat.stream) == (1, 1)
     await site.start("worker")
     await chat.go_on()
     await chat.button("Send again").click()
     await expect(chat.replies.last).to_have_text("You said: one (wait) two")
-    assert await turns(conn, chat.stream) == (2, 2)
+    assert await turns(app, chat.stream) == (2, 2)
 
 
-async def test_a_message_that_is_refused_says_why_and_can_be_sent_again(
-    site: Site, visit: Visit, conn: Connection
-) -> None:
+async def test_a_message_that_is_refused_says_why_and_can_be_sent_again(site: Site, visit: Visit, app: App) -> None:
     await site.start("gateway", "worker")
     chat = await visit()
     refusal = '{"error": "This is not to be said.", "field": "body"}'
@@ -167,7 +163,7 @@ async def test_a_message_that_is_refused_says_why_and_can_be_sent_again(
     await chat.button("Send again").click()
     await expect(chat.replies).to_have_text(["You said: hello"])
     await expect(chat.page.locator(".failed")).to_have_count(0)
-    assert await turns(conn, chat.stream) == (1, 1)
+    assert await turns(app, chat.stream) == (1, 1)
 
 
 async def test_the_keyboard_alone_is_enough(site: Site, visit: Visit) -> None:

@@ -266,3 +266,24 @@ async def test_a_cancellation_that_comes_with_the_connection_is_not_lost(pool: P
     async with asyncio.timeout(20), pool.connection():
         pass
     await pool._give(held.pop())
+
+
+@pytest.mark.parametrize("after", range(1, 5))
+@pytest.mark.parametrize("steps", range(4))
+async def test_whoever_is_cancelled_while_it_gives_a_connection_back_leaves_it_to_the_next(
+    database: str, steps: int, after: int
+) -> None:
+    pool = Pool(database, size=1)
+    await pool.open()
+    held = await pool._take()
+    waiting = asyncio.create_task(pool.fetch(PID))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    giving = asyncio.create_task(pool._give(held))
+    for _ in range(after):
+        await asyncio.sleep(0)
+    giving.cancel()
+    await asyncio.gather(giving, return_exceptions=True)
+    async with asyncio.timeout(5):
+        await waiting
+    await pool.close()

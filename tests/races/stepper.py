@@ -32,6 +32,8 @@ class Finish(StrEnum):
 Step = Query[Any] | Finish | Callable[[Any], Query[Any]]
 Path = tuple[int, ...]
 
+# Seconds in which a statement that waits for nobody has most likely returned: until then, nobody asks whether it waits.
+AT_ONCE = 0.003
 BLOCKERS = "select pid, pg_blocking_pids(pid) from unnest(%s::int[]) as pid"
 
 
@@ -170,6 +172,9 @@ class Stage:
     async def _settle(self, roles: Sequence[Role]) -> None:
         """Until each statement has returned, or waits for a transaction that itself is not about to do anything."""
         while pending := [role for role in roles if role.is_pending]:
+            running = [role.running for role in pending if role.running is not None]
+            if not (await asyncio.wait(running, timeout=AT_ONCE))[1]:
+                break
             stuck = {role.pid for role in roles if not role.is_pending}
             cursor = await self._onlooker.execute(BLOCKERS, [[role.pid for role in pending]])
             blockers = {pid: set(pids) for pid, pids in await cursor.fetchall()}
