@@ -58,6 +58,8 @@ class Opened:
         )
         self._sweep_interval = settings.sweep_interval
         self._sweeping: asyncio.Task[None] | None = None
+        # It, and those before it that are still giving back their connections.
+        self._sweepers: set[asyncio.Task[None]] = set()
         self._waiters = 0
         self._cluster = cluster
         self._pid = os.getpid()
@@ -86,6 +88,8 @@ class Opened:
     async def close(self) -> None:
         """Send the notices that wait, and let go of all connections and of the embedded cluster."""
         self._stop_sweeping()
+        if self._sweepers:
+            await asyncio.wait(self._sweepers)
         await self.fanout.close()
         await self.endings.close()
         await self.notifier.close()
@@ -103,7 +107,8 @@ class Opened:
         self._waiters += 1
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(every(self._sweep_interval, self._sweeper.once, name="sweeper"))
-            self._sweeping.add_done_callback(_report)
+            self._sweepers.add(self._sweeping)
+            self._sweeping.add_done_callback(self._swept)
         try:
             yield
         finally:
@@ -115,6 +120,11 @@ class Opened:
         if self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
+
+    def _swept(self, sweeping: asyncio.Task[None]) -> None:
+        self._sweepers.discard(sweeping)
+        if not sweeping.cancelled() and sweeping.exception() is not None:
+            log.error("sweeping has failed; the next one who waits starts it again", why=repr(sweeping.exception()))
 
     async def fetch(self, query: Query[T]) -> T:
         """Run one query on a connection of the pool, and return its result."""
@@ -137,8 +147,3 @@ class Opened:
             raise ConfigError(
                 "This App was opened on another event loop. Open another one here, or use `app.sync` from threads."
             )
-
-
-def _report(sweeping: asyncio.Task[None]) -> None:
-    if not sweeping.cancelled() and sweeping.exception() is not None:
-        log.error("sweeping has failed; the next one who waits starts it again", why=repr(sweeping.exception()))

@@ -32,6 +32,7 @@ async def watching(
     finally:
         waiting.cancel()
         watch.cancel()
+        await asyncio.wait((waiting, watch))
 
 
 async def _watch(

@@ -32,23 +32,25 @@ class Loop:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = asyncio.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Start the thread. ConfigError if it runs already."""
         if self._loop is not None:
             raise ConfigError("This is open already. Take another `app.sync` for a second use at the same time.")
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="queue_service sync", daemon=True)
+        self._loop, self._stopping = asyncio.new_event_loop(), asyncio.Event()
+        self._thread = threading.Thread(
+            target=_run, args=(self._loop, self._stopping), name="queue_service sync", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, once what it is at has ended. One that was not started is left as it is."""
+        """Cancel what is still going on there, and end the thread. One that was not started is left as it is."""
         loop, self._loop = self._loop, None
         if loop is not None and self._thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
+            loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
-            loop.close()
 
     @property
     def is_running(self) -> bool:
@@ -61,6 +63,12 @@ class Loop:
             call.close()
             raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")
         return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+
+def _run(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
+    # A runner, since it waits for the tasks that it cancels in the end: one that is dropped has nobody to end it properly.
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(stopping.wait())
 
 
 class Blocking(Generic[O]):

@@ -311,7 +311,8 @@ def _environment() -> dict[str, str]:
 
 def _last(finished: subprocess.CompletedProcess[str]) -> str:
     lines = finished.stdout.strip().splitlines()
-    errors = [line for line in lines if "error:" in line or "FATAL" in line]
+    reasons = ("error:", "FATAL", "PANIC", "child process")
+    errors = [line for line in lines if any(reason in line for reason in reasons)]
     if errors:
         return errors[0]
     return lines[-1] if lines else f"{finished.args[0]} ended with {finished.returncode}"

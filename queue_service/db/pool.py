@@ -108,10 +108,13 @@ class CancellablePool(psycopg_pool.AsyncConnectionPool[Connection]):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        # How many wait for a connection at the moment.
+        self.clients = 0
         self._returning: set[asyncio.Task[None]] = set()
 
     async def getconn(self, timeout: float | None = None) -> Connection:
         conn = None
+        self.clients += 1
         try:
             with cancellable():
                 conn = await super().getconn(timeout)
@@ -119,9 +122,15 @@ class CancellablePool(psycopg_pool.AsyncConnectionPool[Connection]):
             if conn is not None:
                 await self.putconn(conn)
             raise
+        finally:
+            self.clients -= 1
         return conn
 
     async def putconn(self, conn: Connection) -> None:
+        if not self.clients and conn.info.transaction_status is TransactionStatus.IDLE:
+            # Then nothing is waited for, and no task of its own is needed: it would cost 25 us.
+            await super().putconn(conn)
+            return
         returning = asyncio.create_task(super().putconn(conn), name="return of a connection")
         self._returning.add(returning)
         returning.add_done_callback(self._returning.discard)
@@ -150,7 +159,6 @@ class Pool:
         )
         # A caller that sends one statement after another keeps its connection between them: 40 us each.
         self._parked: Connection | None = None
-        self._waiting = 0
         self._timeout: timedelta | None = None
 
     async def open(self) -> None:
@@ -193,17 +201,14 @@ class Pool:
         conn, self._parked = self._parked, None
         if conn is not None:
             return conn
-        self._waiting += 1
         try:
             return await self._pool.getconn()
         except psycopg_pool.PoolTimeout:
             raise none_free() from None
-        finally:
-            self._waiting -= 1
 
     async def _give(self, conn: Connection) -> None:
         idle = not conn.closed and conn.info.transaction_status is TransactionStatus.IDLE
-        if idle and self._parked is None and not self._waiting and not self._pool.closed:
+        if idle and self._parked is None and not self._pool.clients and not self._pool.closed:
             self._parked = conn
         else:
             await self._pool.putconn(conn)

@@ -1,0 +1,67 @@
+"""Whoever leaves a wait, or closes an App, leaves no task behind that nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from queue_service import App
+from queue_service.app.progress import watching
+from queue_service.db.pool import Connection
+from queue_service.runs.model import Progress, Run
+from tests.support import eventually, one
+
+BLOCKED = "select exists (select from pg_locks where not granted and relation = 'queue_service.leases'::regclass)"
+
+
+async def test_an_app_that_closes_waits_for_its_sweeper(database: str, conn: Connection) -> None:
+    app = App(database)
+    async with app, conn.transaction():
+        await conn.execute("lock table queue_service.leases")
+        with app.opened.sweeping():
+            sweeping = app.opened._sweeping
+            await eventually(lambda: one(conn, BLOCKED))
+    assert sweeping is not None
+    assert sweeping.done()
+
+
+async def test_a_sync_app_that_closes_ends_what_still_goes_on_there(database: str) -> None:
+    ended: list[str] = []
+
+    async def for_ever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append("in order")
+
+    async def start() -> asyncio.Task[None]:
+        going_on = asyncio.create_task(for_ever())
+        await asyncio.sleep(0)
+        return going_on
+
+    def use() -> None:
+        with App(database).sync as q:
+            q._loop.call(start())
+
+    await asyncio.to_thread(use)
+    assert ended == ["in order"]
+
+
+async def test_what_on_progress_raises_leaves_nothing_that_goes_on() -> None:
+    async def never() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+
+    async def look() -> Run | None:
+        raise LookupError("as on_progress would")
+
+    def note(progress: Progress) -> None: ...
+
+    before = asyncio.all_tasks()
+    with pytest.raises(LookupError):
+        await watching(never(), look, note, poll_interval=60)
+    assert asyncio.all_tasks() == before
