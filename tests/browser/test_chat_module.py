@@ -79,9 +79,20 @@ async def server() -> AsyncIterator[Scripted]:
         yield made
 
 
+@fixture(scope="module")
+async def page(chromium: Browser) -> AsyncIterator[Page]:
+    """One for all tests here: each has a server of its own, and so an origin, and a page costs more than most of them."""
+    context = await chromium.new_context()
+    yield await context.new_page()
+    await context.close()
+
+
 @fixture
-async def client(browser: Browser, server: Scripted) -> Client:
-    return Client(await browser.new_page(), server)
+async def client(page: Page, server: Scripted) -> AsyncIterator[Client]:
+    yield Client(page, server)
+    if page.url != "about:blank":
+        await page.evaluate("sessionStorage.clear(), localStorage.clear()")
+        await page.goto("about:blank")
 
 
 class TestOpening:
@@ -460,7 +471,8 @@ class TestSending:
         await client.heard("receipt for first", "message 1")
         assert await client.page.evaluate("client.unsent") == []
 
-    async def test_ids_are_made_up_where_the_browser_makes_none(self, server: Scripted, client: Client) -> None:
+    async def test_ids_are_made_up_where_the_browser_makes_none(self, server: Scripted, browser: Browser) -> None:
+        client = Client(await browser.new_page(), server)
         await client.page.add_init_script("Crypto.prototype.randomUUID = undefined")
         await client.open()
         await client.send("first", "second")
