@@ -215,11 +215,12 @@ class Executor:
             else:
                 # A lost lease: the run went back to its queue, and someone else may have it already.
                 outcome = Return(held.run.claim) if held.lease.lost else await self._execute(held, task, slot)
-                if slot.cancelling():
-                    await self._absorb(slot)
                 if outcome is not None:
+                    # Before anything is waited for: whoever looks now finds nothing running, and must find this.
                     self._finisher.put(held, outcome)
                 self.completed += 1
+                if slot.cancelling():
+                    await self._absorb(slot)
             if len(self._waiting) <= self._ahead // 2:
                 self._room()
             self._since_yield += 1
@@ -254,14 +255,14 @@ class Executor:
             self._room()
         batch = [held for held in taken if not held.lease.lost]
         outcomes = await self._execute_batch(batch, task, slot) if batch else {}
-        if slot.cancelling():
-            await self._absorb(slot)
         for held in taken:
             outcome = outcomes[held] if held in outcomes else Return(held.run.claim)
             if outcome is not None:
                 self._finisher.put(held, outcome)
         self.completed += len(taken)
         self._since_yield += len(taken)
+        if slot.cancelling():
+            await self._absorb(slot)
 
     async def _execute_batch(
         self, batch: list[Held], task: Task[..., Any], slot: asyncio.Task[Any]

@@ -17,6 +17,7 @@ import pytest
 from queue_service import App, Cancel, Retry, Run, RunState, Snooze, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
+from queue_service.worker.executor import Executor
 from queue_service.worker.handlers import threads
 from tests.support import enqueued, eventually, one, rows, working
 
@@ -461,6 +462,29 @@ async def test_a_timeout_is_tried_again_like_any_failure(app: App) -> None:
 
     run = await executed(app, await app.enqueue("dawdle", {}, retry_delay=0))
     assert (run.state, run.result, run.failures) == (RunState.SUCCEEDED, "quick", 1)
+
+
+@pytest.mark.parametrize("name", ["alone", "together"])
+async def test_what_was_made_to_stop_is_with_the_finisher_before_anybody_looks(
+    app: App, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    absorb, was_found = Executor._absorb, []
+
+    async def absorb_and_look(self: Executor, slot: asyncio.Task[Any]) -> None:
+        was_found.append(self.is_idle and not self._finisher.is_idle)
+        await absorb(self, slot)
+
+    @app.task(timeout=0.05)
+    async def alone() -> None:
+        await asyncio.Event().wait()
+
+    @app.task(timeout=0.05, batch=10)
+    async def together(runs: list[Run]) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Executor, "_absorb", absorb_and_look)
+    await executed(app, await app.enqueue(name, {}, retry_delay=3_600))
+    assert was_found == [True]
 
 
 async def test_a_sync_handler_over_its_timeout_fails_and_its_late_return_changes_nothing(app: App) -> None:
