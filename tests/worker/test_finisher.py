@@ -37,7 +37,9 @@ class Desk:
             self.finisher.put(each, Ending(each.run.claim, RunState.SUCCEEDED))
 
     async def written(self, count: int) -> None:
-        await eventually(lambda: one(self._conn, "select count(*) = %s from queue_service.finished_runs", count))
+        """Until so many endings are stored, and the finisher has heard of it."""
+        await eventually(lambda: self.finisher.tally.succeeded == count)
+        assert await one(self._conn, "select count(*) from queue_service.finished_runs") == count
 
 
 @pytest.fixture
