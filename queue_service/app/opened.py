@@ -58,8 +58,8 @@ class Opened:
         )
         self._sweep_interval = settings.sweep_interval
         self._sweeping: asyncio.Task[None] | None = None
-        # It, and those before it that are still giving back their connections.
-        self._sweepers: set[asyncio.Task[None]] = set()
+        # It, and those before it that were cancelled and have not ended yet.
+        self._sweeps: set[asyncio.Task[None]] = set()
         self._waiters = 0
         self._cluster = cluster
         self._pid = os.getpid()
@@ -88,8 +88,8 @@ class Opened:
     async def close(self) -> None:
         """Send the notices that wait, and let go of all connections and of the embedded cluster."""
         self._stop_sweeping()
-        if self._sweepers:
-            await asyncio.wait(self._sweepers)
+        if self._sweeps:
+            await asyncio.wait(self._sweeps)
         await self.fanout.close()
         await self.endings.close()
         await self.notifier.close()
@@ -107,8 +107,8 @@ class Opened:
         self._waiters += 1
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(every(self._sweep_interval, self._sweeper.once, name="sweeper"))
-            self._sweepers.add(self._sweeping)
-            self._sweeping.add_done_callback(self._swept)
+            self._sweeps.add(self._sweeping)
+            self._sweeping.add_done_callback(self._sweep_ended)
         try:
             yield
         finally:
@@ -121,8 +121,8 @@ class Opened:
             self._sweeping.cancel()
             self._sweeping = None
 
-    def _swept(self, sweeping: asyncio.Task[None]) -> None:
-        self._sweepers.discard(sweeping)
+    def _sweep_ended(self, sweeping: asyncio.Task[None]) -> None:
+        self._sweeps.discard(sweeping)
         if not sweeping.cancelled() and sweeping.exception() is not None:
             log.error("sweeping has failed; the next one who waits starts it again", why=repr(sweeping.exception()))
 

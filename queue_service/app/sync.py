@@ -9,6 +9,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from queue_service.app.core import Core
@@ -19,7 +20,7 @@ from queue_service.app.schedules import Schedules
 from queue_service.app.turns import Turns
 from queue_service.db.borrowed import borrow
 from queue_service.db.query import Query
-from queue_service.errors import ConfigError
+from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.events.model import Event
 
 O = TypeVar("O")  # noqa: E741 - the object whose methods are made blocking
@@ -32,24 +33,21 @@ class Loop:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping = asyncio.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Start the thread. ConfigError if it runs already."""
         if self._loop is not None:
             raise ConfigError("This is open already. Take another `app.sync` for a second use at the same time.")
-        self._loop, self._stopping = asyncio.new_event_loop(), asyncio.Event()
-        self._thread = threading.Thread(
-            target=_run, args=(self._loop, self._stopping), name="queue_service sync", daemon=True
-        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="queue_service sync", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Cancel what is still going on there, and end the thread. One that was not started is left as it is."""
         loop, self._loop = self._loop, None
         if loop is not None and self._thread is not None:
-            loop.call_soon_threadsafe(self._stopping.set)
+            loop.call_soon_threadsafe(loop.stop)
             self._thread.join()
 
     @property
@@ -58,17 +56,22 @@ class Loop:
         return self._loop is not None
 
     def call(self, call: Coroutine[Any, Any, T]) -> T:
-        """The result of the coroutine, run in the thread. ConfigError if there is none, or this is that thread."""
+        """The result of the coroutine, run in the thread. ConfigError if there is none, or this is that thread;
+        DatabaseUnavailable where another thread stops it meanwhile."""
         if self._loop is None or threading.current_thread() is self._thread:
             call.close()
             raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        except CancelledError:
+            raise DatabaseUnavailable("This App was closed while a call of another thread waited for it.") from None
 
 
-def _run(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
-    # A runner, since it waits for the tasks that it cancels in the end: one that is dropped has nobody to end it properly.
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    # In the end the runner cancels the tasks that are left, and waits for them. One that was dropped would give its
+    # connection back whenever the garbage collector finds it.
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        runner.run(stopping.wait())
+        runner.get_loop().run_forever()
 
 
 class Blocking(Generic[O]):

@@ -138,7 +138,7 @@ class CancellablePool(psycopg_pool.AsyncConnectionPool[Connection]):
 
     async def close(self, timeout: float = 5.0) -> None:
         if self._returning:
-            await asyncio.wait(self._returning)
+            await asyncio.wait(self._returning, timeout=timeout)
         await super().close(timeout)
 
 

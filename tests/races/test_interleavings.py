@@ -262,7 +262,7 @@ async def test_three_sessions_leave_a_turn_either_ended_once_or_owed_in_whatever
 ) -> None:
     found = []
     for parts in casts(("shared", "fail", "fail_deployment", "sweep", "extend", "arm"), 3):
-        # Where nobody arms it, nobody does anything; and until one commits, all is as in the casts in which one does.
+        # Where nobody arms it, nobody does anything. Where nobody commits, all but the last step is as in another cast.
         is_armed = position == "lapsed" or any(part.kind == "arm" for part in parts)
         if is_armed and any(part.finish is Finish.COMMIT for part in parts):
             found += [wrong async for wrong in theatre.violations(position, parts)]

@@ -9,13 +9,17 @@ import pytest
 from queue_service import App
 from queue_service.app.progress import watching
 from queue_service.db.pool import Connection
+from queue_service.errors import DatabaseUnavailable
 from queue_service.runs.model import Progress, Run
 from tests.support import eventually, one
 
+LISTENING = (
+    "select exists (select from pg_stat_activity where datname = current_database() and query ilike 'listen%finished%')"
+)
 BLOCKED = "select exists (select from pg_locks where not granted and relation = 'queue_service.leases'::regclass)"
 
 
-async def test_an_app_that_closes_waits_for_its_sweeper(database: str, conn: Connection) -> None:
+async def test_an_app_that_closes_waits_for_its_sweep(database: str, conn: Connection) -> None:
     app = App(database)
     async with app, conn.transaction():
         await conn.execute("lock table queue_service.leases")
@@ -49,7 +53,17 @@ async def test_a_sync_app_that_closes_ends_what_still_goes_on_there(database: st
     assert ended == ["in order"]
 
 
-async def test_what_on_progress_raises_leaves_nothing_that_goes_on() -> None:
+async def test_a_call_of_another_thread_hears_that_the_app_was_closed(database: str, conn: Connection) -> None:
+    with App(database).sync as q:
+        run_id = q.enqueue("noop", {})
+        waiting = asyncio.create_task(asyncio.to_thread(q.wait, run_id, timeout=60))
+        await eventually(lambda: one(conn, LISTENING))
+    async with asyncio.timeout(20):
+        with pytest.raises(DatabaseUnavailable, match="closed while"):
+            await waiting
+
+
+async def test_a_wait_whose_look_for_progress_fails_leaves_nothing_that_goes_on() -> None:
     async def never() -> None:
         try:
             await asyncio.Event().wait()
@@ -57,7 +71,7 @@ async def test_what_on_progress_raises_leaves_nothing_that_goes_on() -> None:
             await asyncio.sleep(0)
 
     async def look() -> Run | None:
-        raise LookupError("as on_progress would")
+        raise LookupError("on purpose")
 
     def note(progress: Progress) -> None: ...
 
