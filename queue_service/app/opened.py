@@ -1,4 +1,5 @@
-"""What an App holds while it is open: the pool, the notifier, the watch for endings, and a share in the cluster."""
+"""What an App holds while it is open: the pool, what works in the background for those who wait or follow, and a share in
+the cluster."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ class Opened:
         )
         self._sweep_interval = settings.sweep_interval
         self._sweeping: asyncio.Task[None] | None = None
-        # It, and those before it that were cancelled and have not ended yet.
+        # The sweep under way, and those that were cancelled and have not ended yet.
         self._sweeps: set[asyncio.Task[None]] = set()
         self._waiters = 0
         self._cluster = cluster

@@ -58,11 +58,15 @@ class Loop:
     def call(self, call: Coroutine[Any, Any, T]) -> T:
         """The result of the coroutine, run in the thread. ConfigError if there is none, or this is that thread;
         DatabaseUnavailable where another thread stops it meanwhile."""
-        if self._loop is None or threading.current_thread() is self._thread:
+        loop = self._loop  # another thread may stop it at any moment
+        if loop is None:
             call.close()
             raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")
+        if threading.current_thread() is self._thread:
+            call.close()
+            raise ConfigError("A callback (`on_progress`) cannot call its own App: it would wait for itself.")
         try:
-            return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+            return asyncio.run_coroutine_threadsafe(call, loop).result()
         except CancelledError:
             raise DatabaseUnavailable("This App was closed while a call of another thread waited for it.") from None
 

@@ -20,7 +20,7 @@ from queue_service.db.pool import CancellablePool, none_free, options
 from queue_service.errors import ConfigError
 
 # A handler that is stuck, or whose machine is gone, keeps neither its locks nor what vacuum would remove: the server rolls
-# back a transaction that waits for it this long, and looks after 10 s whether anybody is there.
+# back a transaction that is idle for 60 s, and looks after 10 s whether anybody is there.
 _SESSION = """
 select set_config('idle_in_transaction_session_timeout', '60s', false),
        set_config('tcp_keepalives_idle', '10', false),
@@ -34,8 +34,8 @@ select set_config('idle_in_transaction_session_timeout', '60s', false),
 
 
 class Lender:
-    """At most `size` connections for async handlers, all on this `loop`, and as many for those in threads. Raises
-    DatabaseUnavailable where none becomes free."""
+    """At most `size` connections for async handlers, all on this `loop` (None: there are no such handlers), and as many for
+    those in threads. Raises DatabaseUnavailable where none becomes free."""
 
     def __init__(self, conninfo: str, *, size: int, loop: asyncio.AbstractEventLoop | None = None) -> None:
         shared: dict[str, Any] = {

@@ -37,7 +37,7 @@ _TCP = {
 # Settings of the server, the database or the role must not change what a statement means, so each session says them.
 # enable_*: every statement of ours is shaped for an ordered walk along one index, and the statistics of a queue's tables
 # are always out of date, so the planner would now and then talk itself into reading the whole table first.
-# synchronous_commit: durability is promised; a stricter setting than `on` is left alone.
+# synchronous_commit: durability is promised, so `off` is not accepted; every other setting is left alone.
 _SESSION = """
 select set_config('statement_timeout', '30s', false),
        set_config('lock_timeout', '10s', false),
@@ -54,7 +54,7 @@ select set_config('statement_timeout', '30s', false),
        set_config('timezone', 'UTC', false)
 """
 
-# How often a statement that lost a serialization or deadlock fight is sent again before the caller hears of it.
+# How often a statement that may be repeated is sent in all, before the caller hears that it failed.
 _TRIES = 3
 
 
@@ -102,8 +102,8 @@ def none_free() -> DatabaseUnavailable:
 class CancellablePool(psycopg_pool.AsyncConnectionPool[Connection]):
     """psycopg's pool, for callers that are cancelled at any moment.
 
-    A `putconn` that is cancelled loses the connection, and forgets the client that was to have it: it waits for the lock
-    of that client while the client begins to wait. So it goes on here, whatever happens to its caller.
+    A `putconn` waits for the lock of the client that is to have the connection. One that is cancelled meanwhile loses the
+    connection, and the client waits for ever. So `putconn` goes on here, whatever happens to its caller.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -157,12 +157,12 @@ class Pool:
             reconnect_timeout=DEADLINE,
             name=application,
         )
-        # A caller that sends one statement after another keeps its connection between them: 40 us each.
+        # The connection that was given back last waits here for whoever comes next: 40 us less than by way of the pool.
         self._parked: Connection | None = None
         self._timeout: timedelta | None = None
 
     async def open(self) -> None:
-        """Connect, so that a wrong address is an error now and not at the first use."""
+        """Begin to connect. A wrong address is not noticed here, but at the first use."""
         await self._pool.open()
 
     async def close(self) -> None:
@@ -172,7 +172,8 @@ class Pool:
         await self._pool.close()
 
     async def hurry(self, timeout: timedelta) -> None:
-        """From now on, have the server give up on a statement of this pool after so long."""
+        """Have the server give up on a statement after so long: on one connection that is open, and on all that are opened
+        later."""
         self._timeout = timeout
         async with self.connection() as conn:
             await self._configure(conn)

@@ -20,7 +20,7 @@ from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.leases import Leases
 from queue_service.worker.pace import Alarm, Pace
-from queue_service.worker.queue_state import QueueState, askable, batches
+from queue_service.worker.queue_state import QueueState, askable, per_statement
 from queue_service.worker.suspects import Suspects
 
 log = get_logger(__name__)
@@ -64,7 +64,7 @@ class Claimer:
         for queue in laned:
             self.states[queue].lane_freed()
         for queue in limited:
-            self.states[queue].room_made()
+            self.states[queue].limit_freed()
         self._alarm.wake()
 
     def rescan(self) -> None:
@@ -112,9 +112,9 @@ class Claimer:
         has_claimed = False
         for limited in (False, True):
             for source in tuple(self._claims.order):
-                for batch in batches(askable(self.states.values(), source, now, limited=limited)):
+                for asked in per_statement(askable(self.states.values(), source, now, limited=limited)):
                     has_claimed = True
-                    await self._claims.claim(source, batch, limited=limited)
+                    await self._claims.claim(source, asked, limited=limited)
         if not has_claimed:
             await self._alarm.sleep(min(longest, self._next_look(now) - now))
         return not has_claimed
@@ -125,7 +125,7 @@ class Claimer:
 
     def _next_look(self, now: float) -> float:
         """When there is something to do that nobody reports."""
-        # A time that has passed means nothing more: what waits for a slot since then is reported when there is one.
+        # A time that has passed says nothing: that queue lacks a free slot, and `wake` is called when it has one.
         asked = (state.not_before for state in self.states.values() if state.may_give and state.not_before > now)
         return min([self._pace.scan_at, *asked])
 

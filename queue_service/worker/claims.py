@@ -49,16 +49,16 @@ class Claims:
         for name, state in self._states.items():
             state.scanned(scan, due[name])
 
-    async def claim(self, source: Source, batch: Sequence[Asked], *, limited: bool) -> None:
+    async def claim(self, source: Source, asked: Sequence[Asked], *, limited: bool) -> None:
         """Take runs from one source of these queues, and give them to the executors."""
-        for asked in batch:
+        for state, _ in asked:
             # Before the claim, for the same reason.
-            asked.state.may_give.discard(source)
+            state.may_give.discard(source)
         claim = self._claim_within_limits if limited else self._claim_without_limits
         held: defaultdict[str, list[Held]] = defaultdict(list)
-        for each in self._leases.take(await claim(source, batch), limited=limited):
+        for each in self._leases.take(await claim(source, asked), limited=limited):
             held[each.run.queue].append(each)
-        for state, count in batch:
+        for state, count in asked:
             got = held[state.name]
             if source is Source.QUEUE:
                 state.floors.claimed([each.run for each in got])
@@ -69,24 +69,24 @@ class Claims:
                 self._pace.scan_soon()
             self._offer(state.executor, got)
 
-    async def _claim_without_limits(self, source: Source, batch: Sequence[Asked]) -> list[tuple[Run, int]]:
+    async def _claim_without_limits(self, source: Source, asked: Sequence[Asked]) -> list[tuple[Run, int]]:
         if source is Source.QUEUE:
-            return await self._connection.fetch(queries.claim(_from_floors(batch), self._claimant))
-        return await self._connection.fetch(queries.claim_lanes(_from_lanes(batch), self._claimant))
+            return await self._connection.fetch(queries.claim(_from_floors(asked), self._claimant))
+        return await self._connection.fetch(queries.claim_lanes(_from_lanes(asked), self._claimant))
 
-    async def _claim_within_limits(self, source: Source, batch: Sequence[Asked]) -> list[tuple[Run, int]]:
-        for asked in batch:
-            asked.state.has_room = False
+    async def _claim_within_limits(self, source: Source, asked: Sequence[Asked]) -> list[tuple[Run, int]]:
+        for state, _ in asked:
+            state.was_freed = False
         if source is Source.QUEUE:
-            allowed = await self._connection.fetch(queries.claim_limited(_from_floors(batch), self._claimant))
+            allowed = await self._connection.fetch(queries.claim_limited(_from_floors(asked), self._claimant))
         else:
-            allowed = await self._connection.fetch(queries.claim_limited_lanes(_from_lanes(batch), self._claimant))
+            allowed = await self._connection.fetch(queries.claim_limited_lanes(_from_lanes(asked), self._claimant))
         gave = {run.queue for run, _ in allowed.runs}
         if gave:
             # The others come first next time.
             self.order.sort(key=lambda each: each is source)
         now = time.monotonic()
-        for state, _ in batch:
+        for state, _ in asked:
             if not state.claimed_within_limit(source, allowed, now, got_some=state.name in gave):
                 self._pace.scan_soon()
         return allowed.runs
@@ -118,9 +118,9 @@ class Claims:
             executor.offer(held)
 
 
-def _from_floors(batch: Sequence[Asked]) -> list[Wanted]:
-    return [Wanted(state.name, count, state.floors.by_priority) for state, count in batch]
+def _from_floors(asked: Sequence[Asked]) -> list[Wanted]:
+    return [Wanted(state.name, count, state.floors.by_priority) for state, count in asked]
 
 
-def _from_lanes(batch: Sequence[Asked]) -> list[tuple[str, int]]:
-    return [(state.name, count) for state, count in batch]
+def _from_lanes(asked: Sequence[Asked]) -> list[tuple[str, int]]:
+    return [(state.name, count) for state, count in asked]

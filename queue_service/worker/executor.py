@@ -38,7 +38,7 @@ SECONDS_AHEAD = 0.05
 MAX_AHEAD = 4_000
 # How long the speed of a queue is observed at least, where its slots are worked over quickly and where they are not.
 BRISK, SLOW = 0.005, 0.2
-# Runs claimed ahead are handed back when none has begun or ended for this long.
+# Runs claimed ahead are handed back when none has come or ended for this long.
 STALLED = 1.0
 # Handlers that never wait would keep the loop from everything else; after this many, a slot lets others go first.
 YIELD_EVERY = 50
@@ -189,7 +189,7 @@ class Executor:
     # Slots
 
     def _rouse(self) -> None:
-        """Set up to two more slots to work. Each slot whose handler suspends does the same, so that handlers that wait
+        """Give work to at most two more slots. Each slot whose handler suspends does the same, so that handlers that wait
         are soon all begun, while handlers that never wait are worked off by one slot, which leaves the loop its turns."""
         for _ in range(min(2, len(self._waiting))):
             if self._idle:

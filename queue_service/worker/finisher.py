@@ -1,8 +1,8 @@
 """Writes how claimed runs ended, many in one statement, and keeps trying until the database has taken it.
 
-A lost claim is logged and counted, not raised: someone else already owns that run's ending. A run that another session
-has locked, or whose lane it has, is set aside until that lets go. A transaction that stays open must not hold up other
-endings, nor the keeper, which waits for the leases that a statement here has locked.
+A lost claim is logged and counted, not raised: the run was taken away, and others decide how it ends. A run that another
+session has locked, or whose lane it has, is set aside until that lets go. A transaction that stays open must not hold up
+other endings, nor the keeper, which waits for the leases that a statement here has locked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AGAIN = 1.0
 
 @dataclass(slots=True)
 class Tally:
-    """What a worker did. `returned` counts retries, snoozes and runs handed back; `lost` those another took over."""
+    """What a worker did. `returned` counts retries, snoozes and runs handed back; `lost` those taken away from it."""
 
     succeeded: int = 0
     failed: int = 0
@@ -258,7 +258,9 @@ class Finisher:
                 self.tally.lost += len(missing)
                 for outcome in missing:
                     run_id, attempt = outcome.claim
-                    log.warning("claim lost: another worker owns this run now", run_id=run_id, attempt=attempt)
+                    log.warning(
+                        "claim lost: the run was taken away, its outcome dropped", run_id=run_id, attempt=attempt
+                    )
         self.tally.add(written)
         ended = [outcome.claim.run_id for outcome in outcomes if isinstance(outcome, Ending)]
         if ended:

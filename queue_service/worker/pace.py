@@ -54,7 +54,8 @@ class Alarm:
 
     async def sleep(self, seconds: float) -> None:
         """Until `wake` or `stop`, and for so many seconds at most."""
-        self._event.clear()
+        if not self.is_stopping:
+            self._event.clear()
         try:
             async with asyncio.timeout(max(seconds, 0)):
                 await self._event.wait()

@@ -15,6 +15,9 @@ from queue_service.worker.floors import Floors
 AT_LIMIT = 0.050
 # A queue from which another session is claiming within its limit is asked again after so many seconds.
 CONTENDED = 0.010
+# Where a rate says to wait longer, its queue is asked again after so many seconds all the same: nobody reports that a limit
+# was raised or taken away.
+LIMIT_MAY_HAVE_CHANGED = 1.0
 # Runs that one statement claims of several queues: the sweep can take a lease of so many.
 MAX_CLAIM = 1_000
 
@@ -28,9 +31,10 @@ class Source(Enum):
 
 @dataclass(slots=True, eq=False)
 class QueueState:
-    """`may_give` are the sources from which a claim may get something. `has_lanes` and `has_limit` are what was seen last:
-    only a scan looks for lanes where none were seen. `not_before` (monotonic) is when a claim within the limit makes sense
-    again, and `has_room` whether a run of the queue has ended since the last such claim began."""
+    """`may_give` are the sources from which a claim may get something. `has_lanes` is whether it
+    ever had some (only a scan looks for lanes where none were seen), and `has_limit` whether it had one when last seen.
+    `not_before` (monotonic) is when a claim within the limit makes sense again, and `was_freed` whether a run of the queue
+    has ended since the last such claim began."""
 
     executor: Executor
     floors: Floors = field(default_factory=Floors)
@@ -38,7 +42,7 @@ class QueueState:
     has_lanes: bool = False
     has_limit: bool = False
     not_before: float = 0.0
-    has_room: bool = False
+    was_freed: bool = False
 
     @property
     def name(self) -> str:
@@ -57,13 +61,13 @@ class QueueState:
         self._expect_all()
 
     def lane_freed(self) -> None:
-        """A run that stood in a lane has ended."""
+        """A lane can give: a run that stood in it has ended, or a scan has seen one that waits there."""
         self.has_lanes = True
         self.may_give.add(Source.LANES)
 
-    def room_made(self) -> None:
+    def limit_freed(self) -> None:
         """A run that counted in the limit has ended."""
-        self.not_before, self.has_room = 0.0, True
+        self.not_before, self.was_freed = 0.0, True
         self._expect_all()
 
     def _expect_all(self) -> None:
@@ -84,15 +88,15 @@ class QueueState:
     def claimed_within_limit(self, source: Source, allowed: Allowed, now: float, *, got_some: bool) -> bool:
         """Note when a claim makes sense again. False: only a scan can say more."""
         if self.name not in allowed.waits:
-            # Another session is claiming from it at this moment; or it has no limit any more, which a scan finds.
+            # Another session is claiming from it at this moment; or it is paused, or has no limit now, as a scan will find.
             self.not_before = now + CONTENDED
             self.may_give.add(source)
             return False
         wait = allowed.waits[self.name]
         if wait is not None:
-            self.not_before = now + wait
+            self.not_before = now + min(wait, LIMIT_MAY_HAVE_CHANGED)
             self.may_give.add(source)
-        elif not got_some and not self.has_room:
+        elif not got_some and not self.was_freed:
             self.not_before = now + AT_LIMIT
         return True
 
@@ -112,15 +116,15 @@ def askable(states: Iterable[QueueState], source: Source, now: float, *, limited
     return [Asked(state, count) for state in chosen if (count := state.wants(ahead=not limited)) > 0]
 
 
-def batches(asked: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
+def per_statement(asked: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
     """What goes into one statement: one queue, or as many as want no more than MAX_CLAIM runs together."""
-    batch: list[Asked] = []
+    together: list[Asked] = []
     size = 0
     for each in asked:
-        if batch and size + each.runs > MAX_CLAIM:
-            yield batch
-            batch, size = [], 0
-        batch.append(each)
+        if together and size + each.runs > MAX_CLAIM:
+            yield together
+            together, size = [], 0
+        together.append(each)
         size += each.runs
-    if batch:
-        yield batch
+    if together:
+        yield together

@@ -106,8 +106,8 @@ async def test_a_reply_that_is_not_quite_json_ends_its_turn(app: App) -> None:
 
 async def test_a_killed_child_ends_its_turns_with_the_signal_in_the_reason(app: App) -> None:
     async with Supervisor(app, "d", CHILD) as child:
-        await given(app, child, ["kill", "SIGKILL"], message_id="m1")
         await armed(app, "m2")
+        await given(app, child, ["kill", "SIGKILL"], message_id="m1")
         ended = await child.wait()
         outcomes = [await ending(app, name) for name in ("m1", "m2")]
     assert (ended.reason, ended.deliberate, sorted(ended.message_ids)) == ("killed by SIGKILL", False, ["m1", "m2"])

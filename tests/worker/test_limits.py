@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -230,6 +231,26 @@ async def test_a_limit_that_is_raised_or_taken_away_lets_more_begin_within_a_sec
         await app.queues.limit("default")
         await eventually(lambda: len(at_work) == 10, within=5)
         release.set()
+
+
+@pytest.mark.parametrize("change", [{"rate": 100, "period": 1.0}, {}], ids=["raised", "taken away"])
+async def test_a_rate_that_is_changed_is_not_waited_for_as_it_was(app: App, change: dict[str, Any]) -> None:
+    done: list[int] = []
+
+    @app.task
+    async def note(n: int) -> None:
+        done.append(n)
+
+    await app.queues.limit("default", rate=1, period=3_600)
+    async with working(app) as worker:
+        # Its end lets the worker ask once more.
+        await app.wait(await app.enqueue("note", {"n": 0}), timeout=60)
+        await app.enqueue("note", {"n": 1})
+        parts = worker._parts
+        assert parts is not None
+        await eventually(lambda: parts.claimer.states["default"].not_before > 0)
+        await app.queues.limit("default", **change)
+        await eventually(lambda: done == [0, 1], within=60)
 
 
 async def test_once_waits_for_the_rate(app: App) -> None:
