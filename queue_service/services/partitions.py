@@ -23,6 +23,8 @@ T = TypeVar("T")
 log = get_logger(__name__)
 
 DAYS_AHEAD = 3
+# Attaching locks the default partition against writers: better to give up after so many seconds than to stand in their way.
+LOCK_WAIT = 1.0
 _LOCK = 4_718_105_520_115
 # One that holds nothing but what failed that day says so by its name.
 _NAME = re.compile(r"finished_runs_(\d{8})(_failed)?")
@@ -107,8 +109,7 @@ class Partitions:
                     return None
 
     async def _locked(self, conn: Connection, work: Callable[[Connection, date], Awaitable[T]]) -> T | None:
-        # Attaching locks the default partition against writers: better to give up than to stand in their way.
-        await conn.execute("set local lock_timeout = '1s'")
+        await conn.execute(f"set local lock_timeout = '{LOCK_WAIT:g}s'")
         # What failed in a day may be much to copy.
         await conn.execute("set local statement_timeout = '10min'")
         cursor = await conn.execute("select pg_try_advisory_xact_lock(%s), clock_timestamp()", [_LOCK])

@@ -206,8 +206,8 @@ class TestAConnectionThatDiesWithoutASign:
         await client.open()
         first = await server.connected()
         server.heartbeat = 15.0
-        await client.heard("open")
         first.event(1)
+        await client.heard("open")
         second = await server.connected(2)
         assert second.request.query == {"heartbeat": ["event"], "cursor": ["s:1"]}
         await client.page.wait_for_function("client.state === 'open'")
@@ -221,7 +221,6 @@ class TestAConnectionThatDiesWithoutASign:
         server.heartbeat = 1.0
         await client.open()
         connection = await server.connected()
-        await client.heard("open")
         for _ in range(20):
             connection.frame({}, event="heartbeat")
             await asyncio.sleep(0.25)  # the gateway's pace: together longer than the grace

@@ -26,6 +26,10 @@ HELD = (
     "select count(*) from queue_service.runs where lease_id in (select leases.id from queue_service.leases "
     "join queue_service.workers on workers.id = worker_id where name = %s)"
 )
+QUIET = (
+    "select count(*) = 0 from pg_stat_activity where datname = current_database() and state = 'active' "
+    "and application_name in ('queue_service claimer', 'queue_service finisher')"
+)
 
 
 class Process:
@@ -131,24 +135,35 @@ class Load:
             await self.enqueue(RUNS // 10)
 
 
+async def _frozen_with_claims(load: Load, victim: Process) -> int:
+    """How many runs the worker holds that was stopped. 0: it holds none, and goes on."""
+    assert victim.is_alive
+    await load.replenish()
+    if not await one(load.conn, HELD, victim.name):
+        return 0
+    victim.freeze()
+    held: int = await one(load.conn, HELD, victim.name)
+    if not held:
+        victim.thaw()
+    return held
+
+
+async def _asleep_with_claims(load: Load, victim: Process) -> int:
+    """As `_frozen_with_claims`, once what the worker had sent before is carried out. There is no other worker."""
+    if not await _frozen_with_claims(load, victim):
+        return 0
+    await eventually(lambda: one(load.conn, QUIET))
+    held: int = await one(load.conn, HELD, victim.name)
+    if not held:
+        victim.thaw()
+    return held
+
+
 async def _kill_while_it_holds_claims(load: Load, victim: Process) -> int:
     """How many runs it held. It is stopped first, so that what it holds stays the same between the look and the kill."""
-
-    async def killed() -> int:
-        assert victim.is_alive
-        await load.replenish()
-        if not await one(load.conn, HELD, victim.name):
-            return 0
-        victim.freeze()
-        held: int = await one(load.conn, HELD, victim.name)
-        if held:
-            victim.kill()
-        else:
-            victim.thaw()
-        return held
-
-    found: int = await eventually(killed, within=60)
-    return found
+    held: int = await eventually(lambda: _frozen_with_claims(load, victim), within=60)
+    victim.kill()
+    return held
 
 
 async def test_a_worker_that_slept_past_its_leases_changes_nothing_when_it_wakes(
@@ -159,9 +174,7 @@ async def test_a_worker_that_slept_past_its_leases_changes_nothing_when_it_wakes
     other = None
     try:
         await load.enqueue(400)
-        await eventually(lambda: one(conn, HELD, sleeper.name), within=30)
-        sleeper.freeze()
-        held = await one(conn, HELD, sleeper.name)
+        held = await eventually(lambda: _asleep_with_claims(load, sleeper), within=60)
         other = Process(database, 2)
         # While it sleeps, what it held is taken from it and finished by the other.
         await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.runs"), within=60)

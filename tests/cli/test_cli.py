@@ -67,7 +67,7 @@ def process(*arguments: str, cwd: Path | None = None, **environment: str) -> sub
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as started:  # fmt: skip
         try:
-            out, errors = started.communicate(timeout=60)
+            out, errors = started.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             started.send_signal(signal.SIGINT)
             out, errors = started.communicate(timeout=30)

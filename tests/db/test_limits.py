@@ -379,12 +379,11 @@ class TestRace:
         self, app: App, conn: Connection, session: Session
     ) -> None:
         await full_of(conn)
-        a = await session()
+        a, b = await session(), await session()
         await a.execute("begin")
         assert len(await claimed(a, limit=3)) == 3
         limiting = asyncio.create_task(app.queues.limit("default", max_running=4))
         await eventually(lambda: one(conn, "select true from pg_locks where not granted limit 1"))
-        b = await session()
         late = asyncio.create_task(claimed(b, limit=3))
         await eventually(lambda: blocked(conn, b))
         await a.execute("commit")

@@ -102,10 +102,11 @@ async def test_a_server_that_answers_no_question_is_left(
     heard: Heard, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await following(heard)
+    before = await one(conn, f"select pid {PIDS}", NAME)
     monkeypatch.setattr(listening, "PING_INTERVAL", 0.001)
     monkeypatch.setattr(listening, "PING_DEADLINE", 0.0)
     waiting = asyncio.ensure_future(following(heard))
-    await eventually(lambda: one(conn, f"select count(*) = 0 {PIDS}", NAME))
+    await eventually(lambda: one(conn, "select not exists (select from pg_stat_activity where pid = %s)", before))
     monkeypatch.undo()
     assert await waiting == NoticesMissed()
 

@@ -105,7 +105,7 @@ class TestFetch:
         )
 
     async def test_the_servers_own_limit_is_an_outage_too_and_the_connection_goes_on(self, conn: Connection) -> None:
-        await conn.execute("set statement_timeout = '20ms'")
+        await conn.execute("set statement_timeout = '500ms'")
         with pytest.raises(DatabaseUnavailable, match="gave up on a statement"):
             await fetch(conn, SLEEP)
         assert await fetch(conn, Query("select 1", scalar)) == 1

@@ -72,14 +72,14 @@ class TestWhich:
 
     @pytest.mark.parametrize(
         "since",
-        [timedelta(hours=2), 7_200, datetime.now(UTC) - timedelta(hours=2)],
+        [lambda: timedelta(hours=2), lambda: 7_200, lambda: datetime.now(UTC) - timedelta(hours=2)],
         ids=["timedelta", "seconds", "time"],
     )
-    async def test_that_ended_since_a_time(self, app: App, conn: Connection, since: Any) -> None:
+    async def test_that_ended_since_a_time(self, app: App, conn: Connection, since: Callable[[], Any]) -> None:
         await ended(conn, hours=3)
         await ended(conn, hours=72)
         recent = await ended(conn, hours=1)
-        assert await app.retry_many(since=since) == Retried(1, 0)
+        assert await app.retry_many(since=since()) == Retried(1, 0)
         assert await live(conn) == recent
 
     async def test_the_oldest_first_as_many_as_are_asked_for(self, app: App, conn: Connection) -> None:

@@ -634,8 +634,8 @@ class TestWaiting:
         assert outcome.body["reason"] == "No worker took it up within 00:00:00.3."
 
     async def test_goes_on_while_somebody_gives_signs_of_life(self, app: App, conn: Connection) -> None:
-        await app.turns.arm(turn(), admission=2, execution=60)
-        waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=10))
+        await app.turns.arm(turn(), admission=5, execution=60)
+        waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=30))
         await eventually(lambda: app.opened.fanout._tails)
         deadline = (await only(app)).deadline
         await app.turns.extend("dep-1")

@@ -14,12 +14,16 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.runs.model import Ending
+from queue_service.services import partitions as partitions_module
 from queue_service.services.partitions import DAYS_AHEAD, Changed, Partitions
 from queue_service.worker import maintenance
 from tests.support import blocked, claimed, enqueued, eventually, one, rows
 
 Open = Callable[[], Awaitable[Connection]]
 
+WAITED_FOR = (
+    "select count(*) > 0 from pg_locks where not granted and relation = 'queue_service.finished_runs'::regclass"
+)
 STATES = {1: "succeeded", 2: "failed", 3: "cancelled", 4: "failed", 5: "expired"}
 
 
@@ -207,30 +211,28 @@ class TestThinning:
 
     @pytest.mark.parametrize("commit", [True, False])
     async def test_what_is_retried_meanwhile_is_not_kept_as_well(
-        self, app: App, conn: Connection, session: Open, days: list[str], commit: bool
+        self, app: App, conn: Connection, session: Open, days: list[str], commit: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It is copied, since the retry is not committed; then the lock waits for the retry to end."""
+        monkeypatch.setattr(partitions_module, "LOCK_WAIT", 60)
         retrying = await session()
         await retrying.execute("begin")
         assert await fetch(retrying, queries.retry(2))
         thinning = asyncio.create_task(of(app, failed=30).thin())
-        waiting = (
-            "select count(*) > 0 from pg_locks where not granted and relation = 'queue_service.finished_runs'::regclass"
-        )
-        await eventually(lambda: one(conn, waiting))
+        await eventually(lambda: one(conn, WAITED_FOR))
         await retrying.execute("commit" if commit else "rollback")
         assert await thinning == [days[0]]
         assert await kept(conn) == ([4] if commit else [2, 4])
 
     async def test_a_retry_that_waits_for_the_day_to_be_replaced_finds_the_run(
-        self, app: App, conn: Connection, session: Open, days: list[str]
+        self, app: App, conn: Connection, session: Open, days: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(partitions_module, "LOCK_WAIT", 60)
         reader, retrying = await session(), await session()
         async with reader.transaction():
             await reader.execute("select from queue_service.finished_runs")
             thinning = asyncio.create_task(of(app, failed=30).thin())
-            waiting = "select count(*) > 0 from pg_locks where not granted"
-            await eventually(lambda: one(conn, waiting))
+            await eventually(lambda: one(conn, WAITED_FOR))
             retry = asyncio.create_task(fetch(retrying, queries.retry(2)))
             await eventually(lambda: blocked(conn, retrying))
         assert await thinning == [days[0]]

@@ -73,7 +73,7 @@ class TestDrain:
         async def fail(n: int) -> None:
             raise ValueError(n)
 
-        @app.task
+        @app.task(retry=Retry(base=60))
         async def retried() -> None:
             raise ValueError
 
@@ -133,7 +133,7 @@ class TestDrain:
             await assert_enqueued(app, task, state="succeeded", count=4)
 
     async def test_raises_for_a_failure_that_left_no_exception(self, app: App) -> None:
-        @app.task(timeout=0.01)
+        @app.task(timeout=0.01, retry=Retry(max_attempts=1))
         async def hang() -> None:
             await asyncio.Event().wait()
 

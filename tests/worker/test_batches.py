@@ -189,7 +189,9 @@ async def test_slow_handlers_hold_no_more_runs_than_their_calls_take(app: App, c
         assert await one(conn, RUNNING) == 40
         release.set()
         await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.runs"))
-    assert calls == [10] * 10
+    # What is left in the end, two claims may share in any way.
+    assert calls[:4] == [10] * 4
+    assert (max(calls), sum(calls)) == (10, 100)
 
 
 @pytest.mark.parametrize("queue", ["default", "another"], ids=["declared there", "enqueued there"])

@@ -17,6 +17,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.settings import load
+from queue_service.worker import executor
 from tests.support import enqueued, eventually, is_gone, listening, one, rows, working
 from tests.worker import tasks_for_tests
 from tests.worker.conftest import Start, short_then_slow
@@ -99,7 +100,11 @@ async def test_handlers_that_do_not_end_are_cancelled_and_their_runs_handed_back
     assert await one(conn, "select count(*) from queue_service.leases") == 0
 
 
-async def test_what_was_claimed_ahead_is_handed_back_at_once(app: App, conn: Connection) -> None:
+async def test_what_was_claimed_ahead_is_handed_back_at_once(
+    app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Or it would be handed back because nothing ends here.
+    monkeypatch.setattr(executor, "STALLED", 3_600.0)
     runs = await short_then_slow(app)
     worker = Worker(app, {"default": 2})
     running = asyncio.create_task(worker.run())
@@ -286,16 +291,18 @@ async def test_a_run_is_cancelled_while_its_worker_stops(
 
 @pytest.mark.parametrize("stopping", [False, True], ids=["while it works", "while it stops"])
 async def test_a_run_that_was_claimed_ahead_of_slots_is_cancelled(
-    hearing: tuple[App, bool], conn: Connection, stopping: bool
+    hearing: tuple[App, bool], conn: Connection, stopping: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(executor, "STALLED", 3_600.0)
     app, by_notice = hearing
     runs = await short_then_slow(app)
     async with working(app, {"default": 2}) as worker:
         await listening(conn)
         await eventually(lambda: len(runs.blocked) == 2)
         ahead = runs.ids[max(runs.blocked) + 1]
-        (state,) = await rows(conn, "select state, attempt from queue_service.runs where id = %s", ahead)
-        assert state == ("running", 1)
+        await eventually(
+            lambda: one(conn, "select (state, attempt) = ('running', 1) from queue_service.runs where id = %s", ahead)
+        )
         if stopping:
             worker.stop()
         if by_notice:

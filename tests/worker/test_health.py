@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import os
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,7 @@ async def test_a_connection_that_broke_in_the_pool_is_no_outage(
     database: str, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(health, "PROBE_SECONDS", 20.0)
     settings = load({"QUEUE_SERVICE_POOL_SIZE": "1", "QUEUE_SERVICE_SWEEP_INTERVAL": "1h"})
     async with App(database, settings=settings) as app, probed(app) as (_, asked):
         await answers(lambda: asked("/readyz"), 200, notices="ok")
@@ -315,7 +318,8 @@ async def test_a_worker_that_takes_long_to_stop_is_not_stuck(app: App, monkeypat
         begun.set()
         await release.wait()
 
-    async with probed(app) as (worker, asked):
+    patient = dataclasses.replace(app.settings, drain_timeout=timedelta(minutes=1))
+    async with probed(app, settings=patient) as (worker, asked):
         await app.enqueue("hold", {})
         await begun.wait()
         worker.stop()

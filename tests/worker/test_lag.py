@@ -99,7 +99,8 @@ async def test_handlers_that_wait_or_share_the_loop_are_not_reported(
         await app.enqueue_many("short", [{}] * 2_000)
         for run_id in run_ids:
             await app.wait(run_id, timeout=20)
-    assert reports(caplog) == []
+    # Of a machine that stalls, a loop without a handler's call is reported.
+    assert [each for each in reports(caplog) if each["task"] is not None] == []
 
 
 async def test_watching_costs_next_to_nothing() -> None:

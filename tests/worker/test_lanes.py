@@ -13,7 +13,7 @@ from queue_service import App, Retry, Run, RunState, Snooze, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
 from queue_service.worker import pace
-from tests.support import eventually, one, working
+from tests.support import eventually, listening, one, working
 
 
 class Witness:
@@ -85,7 +85,9 @@ async def test_a_lane_goes_on_at_once_when_its_head_ends(database: str, monkeypa
     assert begun == list(range(200))
 
 
-async def test_a_notice_alone_leads_to_a_lane(app: App, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_notice_alone_leads_to_a_lane(
+    app: App, database: str, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun: list[int] = []
     # No look from the front but the first one.
     monkeypatch.setattr(pace, "SOON", 3_600.0)
@@ -97,6 +99,7 @@ async def test_a_notice_alone_leads_to_a_lane(app: App, database: str, monkeypat
 
         await patient.enqueue("note", {"n": 0}, ordering_key="k")
         async with working(patient):
+            await listening(conn)
             await eventually(lambda: begun == [0])
             await eventually(lambda: nothing_is_held(patient))
             await app.enqueue("note", {"n": 1}, ordering_key="another")

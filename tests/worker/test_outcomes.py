@@ -19,7 +19,7 @@ from queue_service.db.pool import Connection
 from queue_service.settings import load
 from queue_service.worker.executor import Executor
 from queue_service.worker.handlers import threads
-from tests.support import enqueued, eventually, one, rows, working
+from tests.support import enqueued, eventually, listening, one, rows, working
 
 NEVER_AGAIN = Retry(max_attempts=1)
 
@@ -845,7 +845,7 @@ def patient() -> dict[str, str]:
     return {f"QUEUE_SERVICE_{name}": "1h" for name in ("LEASE", "POLL_INTERVAL", "SWEEP_INTERVAL")}
 
 
-async def cancelled(app: App, cancel: Callable[[int], Awaitable[object]]) -> Run:
+async def cancelled(app: App, conn: Connection, cancel: Callable[[int], Awaitable[object]]) -> Run:
     """A run whose handler would wait for ever: what became of it once `cancel` had stopped that."""
     started, stopped = asyncio.Event(), asyncio.Event()
 
@@ -858,6 +858,7 @@ async def cancelled(app: App, cancel: Callable[[int], Awaitable[object]]) -> Run
             stopped.set()
 
     async with working(app):
+        await listening(conn)
         run_id = await app.enqueue("wait_for_ever", {})
         await asyncio.wait_for(started.wait(), 30)
         await cancel(run_id)
@@ -865,9 +866,11 @@ async def cancelled(app: App, cancel: Callable[[int], Awaitable[object]]) -> Run
         return await ended(app, run_id)
 
 
-async def test_cancelling_a_running_run_cancels_its_handler_at_once(database: str, patient: dict[str, str]) -> None:
+async def test_cancelling_a_running_run_cancels_its_handler_at_once(
+    database: str, conn: Connection, patient: dict[str, str]
+) -> None:
     async with App(database, settings=load(patient)) as app:
-        run = await cancelled(app, app.cancel)
+        run = await cancelled(app, conn, app.cancel)
     assert (run.state, reason(run), run.failures) == (RunState.CANCELLED, "cancelled", 0)
 
 
@@ -876,7 +879,7 @@ async def test_a_request_to_cancel_is_found_without_its_notice(database: str, co
     ask = "update queue_service.runs set cancel_requested = true where id = %s"
     paces = {"QUEUE_SERVICE_LEASE": "3s", "QUEUE_SERVICE_POLL_INTERVAL": "100ms"}
     async with App(database, settings=load(paces | {f"QUEUE_SERVICE_{slow}": "1h"})) as app:
-        run = await cancelled(app, lambda run_id: conn.execute(ask, [run_id]))
+        run = await cancelled(app, conn, lambda run_id: conn.execute(ask, [run_id]))
     assert run.state is RunState.CANCELLED
 
 
@@ -1011,8 +1014,8 @@ async def test_a_later_run_of_higher_priority_passes_a_backlog_of_slow_runs(app:
             # Others enqueue all the time, so that the worker has much to look at.
             while len(order) < 5 * (n + 1):
                 await app.enqueue("slow", {"name": "low"})
-            before = len(order)
             await app.enqueue("slow", {"name": f"high {n}"}, priority=1)
+            before = len(order)
             await eventually(lambda: f"high {n}" in order)  # noqa: B023
             overtaken.append(order.index(f"high {n}") - before)
         worker.stop()

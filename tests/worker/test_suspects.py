@@ -150,14 +150,15 @@ async def test_a_suspect_that_is_claimed_while_its_worker_stops_is_handed_back(
         "select count(*) > 0 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock' "
         "and application_name = 'queue_service claimer'"
     )
+    # Whoever claims waits here, with the run in hand.
+    await other.execute("begin")
+    await other.execute("lock table queue_service.leases in share mode")
     async with working(app) as worker:
-        async with other.transaction():
-            # Whoever claims waits here, with the run in hand.
-            await other.execute("lock table queue_service.leases in share mode")
-            await eventually(lambda: one(conn, waits))
-            worker.stop()
-            assert worker._parts is not None
-            await eventually(lambda: worker._parts is not None and worker._parts.claimer.is_stopping)
+        await eventually(lambda: one(conn, waits))
+        worker.stop()
+        assert worker._parts is not None
+        await eventually(lambda: worker._parts is not None and worker._parts.claimer.is_stopping)
+        await other.execute("commit")
     run = await app.get(run_id)
     assert run is not None
     assert (run.state, run.losses, begun) == (RunState.QUEUED, 1, [])

@@ -625,8 +625,8 @@ class TestInDoubt:
                 await mine.execute(WRITE, [run.id, run.attempt])
 
         run_id = await app.enqueue("spend", {})
-        working_off = asyncio.create_task(Worker(app).run(once=True))
         async with shut(conn):
+            working_off = asyncio.create_task(Worker(app).run(once=True))
             waiting = "select pid from pg_locks where not granted and objid = 7"
             pid = await eventually(lambda: one(conn, waiting))
             await conn.execute("select pg_terminate_backend(%s)", [pid])
@@ -649,8 +649,8 @@ class TestInDoubt:
                 sockets.append(os.dup(mine.fileno()))
 
         run_id = await app.enqueue("spend", {})
-        working_off = asyncio.create_task(Worker(app).run(once=True))
         async with shut(conn):
+            working_off = asyncio.create_task(Worker(app).run(once=True))
             waiting = "select pid from pg_locks where not granted and objid = 7"
             committing = await eventually(lambda: one(conn, waiting))
             with socket.socket(fileno=sockets[0]) as cut:

@@ -111,7 +111,7 @@ async def test_a_worker_keeps_no_connection_after_it_stopped(app: App, conn: Con
 
 
 async def test_a_finished_run_is_seen_at_the_moment_its_partition_is_attached(
-    app: App, session: Callable[[], Awaitable[Connection]]
+    app: App, session: Callable[[], Awaitable[Connection]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that starts moves what has ended today into a partition of its own. Whoever looks meanwhile must wait for
     it at a place where what comes out is what there is then."""
@@ -119,6 +119,7 @@ async def test_a_finished_run_is_seen_at_the_moment_its_partition_is_attached(
     @app.task
     async def noop() -> None: ...
 
+    monkeypatch.setattr("queue_service.services.partitions.LOCK_WAIT", 60)
     holder, reader, waiter, witness = [await session() for _ in range(4)]
     run_id = await enqueued(witness)
     ((claimed_run, _),) = await claimed(witness)
