@@ -206,8 +206,8 @@ class TestAConnectionThatDiesWithoutASign:
         await client.open()
         first = await server.connected()
         server.heartbeat = 15.0
-        first.event(1)
         await client.heard("open")
+        first.event(1)
         second = await server.connected(2)
         assert second.request.query == {"heartbeat": ["event"], "cursor": ["s:1"]}
         await client.page.wait_for_function("client.state === 'open'")
