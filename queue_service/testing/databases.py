@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from queue_service.app import App
 from queue_service.db import embedded, schema, url
 from queue_service.db.cluster import Cluster
-from queue_service.errors import ConfigError
+from queue_service.errors import ConfigError, EmbeddedUnavailable
 from queue_service.testing.watcher import watched
 
 # Tests check logic; what survives a power cut is the server's business, and its flushes would double the time.
@@ -29,7 +29,8 @@ FAST = {
 @contextmanager
 def embedded_server(programs: Path | None = None) -> Iterator[str]:
     """The conninfo of a superuser on a server that is gone after the block, run by the bundled programs or by these.
-    When this process is killed, the server ends as well, and so does what was started with its conninfo."""
+    When this process is killed, the server ends as well, and so does what was started with its conninfo. Raises
+    EmbeddedUnavailable in the end if the server crashed meanwhile, with what its log says of that."""
     scratch = Path(tempfile.mkdtemp(prefix="queue_service-tests-"))
     # A server that may not run as root is run by another user, who has to pass through.
     scratch.chmod(0o711)
@@ -39,7 +40,21 @@ def embedded_server(programs: Path | None = None) -> Iterator[str]:
             yield cluster.use()
         finally:
             cluster.leave()
+            crashes = _crashes(cluster.data / "server.log")
             shutil.rmtree(scratch, ignore_errors=True)
+            if crashes:
+                raise EmbeddedUnavailable(
+                    "\n  ".join(["The server crashed while tests used it. Its log says:", *crashes])
+                )
+
+
+def _crashes(server_log: Path) -> list[str]:
+    """What it says of processes that died, a few lines each: the reason comes first, and who died after it."""
+    if not server_log.exists():
+        return []
+    lines = server_log.read_text(errors="replace").splitlines()
+    deaths = [n for n, line in enumerate(lines) if "PANIC:" in line or "was terminated by signal" in line]
+    return [line for n in deaths[:3] for line in lines[max(n - 2, 0) : n + 3]]
 
 
 @contextmanager

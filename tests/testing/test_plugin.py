@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import psycopg
 import pytest
 
 from queue_service import App
-from queue_service.errors import ConfigError
+from queue_service.errors import ConfigError, EmbeddedUnavailable
 from queue_service.testing import databases, on_database
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +130,16 @@ def test_it(tested_app):
     said = ran(tmp_path, test, TMPDIR=str(scratch))
     assert "1 passed" in said, said
     assert list(scratch.iterdir()) == [], "its server left something behind"
+
+
+def test_a_server_that_crashed_while_tests_used_it_is_an_error_with_what_its_log_says() -> None:
+    serving = databases.embedded_server()
+    with psycopg.connect(serving.__enter__(), autocommit=True) as conn:
+        os.kill(conn.info.backend_pid, signal.SIGKILL)
+        with pytest.raises(psycopg.OperationalError):
+            conn.execute("select 1")
+    with pytest.raises(EmbeddedUnavailable, match=r"crashed while(.|\n)*terminated by signal 9"):
+        serving.__exit__(None, None, None)
 
 
 def test_the_failure_of_an_assertion_shows_the_line_of_the_test(tmp_path: Path, server: str) -> None:

@@ -24,6 +24,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs import queries
+from queue_service.services.sweeper import Sweeper
 from queue_service.settings import load
 from tests.support import blocked, eventually, lapse, one, rows, working
 from tests.worker import tasks_for_tests
@@ -81,10 +82,18 @@ async def shut(conn: Connection) -> AsyncIterator[None]:
         await conn.execute("select pg_advisory_unlock(7)")
 
 
-def not_disturbing(database: str) -> App:
-    """An App whose workers extend no lease and sweep none for an hour, so that tests can."""
-    slow = {"LEASE": "1h", "SWEEP_INTERVAL": "1h", "POLL_INTERVAL": "100ms"}
-    return App(database, settings=load({f"QUEUE_SERVICE_{name}": value for name, value in slow.items()}))
+@asynccontextmanager
+async def not_disturbing(database: str) -> AsyncIterator[App]:
+    """An App whose workers extend no lease for an hour and sweep none, so that tests can."""
+
+    async def nothing(_: Sweeper) -> None: ...
+
+    settings = load({"QUEUE_SERVICE_LEASE": "1h", "QUEUE_SERVICE_POLL_INTERVAL": "100ms"})
+    with pytest.MonkeyPatch.context() as patched:
+        # Not by its interval: the first sweep comes as soon as a worker starts, or later where it starts slowly.
+        patched.setattr(Sweeper, "once", nothing)
+        async with App(database, settings=settings) as opened:
+            yield opened
 
 
 class TestTogether:
