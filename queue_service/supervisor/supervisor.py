@@ -34,6 +34,8 @@ log = get_logger(__name__)
 
 # Signs of life reach the database this far apart, in seconds, however many are given.
 PULSE = 0.25
+# A child that was killed is gone within moments; one that the kernel holds on to is waited for this long, in seconds.
+KILLED = 5.0
 
 
 class ChildEnd(NamedTuple):
@@ -187,7 +189,9 @@ class Supervisor:
             if self._how is None:
                 # Cancelled from outside: the process is ending, deliberately.
                 self._stopping = True
+            if not self._gone.is_set():
                 self._signal(signal.SIGKILL)
+                await _within(KILLED, child.ended())
             child.close()
 
     async def _until_stored(self, child: PipedProcess) -> None:

@@ -539,7 +539,10 @@ async def test_a_cancelled_supervisor_takes_its_child_along_and_ends_no_turn(app
     life.cancel()
     with pytest.raises(asyncio.CancelledError):
         await life
-    await eventually(lambda: not _runs(pid))
+    # Its end has been waited for: a loop that ended now would leave nothing behind.
+    assert not _runs(pid)
+    assert child._child is not None
+    assert child._child._process.returncode == -signal.SIGKILL
     assert await app.turns.is_live("d", "m")
 
 
