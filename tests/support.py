@@ -124,6 +124,12 @@ def free_port() -> int:
             return port
 
 
+def apart(directory: Path) -> str:
+    """An option for a pytest that a test starts. By itself it would use the directory of all of this user's runs, and close it
+    to other users: also to the user that runs the servers of ours, where we are root, and they die of it."""
+    return f"--basetemp={directory / 'inner'}"
+
+
 def is_gone(pid: int) -> bool:
     """Whether the process has ended, and at most waits for a parent to hear of it."""
     try:

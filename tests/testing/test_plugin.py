@@ -15,6 +15,7 @@ import pytest
 from queue_service import App
 from queue_service.errors import ConfigError, EmbeddedUnavailable
 from queue_service.testing import databases, on_database
+from tests.support import apart
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "testing.md").read_text()
@@ -26,7 +27,7 @@ def ran(project: Path, test: str, *options: str, conftest: str = PLUGIN, **envir
     (project / "conftest.py").write_text(conftest)
     (project / "test_it.py").write_text(test)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(project)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", apart(project), *options, str(project)],
         cwd=project,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
