@@ -34,6 +34,8 @@ class Loop:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        # What is submitted under it comes before the loop's stop, and so is run or cancelled. Later, nobody would answer.
+        self._submitting = threading.Lock()
 
     def start(self) -> None:
         """Start the thread. ConfigError if it runs already."""
@@ -45,9 +47,11 @@ class Loop:
 
     def stop(self) -> None:
         """Cancel what is still going on there, and end the thread. One that was not started is left as it is."""
-        loop, self._loop = self._loop, None
+        with self._submitting:
+            loop, self._loop = self._loop, None
+            if loop is not None:
+                loop.call_soon_threadsafe(loop.stop)
         if loop is not None and self._thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
             self._thread.join()
 
     @property
@@ -58,15 +62,16 @@ class Loop:
     def call(self, call: Coroutine[Any, Any, T]) -> T:
         """The result of the coroutine, run in the thread. ConfigError if there is none, or this is that thread;
         DatabaseUnavailable where another thread stops it meanwhile."""
-        loop = self._loop  # another thread may stop it at any moment
-        if loop is None:
-            call.close()
-            raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")
         if threading.current_thread() is self._thread:
             call.close()
             raise ConfigError("A callback (`on_progress`) cannot call its own App: it would wait for itself.")
+        with self._submitting:
+            if self._loop is None:
+                call.close()
+                raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")
+            submitted = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
-            return asyncio.run_coroutine_threadsafe(call, loop).result()
+            return submitted.result()
         except CancelledError:
             raise DatabaseUnavailable("This App was closed while a call of another thread waited for it.") from None
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
 from queue_service import App
 from queue_service.app.progress import watching
+from queue_service.app.sync import Loop
 from queue_service.db.pool import Connection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs.model import Progress, Run
@@ -40,10 +44,12 @@ async def test_a_sync_app_that_closes_ends_what_still_goes_on_there(database: st
             await asyncio.sleep(0)
             ended.append("in order")
 
-    async def start() -> asyncio.Task[None]:
-        going_on = asyncio.create_task(for_ever())
+    # Held, or the garbage collector might end it: it waits for what nobody else knows.
+    going_on: list[asyncio.Task[None]] = []
+
+    async def start() -> None:
+        going_on.append(asyncio.create_task(for_ever()))
         await asyncio.sleep(0)
-        return going_on
 
     def use() -> None:
         with App(database).sync as q:
@@ -61,6 +67,26 @@ async def test_a_call_of_another_thread_hears_that_the_app_was_closed(database: 
     async with asyncio.timeout(20):
         with pytest.raises(DatabaseUnavailable, match="closed while"):
             await waiting
+
+
+def test_a_call_that_is_submitted_while_another_thread_stops_the_loop_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = Loop()
+    loop.start()
+    stopping = threading.Thread(target=loop.stop)
+    submit = asyncio.run_coroutine_threadsafe
+
+    def late(call: Coroutine[Any, Any, Any], into: asyncio.AbstractEventLoop) -> Any:
+        stopping.start()
+        stopping.join(0.5)  # where nothing keeps it from that, it ends the loop now
+        return submit(call, into)
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", late)
+    with pytest.raises(DatabaseUnavailable, match="closed while"):
+        loop.call(asyncio.Event().wait())
+    stopping.join(20)
+    assert not stopping.is_alive()
 
 
 async def test_a_wait_whose_look_for_progress_fails_leaves_nothing_that_goes_on() -> None:
