@@ -35,7 +35,7 @@ log = get_logger(__name__)
 # Signs of life reach the database this far apart, in seconds, however many are given.
 PULSE = 0.25
 # A child that was killed is gone within moments; one that the kernel holds on to is waited for this long, in seconds.
-KILLED = 5.0
+EXIT_SECONDS = 5.0
 
 
 class ChildEnd(NamedTuple):
@@ -189,10 +189,12 @@ class Supervisor:
             if self._how is None:
                 # Cancelled from outside: the process is ending, deliberately.
                 self._stopping = True
-            if not self._gone.is_set():
-                self._signal(signal.SIGKILL)
-                await _within(KILLED, child.ended())
-            child.close()
+            try:
+                if not self._gone.is_set():
+                    self._signal(signal.SIGKILL)
+                    await _within(EXIT_SECONDS, child.ended())
+            finally:
+                child.close()
 
     async def _until_stored(self, child: PipedProcess) -> None:
         """Until the child has ended and all that it said before is stored."""
