@@ -124,9 +124,9 @@ def free_port() -> int:
             return port
 
 
-def apart(directory: Path) -> str:
-    """An option for a pytest that a test starts. By itself it would use the directory of all of this user's runs, and close it
-    to other users: also to the user that runs the servers of ours, where we are root, and they die of it."""
+def own_basetemp(directory: Path) -> str:
+    """The option that gives a pytest started by a test a directory of its own. Without it, that pytest closes the directory
+    of all this user's runs to other users. Where we are root, our servers run as another user, and die of it."""
     return f"--basetemp={directory / 'inner'}"
 
 

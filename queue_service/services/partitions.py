@@ -109,7 +109,7 @@ class Partitions:
                     return None
 
     async def _locked(self, conn: Connection, work: Callable[[Connection, date], Awaitable[T]]) -> T | None:
-        await conn.execute(f"set local lock_timeout = '{LOCK_WAIT:g}s'")
+        await conn.execute("select set_config('lock_timeout', %s, true)", [f"{LOCK_WAIT:g}s"])
         # What failed in a day may be much to copy.
         await conn.execute("set local statement_timeout = '10min'")
         cursor = await conn.execute("select pg_try_advisory_xact_lock(%s), clock_timestamp()", [_LOCK])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import uuid
@@ -26,6 +27,10 @@ FAST = {
 }  # fmt: skip
 
 
+# What a server logs where one of its processes died.
+_DEATH = re.compile(r"\bPANIC:  |\(PID \d+\) was terminated by signal ")
+
+
 @contextmanager
 def embedded_server(programs: Path | None = None) -> Iterator[str]:
     """The conninfo of a superuser on a server that is gone after the block, run by the bundled programs or by these.
@@ -40,21 +45,20 @@ def embedded_server(programs: Path | None = None) -> Iterator[str]:
             yield cluster.use()
         finally:
             cluster.leave()
-            crashes = _crashes(cluster.data / "server.log")
+            crash = _crash(cluster.data / "server.log")
             shutil.rmtree(scratch, ignore_errors=True)
-            if crashes:
+            if crash:
                 raise EmbeddedUnavailable(
-                    "\n  ".join(["The server crashed while tests used it. Its log says:", *crashes])
+                    "The server crashed while tests used it; what failed meanwhile may have failed by that. Its log says:\n"
+                    + crash
                 )
 
 
-def _crashes(server_log: Path) -> list[str]:
-    """What it says of processes that died, a few lines each: the reason comes first, and who died after it."""
-    if not server_log.exists():
-        return []
-    lines = server_log.read_text(errors="replace").splitlines()
-    deaths = [n for n, line in enumerate(lines) if "PANIC:" in line or "was terminated by signal" in line]
-    return [line for n in deaths[:3] for line in lines[max(n - 2, 0) : n + 3]]
+def _crash(server_log: Path) -> str:
+    """The lines around the first death of one of its processes: what comes later follows from it. Empty: none died."""
+    lines = server_log.read_text(errors="replace").splitlines() if server_log.exists() else []
+    died = next((n for n, line in enumerate(lines) if _DEATH.search(line)), None)
+    return "" if died is None else "\n".join(lines[max(died - 2, 0) : died + 5])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -29,11 +30,12 @@ def queue_service_server() -> Iterator[str]:
     if given is not None:
         yield given
     else:
-        try:
-            with databases.embedded_server() as conninfo:
-                yield conninfo
-        except EmbeddedUnavailable as missing:
-            raise EmbeddedUnavailable(f"{missing} Tests look for it in QUEUE_SERVICE_TEST_DATABASE_URL.") from None
+        with ExitStack() as serving:
+            try:
+                conninfo = serving.enter_context(databases.embedded_server())
+            except EmbeddedUnavailable as missing:
+                raise EmbeddedUnavailable(f"{missing} Tests look for it in QUEUE_SERVICE_TEST_DATABASE_URL.") from None
+            yield conninfo
 
 
 @pytest.fixture(scope="session")

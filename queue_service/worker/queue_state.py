@@ -17,7 +17,7 @@ AT_LIMIT = 0.050
 CONTENDED = 0.010
 # Where a rate says to wait longer, its queue is asked again after so many seconds all the same: nobody reports that a limit
 # was raised or taken away.
-LIMIT_MAY_HAVE_CHANGED = 1.0
+LONGEST_WAIT = 1.0
 # Runs that one statement claims of several queues: the sweep can take a lease of so many.
 MAX_CLAIM = 1_000
 
@@ -31,10 +31,10 @@ class Source(Enum):
 
 @dataclass(slots=True, eq=False)
 class QueueState:
-    """`may_give` are the sources from which a claim may get something. `has_lanes` is whether it
-    ever had some (only a scan looks for lanes where none were seen), and `has_limit` whether it had one when last seen.
-    `not_before` (monotonic) is when a claim within the limit makes sense again, and `was_freed` whether a run of the queue
-    has ended since the last such claim began."""
+    """`may_give` are the sources from which a claim may get something. `has_lanes` is whether it ever had some (only a scan
+    looks for lanes where none were seen), and `has_limit` whether it had one when last seen. `not_before` (monotonic) is
+    when a claim within the limit makes sense again, and `was_freed` whether a run of the queue has ended since the last
+    such claim began."""
 
     executor: Executor
     floors: Floors = field(default_factory=Floors)
@@ -94,7 +94,7 @@ class QueueState:
             return False
         wait = allowed.waits[self.name]
         if wait is not None:
-            self.not_before = now + min(wait, LIMIT_MAY_HAVE_CHANGED)
+            self.not_before = now + min(wait, LONGEST_WAIT)
             self.may_give.add(source)
         elif not got_some and not self.was_freed:
             self.not_before = now + AT_LIMIT

@@ -135,24 +135,16 @@ class Load:
             await self.enqueue(RUNS // 10)
 
 
-async def _frozen_with_claims(load: Load, victim: Process) -> int:
-    """How many runs the worker holds that was stopped. 0: it holds none, and goes on."""
+async def _freeze_with_claims(load: Load, victim: Process, *, is_alone: bool = False) -> int:
+    """Stop the worker, and return how many runs it holds; one that holds none goes on, and this returns 0. Where the worker
+    `is_alone`, what it had sent before is carried out first."""
     assert victim.is_alive
     await load.replenish()
     if not await one(load.conn, HELD, victim.name):
         return 0
     victim.freeze()
-    held: int = await one(load.conn, HELD, victim.name)
-    if not held:
-        victim.thaw()
-    return held
-
-
-async def _asleep_with_claims(load: Load, victim: Process) -> int:
-    """As `_frozen_with_claims`, once what the worker had sent before is carried out. There is no other worker."""
-    if not await _frozen_with_claims(load, victim):
-        return 0
-    await eventually(lambda: one(load.conn, QUIET))
+    if is_alone:
+        await eventually(lambda: one(load.conn, QUIET))
     held: int = await one(load.conn, HELD, victim.name)
     if not held:
         victim.thaw()
@@ -161,7 +153,7 @@ async def _asleep_with_claims(load: Load, victim: Process) -> int:
 
 async def _kill_while_it_holds_claims(load: Load, victim: Process) -> int:
     """How many runs it held. It is stopped first, so that what it holds stays the same between the look and the kill."""
-    held: int = await eventually(lambda: _frozen_with_claims(load, victim), within=60)
+    held: int = await eventually(lambda: _freeze_with_claims(load, victim), within=60)
     victim.kill()
     return held
 
@@ -174,7 +166,7 @@ async def test_a_worker_that_slept_past_its_leases_changes_nothing_when_it_wakes
     other = None
     try:
         await load.enqueue(400)
-        held = await eventually(lambda: _asleep_with_claims(load, sleeper), within=60)
+        held = await eventually(lambda: _freeze_with_claims(load, sleeper, is_alone=True), within=60)
         other = Process(database, 2)
         # While it sleeps, what it held is taken from it and finished by the other.
         await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.runs"), within=60)

@@ -14,7 +14,6 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.runs.model import Ending
-from queue_service.services import partitions as partitions_module
 from queue_service.services.partitions import DAYS_AHEAD, Changed, Partitions
 from queue_service.worker import maintenance
 from tests.support import blocked, claimed, enqueued, eventually, one, rows
@@ -214,7 +213,7 @@ class TestThinning:
         self, app: App, conn: Connection, session: Open, days: list[str], commit: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It is copied, since the retry is not committed; then the lock waits for the retry to end."""
-        monkeypatch.setattr(partitions_module, "LOCK_WAIT", 60)
+        monkeypatch.setattr("queue_service.services.partitions.LOCK_WAIT", 60)
         retrying = await session()
         await retrying.execute("begin")
         assert await fetch(retrying, queries.retry(2))
@@ -227,7 +226,7 @@ class TestThinning:
     async def test_a_retry_that_waits_for_the_day_to_be_replaced_finds_the_run(
         self, app: App, conn: Connection, session: Open, days: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(partitions_module, "LOCK_WAIT", 60)
+        monkeypatch.setattr("queue_service.services.partitions.LOCK_WAIT", 60)
         reader, retrying = await session(), await session()
         async with reader.transaction():
             await reader.execute("select from queue_service.finished_runs")

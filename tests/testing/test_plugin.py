@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,9 @@ import psycopg
 import pytest
 
 from queue_service import App
-from queue_service.errors import ConfigError, EmbeddedUnavailable
+from queue_service.errors import ConfigError
 from queue_service.testing import databases, on_database
-from tests.support import apart
+from tests.support import own_basetemp
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "testing.md").read_text()
@@ -27,7 +26,7 @@ def ran(project: Path, test: str, *options: str, conftest: str = PLUGIN, **envir
     (project / "conftest.py").write_text(conftest)
     (project / "test_it.py").write_text(test)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", apart(project), *options, str(project)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", own_basetemp(project), *options, str(project)],
         cwd=project,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
@@ -133,14 +132,20 @@ def test_it(tested_app):
     assert list(scratch.iterdir()) == [], "its server left something behind"
 
 
-def test_a_server_that_crashed_while_tests_used_it_is_an_error_with_what_its_log_says() -> None:
-    serving = databases.embedded_server()
-    with psycopg.connect(serving.__enter__(), autocommit=True) as conn:
+def test_a_server_that_crashed_while_tests_used_it_is_an_error_with_what_its_log_says(tmp_path: Path) -> None:
+    test = """
+import os, signal
+import psycopg, pytest
+
+def test_it(queue_service_database):
+    with psycopg.connect(queue_service_database, autocommit=True) as conn:
         os.kill(conn.info.backend_pid, signal.SIGKILL)
         with pytest.raises(psycopg.OperationalError):
             conn.execute("select 1")
-    with pytest.raises(EmbeddedUnavailable, match=r"crashed while(.|\n)*terminated by signal 9"):
-        serving.__exit__(None, None, None)
+"""
+    said = ran(tmp_path, test)
+    assert re.search(r"crashed while tests used it(.|\n)*\(PID \d+\) was terminated by signal 9", said), said
+    assert "Tests look for it" not in said
 
 
 def test_the_failure_of_an_assertion_shows_the_line_of_the_test(tmp_path: Path, server: str) -> None:

@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service.testing.watcher import watched
-from tests.support import apart, eventually, is_gone
+from tests.support import eventually, is_gone, own_basetemp
 
 MODULE = """
 import os, subprocess, sys, time
@@ -40,7 +40,7 @@ def test_that_never_ends(queue_service_database, tmp_path):
 async def test_a_server_and_a_worker_end_with_a_run_that_is_killed(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "test_module.py").write_text(MODULE)
     running = subprocess.Popen(  # noqa: ASYNC220 - the loop has nothing else to do
-        [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", apart(tmp_path), "test_module.py"],
+        [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", own_basetemp(tmp_path), "test_module.py"],
         cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         stdout=subprocess.PIPE,

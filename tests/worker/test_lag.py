@@ -79,7 +79,6 @@ async def test_each_time_that_the_loop_is_blocked_is_reported(
 async def test_handlers_that_wait_or_share_the_loop_are_not_reported(
     app: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lag, "THRESHOLD", 0.5)
     monkeypatch.setattr(lag, "LOOK_PERIOD", 0.01)
 
     @app.task
@@ -99,8 +98,7 @@ async def test_handlers_that_wait_or_share_the_loop_are_not_reported(
         await app.enqueue_many("short", [{}] * 2_000)
         for run_id in run_ids:
             await app.wait(run_id, timeout=20)
-    # Of a machine that stalls, a loop without a handler's call is reported.
-    assert [each for each in reports(caplog) if each["task"] is not None] == []
+    assert reports(caplog) == []
 
 
 async def test_watching_costs_next_to_nothing() -> None:
