@@ -34,7 +34,8 @@ log = get_logger(__name__)
 
 # Signs of life reach the database this far apart, in seconds, however many are given.
 PULSE = 0.25
-# A child that was killed is gone within moments; one that the kernel holds on to is waited for this long, in seconds.
+# A child that was killed is gone within moments; one that the kernel holds on to, or that may not be killed, is waited for
+# this long, in seconds.
 EXIT_SECONDS = 5.0
 
 
@@ -192,7 +193,10 @@ class Supervisor:
             try:
                 if not self._gone.is_set():
                     self._signal(signal.SIGKILL)
-                    await _within(EXIT_SECONDS, child.ended())
+                    if not await _within(EXIT_SECONDS, child.ended()):
+                        self._log.error(
+                            "a deployment's child was not killed and still runs; end it by hand", pid=child.pid
+                        )
             finally:
                 child.close()
 

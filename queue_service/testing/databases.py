@@ -25,10 +25,9 @@ from queue_service.testing.watcher import watched
 FAST = {
     "fsync": "off", "full_page_writes": "off", "max_connections": "200", "dynamic_shared_memory_type": "mmap",
 }  # fmt: skip
-
-
-# What a server logs where one of its processes died.
-_DEATH = re.compile(r"\bPANIC:  |\(PID \d+\) was terminated by signal ")
+# What a server logs where one of its processes died. Matched from the start of a line, with its time and process id: a
+# statement of a test, logged because it failed, may contain the same words.
+_DEATH = re.compile(r"\S+ \S+ \S+ \[\d+\] (PANIC:  |LOG:  [^:]*\(PID \d+\) was terminated by signal )")
 
 
 @contextmanager
@@ -57,7 +56,7 @@ def embedded_server(programs: Path | None = None) -> Iterator[str]:
 def _crash(server_log: Path) -> str:
     """The lines around the first death of one of its processes: what comes later follows from it. Empty: none died."""
     lines = server_log.read_text(errors="replace").splitlines() if server_log.exists() else []
-    died = next((n for n, line in enumerate(lines) if _DEATH.search(line)), None)
+    died = next((n for n, line in enumerate(lines) if _DEATH.match(line)), None)
     return "" if died is None else "\n".join(lines[max(died - 2, 0) : died + 5])
 
 

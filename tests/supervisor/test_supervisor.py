@@ -546,6 +546,37 @@ async def test_a_cancelled_supervisor_takes_its_child_along_and_ends_no_turn(app
     assert await app.turns.is_live("d", "m")
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["cancelled once", "cancelled again"])
+async def test_a_cancelled_supervisor_lets_go_of_a_child_that_it_cannot_kill(
+    app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, again: bool
+) -> None:
+    child = Supervisor(app, "d", CHILD)
+    await child.start()
+    await given(app, child)
+    pid, life = child.pid, child._life
+    assert pid is not None and life is not None
+    refused = asyncio.Event()
+
+    def refuse(self: Any, number: int) -> None:
+        refused.set()
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", refuse)
+    monkeypatch.setattr(supervisor, "EXIT_SECONDS", 3_600.0 if again else 0.01)
+    life.cancel()
+    await refused.wait()
+    if again:
+        life.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(life, 20)
+    assert [record.__dict__["pid"] for record in caplog.records if "still runs" in record.message] == [pid] * (
+        not again
+    )
+    # Its pipes are closed, and so it ends by itself.
+    await eventually(lambda: not _runs(pid))
+    assert await app.turns.is_live("d", "m")
+
+
 # The library's own child
 
 

@@ -148,6 +148,20 @@ def test_it(queue_service_database):
     assert "Tests look for it" not in said
 
 
+def test_a_statement_that_speaks_of_a_crash_is_none(tmp_path: Path) -> None:
+    test = '''
+import psycopg, pytest
+
+def test_it(queue_service_database):
+    with psycopg.connect(queue_service_database, autocommit=True) as conn, pytest.raises(psycopg.Error):
+        conn.execute("set log_statement = 'all'")
+        conn.execute("""select 1 / 0, 'PANIC:  here', '
+2026-01-01 00:00:00 UTC [1] PANIC:  there', 'process (PID 1) was terminated by signal 9'""")
+'''
+    said = ran(tmp_path, test)
+    assert re.search(r"^1 passed in", said, re.MULTILINE), said
+
+
 def test_the_failure_of_an_assertion_shows_the_line_of_the_test(tmp_path: Path, server: str) -> None:
     test = """
 import pytest
