@@ -33,12 +33,19 @@ own_start = started("self") if has_proc else 0
 has_ended_in_order = bool(sys.stdin.buffer.read())
 
 def theirs():
+    # Each process that is to be killed, and None for one that does not show yet what it is.
     if has_proc:
         for name in filter(str.isdigit, os.listdir("/proc")):
             try:
                 texts = [open(f"/proc/{name}/{kind}", "rb").read() for kind in ("cmdline", "environ")]
-                if started(name) >= own_start and any(map(named.search, texts)):
+                if started(name) < own_start:
+                    continue
+                if any(map(named.search, texts)):
                     yield int(name)
+                elif not any(text.strip(b"\0") for text in texts):
+                    # In the midst of `exec` neither is there. Of zombies and the kernel's threads neither, but no program.
+                    os.readlink(f"/proc/{name}/exe")
+                    yield None
             except OSError:
                 continue
     else:
@@ -53,7 +60,7 @@ for _ in range(100):
     found = [pid for pid in theirs() if pid != os.getpid()]
     if not found:
         break
-    for pid in found:
+    for pid in filter(None, found):
         try:
             os.kill(pid, signal.SIGKILL)
         except OSError:

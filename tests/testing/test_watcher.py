@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -98,6 +99,26 @@ async def test_nothing_else_is_killed(tmp_path: Path) -> None:
             each.wait()
         holder.stdin.close()
         holder.stdout.close()
+
+
+async def test_what_does_not_show_yet_what_it_is_is_waited_for(tmp_path: Path) -> None:
+    """A process in the midst of `exec` has neither a command line nor an environment. This one has none for longer."""
+    ours = tmp_path / "run"
+    ours.mkdir()
+    with watched(ours):
+        victim = subprocess.Popen([""], executable="/bin/sh", env={}, stdin=subprocess.PIPE, bufsize=0)  # noqa: ASYNC220, S607
+        assert victim.stdin is not None
+        become = f"exec /usr/bin/env STARTED_FOR=host={ours}/data /bin/sleep 600\n".encode()
+        # The block ends at once, and waits for the watcher, which has looked by then.
+        later = threading.Timer(0.5, victim.stdin.write, [become])
+        later.start()
+    later.join()
+    try:
+        await eventually(lambda: victim.poll() == -signal.SIGKILL)
+    finally:
+        victim.kill()
+        victim.wait()
+        victim.stdin.close()
 
 
 async def test_a_run_that_ends_in_order_leaves_no_process_and_keeps_its_files(tmp_path: Path) -> None:
