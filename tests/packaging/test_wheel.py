@@ -151,7 +151,6 @@ def test_an_installed_wheel_prints_its_migrations(programs: Path, tmp_path: Path
 
 
 def test_types_are_seen_from_outside(programs: Path, tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
     (tmp_path / "user.py").write_text(
         textwrap.dedent(
             """
