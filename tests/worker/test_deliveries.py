@@ -27,9 +27,10 @@ QUICK = {"LEASE": "3s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
 PATIENT = {"LEASE": "1h", "POLL_INTERVAL": "1h", "SWEEP_INTERVAL": "1h"}
 CHAT = Turn(deployment="dep-1", message_id="m1", stream="conv-1", platform="chat", channel_id="c1", user_id="u1")
 LIVE = "select state, attempt, failures, reserved_for, extract(epoch from run_at - clock_timestamp())::float8 from queue_service.runs"
-OTHERS = (
-    "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() "
-    "and application_name like 'queue_service%'"
+# The second argument waits until the connection is gone. Its listener would be connected again meanwhile.
+CUT_POOLED = (
+    "select count(pg_terminate_backend(pid, 5000)) from pg_stat_activity "
+    "where datname = current_database() and pid <> pg_backend_pid() and application_name = 'queue_service'"
 )
 ENDED = "select state, attempt, failures from queue_service.finished_runs where task = 'deliver'"
 
@@ -496,13 +497,13 @@ async def test_an_event_of_another_stream_is_refused(one_replica: Replica) -> No
 
 
 async def test_sending_is_given_up_where_the_database_is_away(
-    one_replica: Replica, conn: Connection, caplog: pytest.LogCaptureFixture
+    replica: Make, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # The connection that is used next is this one, and it breaks.
-    await one_replica.app.events.head("conv-1")
-    await conn.execute(f"select pg_terminate_backend(pid) {OTHERS}".encode())
-    await eventually(lambda: one(conn, f"select count(*) = 0 {OTHERS}"))
-    assert await one_replica.deliveries.send(CHAT, Event(stream="conv-1", seq=1, kind="delta", body={})) is None
+    # The pool holds one connection: the one that is used next, and broken.
+    here = await replica(QUICK | {"POOL_SIZE": "1"})
+    await here.app.events.head("conv-1")
+    assert await one(conn, CUT_POOLED) == 1
+    assert await here.deliveries.send(CHAT, Event(stream="conv-1", seq=1, kind="delta", body={})) is None
     assert "an event will not be delivered" in [record.message for record in caplog.records]
 
 
