@@ -27,7 +27,8 @@ QUICK = {"LEASE": "3s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
 PATIENT = {"LEASE": "1h", "POLL_INTERVAL": "1h", "SWEEP_INTERVAL": "1h"}
 CHAT = Turn(deployment="dep-1", message_id="m1", stream="conv-1", platform="chat", channel_id="c1", user_id="u1")
 LIVE = "select state, attempt, failures, reserved_for, extract(epoch from run_at - clock_timestamp())::float8 from queue_service.runs"
-# The second argument waits until the connection is gone. Its listener would be connected again meanwhile.
+# Ends the pooled connections of an App, and waits up to 5 s until they are gone. Its listener is left alone: it connects
+# again by itself.
 CUT_POOLED = (
     "select count(pg_terminate_backend(pid, 5000)) from pg_stat_activity "
     "where datname = current_database() and pid <> pg_backend_pid() and application_name = 'queue_service'"
