@@ -8,36 +8,36 @@ from __future__ import annotations
 
 import math
 import re
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
+from queue_service import exceptions
 from queue_service.errors import PayloadRefused
 
 REPLACEMENT = "\ufffd"
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # jsonb nests no deeper than the server's stack allows; Python's own limit is lower, and this one is below both.
 MAX_DEPTH = 200
-MAX_ERROR_TEXT = 8_000
+MAX_ERROR_TEXT = exceptions.MAX_MESSAGE
 
 _encode = msgspec.json.Encoder().encode
 loads = msgspec.json.Decoder().decode
-# Reads over a value without building it.
-_check_syntax = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def dumps(value: Any, *, what: str, limit: int) -> str:
     """`value` as JSON text, or PayloadRefused saying which part cannot be stored. `limit` is in bytes."""
     try:
         encoded = _encode(value)
-        # msgspec.Raw goes in as it is, and is joined with others into one array: it must be one JSON value.
-        _check_syntax(encoded)
-    except (TypeError, ValueError, OverflowError) as refused:
-        raise PayloadRefused(f"The {what} is not JSON: {refused}. Pass dicts, lists, strings, numbers, None.") from None
+        # As it will be read: msgspec.Raw goes in as it is, and may be no JSON, or hold a number that nobody can read.
+        stored = loads(encoded)
     except RecursionError:
         raise PayloadRefused(f"The {what} is nested too deeply. Keep it under {MAX_DEPTH} levels.") from None
+    except Exception as refused:  # noqa: BLE001 - the attributes of an object may do anything when they are read
+        raise PayloadRefused(
+            f"The {what} is not JSON: {exceptions.message(refused)}. Pass dicts, lists, strings, numbers, None."
+        ) from None
     if len(encoded) > limit:
         raise PayloadRefused(
             f"The {what} is {len(encoded):,} bytes, over the limit of {limit:,}. "
@@ -47,9 +47,10 @@ def dumps(value: Any, *, what: str, limit: int) -> str:
     # text, so that a walk through the value is only paid for when there may be something to find. It is looked for in
     # text, not in bytes, which takes ten times as long.
     text = encoded.decode()
-    _refuse_depth(text, what)
+    _refuse_depth(text, stored, what)
     if "null" in text or "\\u0000" in text:
         _refuse_unstorable(msgspec.to_builtins(value, str_keys=True), what)
+        _refuse_unstorable(stored, what)
     return text
 
 
@@ -71,28 +72,21 @@ def dumps_result(value: Any, *, limit: int) -> str:
             cleaned = sanitised(msgspec.to_builtins(value, str_keys=True))
         except RecursionError:
             raise PayloadRefused(f"The result is nested deeper than {MAX_DEPTH} levels.") from None
-        except (TypeError, ValueError, OverflowError) as refused:
-            raise PayloadRefused(f"The result is not JSON: {refused}.") from None
+        except Exception as refused:  # noqa: BLE001 - as in `dumps`
+            raise PayloadRefused(f"The result is not JSON: {exceptions.message(refused)}.") from None
         return dumps(cleaned, what="result", limit=limit)
 
 
 def describe_error(error: BaseException, *, reason: str = "raised") -> str:
-    """An exception as the JSON object stored with a run: reason, type, message, traceback; bounded and storable."""
-    stack = "".join(traceback.format_exception(error, limit=-20))
-    return dumps_error(reason, describe(error), type=type(error).__qualname__, traceback=stack[-MAX_ERROR_TEXT:])
+    """An exception as the JSON object stored with a run: reason, type, message, traceback; bounded and storable. Whatever
+    the exception does when it is asked, it is described."""
+    stack = exceptions.rendered(error)[-MAX_ERROR_TEXT:]
+    return dumps_error(reason, exceptions.message(error), type=exceptions.type_name(error), traceback=stack)
 
 
 def dumps_error(reason: str, message: str, **more: str) -> str:
     body = {"reason": reason, "message": message[:MAX_ERROR_TEXT], **more}
     return _encode(sanitised(body)).decode()
-
-
-def describe(error: BaseException) -> str:
-    """`str(error)`, whatever its `__str__` does."""
-    try:
-        return str(error) or type(error).__name__
-    except Exception:  # noqa: BLE001 - a broken __str__ must not cost the run its ending
-        return type(error).__name__
 
 
 def sanitised(value: Any, depth: int = 0) -> Any:
@@ -138,15 +132,11 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _refuse_depth(text: str, what: str) -> None:
+def _refuse_depth(text: str, stored: Any, what: str) -> None:
     # Two gates that cost nothing: a level takes two characters, and an opening bracket.
     if len(text) <= 2 * MAX_DEPTH or text.count("{") + text.count("[") <= MAX_DEPTH:
         return
-    try:
-        deep = _depth(loads(text)) > MAX_DEPTH
-    except RecursionError:
-        deep = True
-    if deep:
+    if _depth(stored) > MAX_DEPTH:
         raise PayloadRefused(f"The {what} is nested deeper than {MAX_DEPTH} levels. Flatten it.")
 
 

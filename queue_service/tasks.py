@@ -10,8 +10,10 @@ from datetime import timedelta
 from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, get_args, overload
 
 from queue_service import backoff as growth
+from queue_service import exceptions
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.runs.model import Run
+from queue_service.words import check_word
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,7 +80,7 @@ class Retry:
 
     def covers(self, error: BaseException) -> bool:
         """Whether an error of this type is tried again at all."""
-        return isinstance(error, self.on) and not isinstance(error, self.never)
+        return exceptions.is_a(error, self.on) and not exceptions.is_a(error, self.never)
 
     def wait(self, failures: int, error: BaseException) -> float | None:
         """Seconds until the next try after so many failures, or None. Raises what a callable raises, and ConfigError for
@@ -104,6 +106,8 @@ class Defer(Snooze):
 
     def __init__(self, delay: timedelta | float, owner: str | None = None) -> None:
         super().__init__(delay)
+        if owner is not None:
+            check_word(owner, "The owner of a Defer")
         self.owner = owner
 
 

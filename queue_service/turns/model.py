@@ -12,6 +12,7 @@ import msgspec
 from queue_service import codec
 from queue_service.codec import sanitised
 from queue_service.errors import ConfigError, PayloadRefused, nearest
+from queue_service.exceptions import message
 from queue_service.logs import get_logger
 from queue_service.words import check_word
 
@@ -219,7 +220,7 @@ def replied(deployment: str, message_id: str, body: Any, limit: int) -> TurnEndi
         text = codec.dumps_result(_object(body), limit=limit)
         return TurnEnding(deployment, message_id, "reply", text)
     except Exception as refused:  # noqa: BLE001 - whatever a reply does when it is read, its turn gets an ending
-        return failed(deployment, message_id, TurnFailure("reply_refused", reason=codec.describe(refused)))
+        return failed(deployment, message_id, TurnFailure("reply_refused", reason=message(refused)))
 
 
 def _object(body: Any) -> dict[Any, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 
+from queue_service.exceptions import is_a
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
@@ -192,10 +193,11 @@ class Executor:
         """Give work to at most two more slots. Each slot whose handler suspends does the same, so that handlers that wait
         are soon all begun, while handlers that never wait are worked off by one slot, which leaves the loop its turns."""
         for _ in range(min(2, len(self._waiting))):
+            while self._idle and self._idle[-1].done():
+                # Its slot was cancelled meanwhile.
+                self._idle.pop()
             if self._idle:
-                free = self._idle.pop()
-                if not free.done():
-                    free.set_result(None)
+                self._idle.pop().set_result(None)
             elif self._slots < self.concurrency:
                 self._slots += 1
                 self._spawn(self._slot())
@@ -203,30 +205,39 @@ class Executor:
     async def _slot(self) -> None:
         slot = asyncio.current_task()
         assert slot is not None
-        while True:
-            while not self._waiting:
-                free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                self._idle.append(free)
-                await free
-            held = self._waiting.popleft()
-            task = self._tasks[held.run.task]
-            if task.batch is not None:
-                await self._handle_batch(held, task, slot)
-            else:
-                # A lost lease: the run went back to its queue, and someone else may have it already.
-                outcome = Return(held.run.claim) if held.lease.lost else await self._execute(held, task, slot)
-                if outcome is not None:
-                    # Before anything is waited for: whoever looks now finds nothing running, and must find this.
-                    self._finisher.put(held, outcome)
-                self.completed += 1
-                if slot.cancelling():
-                    await self._absorb(slot)
-            if len(self._waiting) <= self._ahead // 2:
-                self._room()
-            self._since_yield += 1
-            if self._since_yield >= YIELD_EVERY:
-                self._since_yield = 0
-                await asyncio.sleep(0)
+        try:
+            while True:
+                await self._handle_next(slot)
+        finally:
+            # Cancelled by somebody else, while it had nothing to do: another one takes its place.
+            self._slots -= 1
+            if not self.closing:
+                self._rouse()
+
+    async def _handle_next(self, slot: asyncio.Task[Any]) -> None:
+        while not self._waiting:
+            free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._idle.append(free)
+            await free
+        held = self._waiting.popleft()
+        task = self._tasks[held.run.task]
+        if task.batch is not None:
+            await self._handle_batch(held, task, slot)
+        else:
+            # A lost lease: the run went back to its queue, and someone else may have it already.
+            outcome = Return(held.run.claim) if held.lease.lost else await self._execute(held, task, slot)
+            if outcome is not None:
+                # Before anything is waited for: whoever looks now finds nothing running, and must find this.
+                self._finisher.put(held, outcome)
+            self.completed += 1
+            if slot.cancelling():
+                await self._absorb(slot)
+        if len(self._waiting) <= self._ahead // 2:
+            self._room()
+        self._since_yield += 1
+        if self._since_yield >= YIELD_EVERY:
+            self._since_yield = 0
+            await asyncio.sleep(0)
 
     async def _execute(self, held: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> Settlement | None:
         """What becomes of the run; None if its handler has ended it already."""
@@ -298,7 +309,7 @@ class Executor:
         if execution.cause not in {None, Cause.DRAINED}:
             return self._stopped(execution, task, asyncio.CancelledError())
         run = execution.held.run
-        if isinstance(answer, BaseException):
+        if is_a(answer, BaseException):
             return results.raised(run, task.retry, answer)
         return results.returned(run, answer, limit=self._result_limit)
 
@@ -308,10 +319,10 @@ class Executor:
         """What becomes of a run whose handler raised, or was made to stop."""
         run = execution.held.run
         match execution.cause:
-            case None if self.closing and isinstance(error, asyncio.CancelledError):
+            case None if self.closing and is_a(error, asyncio.CancelledError):
                 run.stop()
                 raise error
-            case None if isinstance(error, Exhausted):
+            case None if is_a(error, Exhausted):
                 return Return(run.claim)
             case None:
                 return results.raised(run, task.retry, error, alone=alone)

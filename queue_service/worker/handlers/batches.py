@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from queue_service.exceptions import is_a
 from queue_service.runs.model import Run
 from queue_service.tasks import Task, Tasks
 from queue_service.worker.handlers.results import WORDS
@@ -48,9 +49,9 @@ def most(claimed: Iterable[Held], tasks: Tasks) -> dict[str, int]:
 
 def answers(runs: list[Run], answer: Any) -> list[Any]:
     """The answer for each run, in their order. Raises AnswerRefused, and an exception that was returned for all."""
-    if isinstance(answer, BaseException):
+    if is_a(answer, BaseException):
         raise answer
-    if answer is None or isinstance(answer, WORDS):
+    if answer is None or is_a(answer, WORDS):
         return [answer] * len(runs)
     if isinstance(answer, (list, tuple)):
         if len(answer) != len(runs):

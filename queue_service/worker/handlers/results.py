@@ -1,17 +1,18 @@
 """What becomes of a run when its handler has returned, or raised: a decision without effects, and one for each run.
 
-Nothing that a handler, its result or its retry policy does here keeps its run from an outcome.
+Nothing that a handler, its result, its exception or its retry policy does here keeps its run from an outcome.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from queue_service import backoff, codec
-from queue_service.errors import ClaimLost, PayloadRefused
+from queue_service import backoff, codec, exceptions
+from queue_service.errors import ClaimLost, ConfigError, PayloadRefused
 from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Return, Run, RunState
-from queue_service.tasks import Cancel, Defer, ProcessDied, Retry, RetryLater, Snooze
+from queue_service.tasks import Cancel, Defer, ProcessDied, Retry, RetryLater, Snooze, duration
+from queue_service.words import check_word
 from queue_service.worker.finisher import Settlement
 
 log = get_logger(__name__)
@@ -27,18 +28,21 @@ class TimedOut(TimeoutError):
 
 def returned(run: Run, value: Any, *, limit: int) -> Settlement:
     """`limit` bounds the result, in bytes."""
-    if isinstance(value, WORDS):
-        return _as_asked(run, value)
     try:
+        if exceptions.is_a(value, Cancel):
+            return cancelled(run, exceptions.text(value.reason))
+        if exceptions.is_a(value, Snooze):
+            return _snoozed(run, value)
         return Ending(run.claim, RunState.SUCCEEDED, codec.dumps_result(value, limit=limit))
-    except Exception as refused:  # noqa: BLE001 - whatever a result does when it is read, the run gets its ending
-        reason = codec.describe(refused) if isinstance(refused, PayloadRefused) else repr(type(refused))
+    except BaseException as refused:  # noqa: BLE001 - whatever a result does when it is read, the run gets its ending
+        known = exceptions.is_a(refused, (PayloadRefused, ConfigError))
+        reason = exceptions.message(refused) if known else f"Reading it raised {exceptions.type_name(refused)}."
         return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("result_refused", reason))
 
 
 def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) -> Settlement:
     """Where a run was not `alone` in its call, it may not be the cause: it is tried again whatever the error is."""
-    if isinstance(error, ClaimLost) and error.run_id == run.id:
+    if exceptions.is_a(error, ClaimLost) and _is_about(error, run):
         # Nothing to be written: the finisher will find it lost, too.
         return Return(run.claim)
     delay = _delay(run, retry, error, alone=alone)
@@ -59,11 +63,20 @@ def interrupted(run: Run) -> Ending:
     return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("interrupted", message))
 
 
-def _as_asked(run: Run, value: Snooze | Cancel) -> Settlement:
-    if isinstance(value, Cancel):
-        return cancelled(run, value.reason)
+def _snoozed(run: Run, value: Snooze) -> Return:
+    # Looked at again: a subclass, or whoever has changed it, may have made it another thing.
+    delay = duration(value.delay, "The delay of a Snooze")
     owner = value.owner if isinstance(value, Defer) else None
-    return Return(run.claim, delay=value.delay.total_seconds(), reserved_for=owner)
+    if owner is not None:
+        check_word(owner, "The owner of a Defer")
+    return Return(run.claim, delay=delay.total_seconds(), reserved_for=owner)
+
+
+def _is_about(lost: ClaimLost, run: Run) -> bool:
+    try:
+        return bool(lost.run_id == run.id)
+    except BaseException:  # noqa: BLE001 - a subclass may have another idea of its attributes
+        return False
 
 
 def _delay(run: Run, retry: Retry, error: BaseException, *, alone: bool) -> float | None:
@@ -71,9 +84,9 @@ def _delay(run: Run, retry: Retry, error: BaseException, *, alone: bool) -> floa
     failures = run.failures + 1
     if failures >= (run.max_attempts or retry.max_attempts):
         return None
-    if isinstance(error, RetryLater):
-        return error.delay.total_seconds()
     try:
+        if exceptions.is_a(error, RetryLater):
+            return duration(error.delay, "The delay of a RetryLater").total_seconds()
         if alone and not retry.covers(error):
             return None
         wait = retry.wait(failures, error) if run.retry_delay is None else run.retry_delay.total_seconds()
@@ -81,13 +94,13 @@ def _delay(run: Run, retry: Retry, error: BaseException, *, alone: bool) -> floa
     except BaseException as broken:  # noqa: BLE001 - a policy that is broken must not cost its run the next try
         log.error(
             "a retry policy failed; the exponential wait is taken",
-            run_id=run.id, task=run.task, why=codec.describe(broken), error=type(broken).__name__,
+            run_id=run.id, task=run.task, why=exceptions.message(broken), error=exceptions.type_name(broken),
         )  # fmt: skip
         return backoff.exponential(failures)
 
 
 def _described(error: BaseException) -> str:
-    if isinstance(error, ProcessDied):
+    if type(error) is ProcessDied:
         more = {} if error.signal is None else {"signal": error.signal}
-        return codec.dumps_error("process_died", codec.describe(error), type="ProcessDied", **more)
-    return codec.describe_error(error, reason="timeout" if isinstance(error, TimedOut) else "raised")
+        return codec.dumps_error("process_died", exceptions.message(error), type="ProcessDied", **more)
+    return codec.describe_error(error, reason="timeout" if type(error) is TimedOut else "raised")
