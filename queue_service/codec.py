@@ -6,10 +6,11 @@ because a finish must never be lost for a character. Both leave here as text tha
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -17,9 +18,12 @@ from queue_service import exceptions
 from queue_service.errors import PayloadRefused
 
 REPLACEMENT = "\ufffd"
+_NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # jsonb nests no deeper than the server's stack allows; Python's own limit is lower, and this one is below both.
 MAX_DEPTH = 200
+# Of a number; Python reads no more than 4,300.
+MAX_DIGITS = 4_000
 MAX_ERROR_TEXT = exceptions.MAX_MESSAGE
 
 _encode = msgspec.json.Encoder().encode
@@ -49,7 +53,7 @@ def dumps(value: Any, *, what: str, limit: int) -> str:
     text = encoded.decode()
     _refuse_depth(text, stored, what)
     if "null" in text or "\\u0000" in text:
-        _refuse_unstorable(msgspec.to_builtins(value, str_keys=True), what)
+        _refuse_unstorable(_plain(value), what)
         _refuse_unstorable(stored, what)
     return text
 
@@ -69,12 +73,48 @@ def dumps_result(value: Any, *, limit: int) -> str:
         return dumps(value, what="result", limit=limit)
     except PayloadRefused:
         try:
-            cleaned = sanitised(msgspec.to_builtins(value, str_keys=True))
+            cleaned = sanitised(_plain(value))
         except RecursionError:
             raise PayloadRefused(f"The result is nested deeper than {MAX_DEPTH} levels.") from None
         except Exception as refused:  # noqa: BLE001 - as in `dumps`
             raise PayloadRefused(f"The result is not JSON: {exceptions.message(refused)}.") from None
         return dumps(cleaned, what="result", limit=limit)
+
+
+class Readable(NamedTuple):
+    """A JSON value, and what of it could not be read as it is stored: None where all of it was."""
+
+    value: Any
+    flaw: str | None = None
+
+
+def read(text: str | None) -> Readable:
+    """What is stored as JSON, whoever has stored it. In the place of what cannot be read (a number that is too large,
+    levels that are too deep) stands None. No text is None, too."""
+    if text is None:
+        return Readable(None)
+    try:
+        return Readable(loads(text))
+    except Exception as refused:  # noqa: BLE001 - it is stored: what is wrong with it is said, not raised
+        return Readable(_salvaged(text), exceptions.message(refused))
+
+
+def read_object(text: str | None) -> Readable:
+    """As `read`, of what is to be an object; {} for anything else."""
+    value, flaw = read(text)
+    if isinstance(value, dict):
+        return Readable(value, flaw)
+    return Readable({}, flaw or "It is no JSON object.")
+
+
+def read_body(text: str | None, flaw: str | None = None) -> Any:
+    """As `read`, of what is passed on to others: it says itself what of it could not be read, as `unreadable`. `flaw` is
+    what was found before."""
+    value, found = read(text)
+    flaw = flaw or found
+    if flaw is None:
+        return value
+    return {**(value if isinstance(value, dict) else {}), "unreadable": flaw}
 
 
 def describe_error(error: BaseException, *, reason: str = "raised") -> str:
@@ -102,6 +142,49 @@ def sanitised(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [sanitised(item, depth + 1) for item in value]
     return value
+
+
+def _salvaged(text: str) -> Any:
+    try:
+        return json.loads(_flattened(text), parse_int=_integer, parse_float=_float, parse_constant=lambda _: None)
+    except Exception:  # noqa: BLE001 - then nothing of it can be read
+        return None
+
+
+def _flattened(text: str) -> str:
+    """Without what is nested deeper than MAX_DEPTH."""
+    kept: list[str] = []
+    depth = start = 0
+    for token in _NESTING.finditer(text):
+        if token[0] in {"{", "["}:
+            depth += 1
+            if depth == MAX_DEPTH + 1:
+                kept += [text[start : token.start()], "null"]
+        elif token[0] in {"}", "]"}:
+            depth -= 1
+            if depth == MAX_DEPTH:
+                start = token.end()
+    return "".join(kept) + text[start:]
+
+
+def _integer(digits: str) -> int | None:
+    return int(digits) if len(digits) <= MAX_DIGITS else None
+
+
+def _float(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+def _plain(value: Any) -> Any:
+    """Made of dicts, lists, texts and numbers."""
+    return msgspec.to_builtins(value, str_keys=True, enc_hook=_plain_raw)
+
+
+def _plain_raw(value: Any) -> Any:
+    if isinstance(value, msgspec.Raw):
+        return loads(value)
+    raise NotImplementedError
 
 
 def _clean_key(key: Any) -> Any:

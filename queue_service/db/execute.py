@@ -15,8 +15,9 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.rows import tuple_row
 
-from queue_service.db.query import Query
+from queue_service.db.query import Query, Rows
 from queue_service.db.revision import HEAD
+from queue_service.db.rows import salvaged
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 
 T = TypeVar("T")
@@ -49,7 +50,10 @@ async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline
                 # Not conn.cursor(): a caller's connection may make cursors and rows of other kinds.
                 cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
                 await cursor.execute(query.text.encode(), query.params, binary=True)
-                rows = await cursor.fetchall() if cursor.description else []
+                try:
+                    rows: Rows = await cursor.fetchall() if cursor.description else []
+                except Exception:  # noqa: BLE001 - each type has its own errors
+                    rows = salvaged(cursor)
         except TimeoutError:
             # Whether the statement ran is not known; the connection's state is not either. It must not be used again.
             await conn.close()
@@ -62,7 +66,10 @@ def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:
     with translated():
         cursor = psycopg.Cursor(conn, row_factory=tuple_row)
         cursor.execute(query.text.encode(), query.params, binary=True)
-        rows = cursor.fetchall() if cursor.description else []
+        try:
+            rows: Rows = cursor.fetchall() if cursor.description else []
+        except Exception:  # noqa: BLE001 - each type has its own errors
+            rows = salvaged(cursor)
     return query.decode(rows)
 
 

@@ -20,6 +20,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     Kind `gap` is made up by whoever reads: events `body["from"]` to `body["to"]` are no longer stored, and `body["head"]`
     is the last one that is. Where `to` is beyond the head, the database went back, and the stream goes on after the head.
+    Where something of an event cannot be read as it is stored, `body["unreadable"]` says what; None stands in its place.
     """
 
     stream: str

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
-from queue_service.codec import loads
+from queue_service.codec import read_body
 from queue_service.db.query import Query, Rows, found, json_literal, scalar
+from queue_service.db.rows import flaw_of
 from queue_service.db.statements import Statements
 from queue_service.events.model import Event, Stream, StreamState
 
@@ -99,6 +100,13 @@ def aged(age: timedelta, *, after: str, limit: int) -> Query[list[tuple[str, int
 
 def _events(rows: Rows) -> list[Event]:
     return [
-        Event(stream=row[0], seq=row[1], kind=row[2], terminal=row[3], created_at=row[4], body=loads(row[5]))
+        Event(
+            stream=row[0],
+            seq=row[1],
+            kind=row[2],
+            terminal=row[3],
+            created_at=row[4],
+            body=read_body(row[5], flaw_of(row)),
+        )
         for row in rows
     ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from queue_service.codec import loads
+from queue_service.codec import read_object
 from queue_service.db.query import Query, Rows, column, nothing, scalar
 from queue_service.db.statements import Statements
 
@@ -41,7 +41,9 @@ def leave(worker_id: int) -> Query[None]:
 
 def listed(silence: timedelta) -> Query[list[WorkerRow]]:
     def decode(rows: Rows) -> list[WorkerRow]:
-        return [WorkerRow(row[0], row[1], row[2], loads(row[3]), row[4], row[5], row[6], row[7]) for row in rows]
+        return [
+            WorkerRow(row[0], row[1], row[2], read_object(row[3]).value, row[4], row[5], row[6], row[7]) for row in rows
+        ]
 
     return SQL.query("listed", decode, silence=silence)
 

@@ -106,12 +106,13 @@ insert into queue_service.leases (worker_id, expires_at, run_ids, limited, final
     returning id
 
 -- define: take_picked
--- Takes what was picked. That is locked, and so still queued; the guard stands where it is written all the same.
+-- Takes what was picked. That is locked, and so still queued; the guard stands where it is written all the same. A run whose
+-- attempts have come to the end of the integers comes without its payload: no claim on it differs from the one before.
 update queue_service.runs
-   set state = 'running', attempt = runs.attempt + 1, claimed_at = clock_timestamp(), lease_id = lease.id
+   set state = 'running', attempt = runs.attempt + (runs.attempt < 2147483647)::integer, claimed_at = clock_timestamp(), lease_id = lease.id
   from lease
  where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
-returning runs.id, runs.queue, runs.task, runs.payload::text, runs.attempt, runs.failures, runs.losses, runs.priority,
+returning runs.id, runs.queue, runs.task, case when runs.attempt < 2147483647 then runs.payload::text end, runs.attempt, runs.failures, runs.losses, runs.priority,
           runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts, runs.retry_delay, runs.timeout,
           runs.singleton_key, runs.ordering_key, runs.organization_id, runs.metadata::text, runs.lease_id
 

@@ -29,7 +29,7 @@ with freed as (
 )
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
-       failures + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts, priority,
+       least(failures, 2147483646) + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts, priority,
        coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key, organization_id,
        retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error), attempts
   from gone
@@ -57,7 +57,7 @@ with freed as (
 ), cancelled as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
-           failures + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts, priority,
+           least(failures, 2147483646) + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
            metadata, null, coalesce(outcome -> 'error', jsonb_build_object('reason', 'cancelled', 'message',
                'It was cancelled while it ran.')), attempts
@@ -66,7 +66,7 @@ with freed as (
 ), queued as (
     update queue_service.runs
        set state = 'queued', lease_id = null, claimed_at = null,
-           failures = failures + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
+           failures = least(failures, 2147483646) + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
            run_at = coalesce(clock_timestamp() + make_interval(secs => ({outcome} ->> 'delay')::float8), run_at),
            error = coalesce({outcome} -> 'error', error), reserved_for = {outcome} ->> 'reserved_for', progress = null,
            attempts = case when ({outcome} -> 'failed')::boolean then (

@@ -29,7 +29,7 @@ with lapsed as materialized (
        and expires_at < clock_timestamp()
     returning id, worker_id, run_ids, final_tasks
 ), lost as materialized (
-    select id, cancel_requested or losses + 1 >= %(max_losses)s
+    select id, cancel_requested or least(losses, 2147483646) + 1 >= %(max_losses)s
                or coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                as is_over
       from queue_service.runs
@@ -44,18 +44,18 @@ with lapsed as materialized (
 ), ended as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at,
-           (select lapsed.worker_id from lapsed where lapsed.id = gone.lease_id), attempt, failures, losses + 1,
+           (select lapsed.worker_id from lapsed where lapsed.id = gone.lease_id), attempt, failures, least(losses, 2147483646) + 1,
            max_attempts, priority, case when cancel_requested then 'cancelled' else 'failed' end, queue, task, payload,
            singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, null,
            jsonb_build_object('reason', 'worker_lost', 'message',
-               format('The worker was lost while this run was with it, for the %%s. time.', losses + 1) || case
+               format('The worker was lost while this run was with it, for the %%s. time.', least(losses, 2147483646) + 1) || case
                when coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                then ' Its task says on_lost="fail": it is begun again only if you retry it.' else '' end), attempts
       from gone
     returning id, state, queue, priority
 ), queued as (
     update queue_service.runs
-       set state = 'queued', lease_id = null, claimed_at = null, losses = losses + 1,
+       set state = 'queued', lease_id = null, claimed_at = null, losses = least(losses, 2147483646) + 1,
            error = jsonb_build_object(
                'reason', 'worker_lost', 'message', 'The worker was lost while this run was with it.'), progress = null,
            attempts = (select {attempts_and_this}

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import msgspec
 
-from queue_service.codec import loads
 from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs import context, stopped
 from queue_service.runs.claim import Claim, assert_held
@@ -64,12 +63,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One unit of work, as it was when it was read. `payload`, `metadata`, `result` and `error` are JSON values.
 
     `error` is an object with `reason` (`raised`, `timeout`, `process_died`, `worker_lost`, `interrupted`, `cancelled`,
-    `expired`, `result_refused`), `message`, and where an exception was raised `type` and `traceback`; with `process_died`
-    also `signal`, where it was one. Of a live run it is the last failure's.
+    `expired`, `result_refused`, `unreadable`), `message`, and where an exception was raised `type` and `traceback`; with
+    `process_died` also `signal`, where it was one. Of a live run it is the last failure's.
     `attempt` counts claims, `failures` counts errors of the handler, `losses` counts workers that vanished.
     `attempts` are the one that goes on or was the last, and before it up to 20 that failed or lost their worker: what was
     snoozed or handed back is not among them, and numbers are missing. A handler's own run comes without them.
     `reported` is the progress that the handler at work reported last, `progress` in JSON.
+    `unreadable` says what of the run could not be read as it is stored, which somebody has put there by other means than
+    this library; None is as it should be. Such a run is never begun. What could not be read is None or the nearest value.
     """
 
     id: int
@@ -99,6 +100,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     cancel_requested: bool = False
     attempts: tuple[Attempt, ...] = ()
     reported: Progress | None = msgspec.field(default=None, name="progress")
+    unreadable: str | None = None
 
     @property
     def claim(self) -> Claim:
@@ -219,8 +221,3 @@ class Floor(NamedTuple):
 
     run_at: datetime
     id: int
-
-
-def json_or_none(text: str | None) -> Any:
-    """The JSON value in this text; None where there is no text."""
-    return None if text is None else loads(text)

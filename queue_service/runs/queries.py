@@ -355,4 +355,5 @@ def _scan(rows: Rows) -> Scan:
 
 
 def _allowed(rows: Rows) -> Allowed:
-    return Allowed(read_claimed([row for row in rows if row[0] is not None]), {row[-2]: row[-1] for row in rows})
+    taken = type(rows)(row for row in rows if row[0] is not None)  # type: ignore[call-arg]
+    return Allowed(read_claimed(taken), {row[-2]: row[-1] for row in rows})

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from queue_service.codec import loads
+from queue_service.codec import read_object
 from queue_service.db.query import Query, Row, Rows, found, scalar
 from queue_service.db.statements import Statements
 from queue_service.schedules.model import DueSchedule, Firing, Misfire, NewSchedule, Schedule
@@ -124,7 +124,7 @@ def fire(firings: Sequence[Firing], *, retention: timedelta) -> Query[list[Fired
 
 def _schedule(row: Row) -> Schedule:
     return Schedule(
-        name=row[0], task=row[1], queue=row[2], payload=loads(row[3]), priority=row[4], expires_in=row[5], cron=row[6],
-        every=row[7], timezone=row[8], misfire=Misfire(row[9]), next_at=row[10], paused_at=row[11], created_at=row[12],
-        updated_at=row[13], last_slot=row[14], last_run_id=row[15],
+        name=row[0], task=row[1], queue=row[2], payload=read_object(row[3]).value, priority=row[4], expires_in=row[5],
+        cron=row[6], every=row[7], timezone=row[8], misfire=Misfire(row[9]), next_at=row[10], paused_at=row[11],
+        created_at=row[12], updated_at=row[13], last_slot=row[14], last_run_id=row[15],
     )  # fmt: skip

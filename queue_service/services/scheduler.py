@@ -17,7 +17,7 @@ from queue_service.cron import Recurrence
 from queue_service.db import channels
 from queue_service.db.channels import Notify
 from queue_service.db.query import Fetch
-from queue_service.errors import ConfigError
+from queue_service.exceptions import message
 from queue_service.logs import get_logger
 from queue_service.schedules import queries
 from queue_service.schedules.model import DueSchedule, Firing, Misfire
@@ -66,7 +66,7 @@ class Scheduler:
     def _firing(self, due: DueSchedule, look: Look) -> Firing | None:
         try:
             return firing(due, look)
-        except ConfigError as refused:
+        except Exception as refused:  # noqa: BLE001 - a schedule that means nothing must not hold up the others
             self._refuse(due.name, refused)
             return None
 
@@ -98,7 +98,7 @@ class Scheduler:
 
     def _refuse(self, name: str, refused: Exception) -> None:
         # Without the lines that follow: they show the row, which is another one each time.
-        why = str(refused).partition("\n")[0]
+        why = message(refused).partition("\n")[0]
         if self._refused.get(name) != why:
             log.error("a schedule cannot fire; it stays due", schedule=name, why=why)
         self._refused[name] = why
@@ -106,7 +106,7 @@ class Scheduler:
 
 def firing(due: DueSchedule, look: Look) -> Firing:
     """What a due schedule does now: the slots it fires for, as its misfire policy says, and its next one. Raises
-    ConfigError where its recurrence means nothing on this machine."""
+    ConfigError where its recurrence means nothing on this machine, and OverflowError where it leads too far."""
     recurrence = Recurrence(due.cron, due.every, due.timezone)
     most = MAX_SLOTS if due.misfire is Misfire.ALL else 1
     slots = cron.newest(recurrence, due.next_at, look.now, most)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from queue_service.codec import loads
+from queue_service.codec import read_body, read_object
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.query import Query, Rows, column, found, interval_literal, json_literal, scalar
+from queue_service.db.rows import flaw_of
 from queue_service.db.statements import Statements
 from queue_service.turns.model import (
     SENTENCES,
@@ -264,7 +265,7 @@ def _standing(rows: Rows) -> Standing | None:
             kind=kind,
             code=known_code(code),
             seq=seq,
-            body=None if body is None else loads(body),
+            body=read_body(body, flaw_of(rows[0])),
         )
     return Standing(stream=stream, outcome=outcome, seconds_left=left)
 
@@ -273,8 +274,8 @@ def _markers(rows: Rows) -> list[Marker]:
     return [
         Marker(
             deployment=row[0], message_id=row[1], stream=row[2], platform=row[3], channel_id=row[4], user_id=row[5],
-            organization_id=row[6], metadata=row[7], armed_at=row[8], deadline=row[9], admitted_at=row[10],
-            admission=row[11], execution=row[12], run_id=row[13], failure_code=known_code(row[14]),
+            organization_id=row[6], metadata=read_object(row[7]).value, armed_at=row[8], deadline=row[9],
+            admitted_at=row[10], admission=row[11], execution=row[12], run_id=row[13], failure_code=known_code(row[14]),
             failure_reason=row[15], overdue=row[16],
         )
         for row in rows

@@ -37,7 +37,8 @@ select (select count(*) from (select from queue_service.turn_markers limit %(mos
 
 -- name: page
 -- Markers, those first that lapse first, after the place `after_*` says.
-select {marker_fields}, m.deadline, m.admitted_at, m.admission, m.execution, m.run_id, m.failure_code,
+select m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata::text,
+       m.armed_at, m.deadline, m.admitted_at, m.admission, m.execution, m.run_id, m.failure_code,
        m.failure_reason, m.deadline < clock_timestamp()
   from queue_service.turn_markers as m
  where (%(deployment)s::text is null or m.deployment = %(deployment)s)

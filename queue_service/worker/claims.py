@@ -13,6 +13,7 @@ from queue_service.runs.model import Run
 from queue_service.runs.queries import Claimant, DuePriority, Wanted
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
+from queue_service.worker.handlers import results
 from queue_service.worker.leases import Held, Leases
 from queue_service.worker.pace import Alarm, Pace
 from queue_service.worker.queue_state import Asked, QueueState, Source
@@ -57,7 +58,10 @@ class Claims:
         claim = self._claim_within_limits if limited else self._claim_without_limits
         held: defaultdict[str, list[Held]] = defaultdict(list)
         for each in self._leases.take(await claim(source, asked), limited=limited):
-            held[each.run.queue].append(each)
+            if each.run.unreadable is None:
+                held[each.run.queue].append(each)
+            else:
+                self._end_unread(each)
         for state, count in asked:
             got = held[state.name]
             if source is Source.QUEUE:
@@ -103,13 +107,22 @@ class Claims:
         run, _ = claimed[0]
         state = self._states[run.queue]
         log.info("running alone, since it lost its worker before", run_id=run.id)
-        self._offer(state.executor, self._leases.take(claimed, limited=state.has_limit))
+        (held,) = self._leases.take(claimed, limited=state.has_limit)
+        if run.unreadable is None:
+            self._offer(state.executor, [held])
+        else:
+            self._end_unread(held)
         return True
 
     def hand_back_stalled(self, now: float) -> None:
         """Give up what waits behind handlers that stopped ending: another worker may be free."""
         for state in self._states.values():
             self._finisher.hand_back(state.executor.take_back_stalled(now))
+
+    def _end_unread(self, held: Held) -> None:
+        run = held.run
+        log.error("a run cannot be read, and ends", run_id=run.id, queue=run.queue, task=run.task, why=run.unreadable)
+        self._finisher.put(held, results.unreadable(run))
 
     def _offer(self, executor: Executor, held: list[Held]) -> None:
         if self._alarm.is_stopping:

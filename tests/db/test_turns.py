@@ -239,7 +239,7 @@ class TestDispatching:
 
     async def test_leaves_nothing_behind_where_the_run_is_refused(self, app: App, conn: Connection) -> None:
         with pytest.raises(pg.DataError):
-            await app.turns.dispatch(turn(), "agent_turn", {"n": msgspec.Raw(b"1e200000")})
+            await app.turns.dispatch(turn(), "agent_turn", {"n": msgspec.Raw(b"1e-20000")})
         with pytest.raises(PayloadRefused):
             await app.turns.dispatch(turn(), "agent_turn", {"n": math.nan})
         assert await rows(conn, "select from queue_service.turn_outcomes") == []
@@ -469,7 +469,7 @@ class TestAReply:
         [
             ({"t": "a\x00b"}, "reply"), ({"t": "\ud800"}, "reply"), ({"n": math.nan}, "reply"), ({"\x00": 1}, "reply"),
             ({"t": "x" * 300_000}, "error"), (json.loads('{"a":' * 250 + "1" + "}" * 250), "error"), ("text", "error"),
-            ([], "error"), (None, "error"), ({"o": object()}, "error"), ({"n": msgspec.Raw(b"1e200000")}, "error"),
+            ([], "error"), (None, "error"), ({"o": object()}, "error"), ({"n": msgspec.Raw(b"1e-20000")}, "error"),
             ({"n": msgspec.Raw(b"no json")}, "error"),
         ],
         ids=["NUL", "half", "NaN", "NUL key", "large", "deep", "text", "list", "None", "object", "number", "raw"],
@@ -830,7 +830,7 @@ class TestManyCallsAtOnce:
     async def test_a_reply_that_the_database_refuses_fails_alone(self, app: App) -> None:
         await armed(app, *(f"m{n}" for n in range(10)))
         bodies: list[dict[str, Any]] = [{"n": n} for n in range(10)]
-        bodies[4] = {"n": msgspec.Raw(b"1e200000")}
+        bodies[4] = {"n": msgspec.Raw(b"1e-20000")}
         answers = await asyncio.gather(
             *(app.turns.commit_reply("dep-1", [f"m{n}"], body) for n, body in enumerate(bodies))
         )
@@ -841,7 +841,7 @@ class TestManyCallsAtOnce:
     async def test_an_arm_that_is_refused_fails_alone(self, app: App) -> None:
         await armed(app, "m3")
         await app.turns.commit_reply("dep-1", ["m3"], {})
-        poisoned = turn("m5", metadata={"n": msgspec.Raw(b"1e200000")})
+        poisoned = turn("m5", metadata={"n": msgspec.Raw(b"1e-20000")})
         turns = [poisoned if n == 5 else turn(f"m{n}") for n in range(10)]
         answers = await asyncio.gather(*map(app.turns.arm, turns), return_exceptions=True)
         assert [type(each) for each in answers if each is not True] == [TurnEnded, pg.NumericValueOutOfRange]

@@ -314,3 +314,69 @@ class Wordless(Exception):
 def test_an_error_without_words_is_called_by_its_type(kind: type[Exception]) -> None:
     body = json.loads(codec.describe_error(kind()))
     assert (body["message"], body["type"]) == (kind.__name__, kind.__name__)
+
+
+# Reading what is stored, whoever stored it
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_what_can_be_read_is_read_as_it_is(value: Any) -> None:
+    assert codec.read(json.dumps(value)) == (value, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": 1, "n": 1e5000}', {"a": 1, "n": None}),
+        ('{"a": "[{", "n": ' + "9" * 5_000 + "}", {"a": "[{", "n": None}),
+        ('["\\\\", ' + "[" * 3_000 + "]" * 3_000 + ', "after \\"]"]', None),
+        ("no JSON", None),
+    ],
+    ids=["number", "digits", "deep", "no JSON"],
+)
+def test_of_what_cannot_be_read_the_rest_is(text: str, value: Any) -> None:
+    read, flaw = codec.read(text)
+    assert flaw
+    if value is None and text.startswith("["):
+        assert (read[0], read[2]) == ("\\", 'after "]')
+        depth = 1
+        level = read[1]
+        while level:
+            (level,), depth = level, depth + 1
+        assert depth == codec.MAX_DEPTH
+    else:
+        assert read == value
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "null", None, "1e5000"])
+def test_what_is_no_object_is_an_empty_one_with_a_flaw(text: str | None) -> None:
+    read, flaw = codec.read_object(text)
+    assert read == {}
+    assert flaw
+
+
+@pytest.mark.parametrize(
+    "raw", [b"1e5000", b"1" * 5_000, b"[" * 201 + b"]" * 201, b'"\xff"', b'"\\ud800"', b'"\\u0000"', b"{"]
+)
+@pytest.mark.parametrize(
+    "wrap", [lambda raw: {"n": raw}, lambda raw: {"deep": [{"n": raw, "x": None}]}], ids=["flat", "deep"]
+)
+def test_raw_json_that_could_not_be_read_back_is_refused(raw: bytes, wrap: Any) -> None:
+    with pytest.raises(PayloadRefused):
+        stored(wrap(msgspec.Raw(raw)))
+    # Of a result, what can be replaced is.
+    if raw != b'"\\u0000"':
+        with pytest.raises(PayloadRefused):
+            result_text(wrap(msgspec.Raw(raw)))
+    else:
+        assert codec.REPLACEMENT in json.dumps(json.loads(result_text(wrap(msgspec.Raw(raw)))), ensure_ascii=False)
+
+
+@pytest.mark.parametrize("raw", [b"1e300", b"[1, 2]", b'"\\u00e9"', b"null"])
+def test_raw_json_that_can_be_read_back_is_stored(raw: bytes) -> None:
+    assert json.loads(stored({"n": msgspec.Raw(raw)})) == {"n": json.loads(raw)}

@@ -74,9 +74,8 @@ async def test_an_error_of_ours_that_was_made_into_something_else_is_a_failure(a
         def __init__(self) -> None:
             pass
 
-        @property
-        def run_id(self) -> int:  # type: ignore[misc]
-            raise SystemExit(1)
+        def __getattribute__(self, name: str) -> Any:
+            raise SystemExit(name)
 
     class Later(RetryLater):
         def __init__(self) -> None:
@@ -105,9 +104,8 @@ async def test_an_error_of_ours_that_was_made_into_something_else_is_a_failure(a
 class Liar:
     """Says that it is a Snooze, and raises whenever it is looked at."""
 
-    @property
-    def __class__(self) -> Any:
-        raise SystemExit("looked at")
+    def __getattribute__(self, name: str) -> Any:
+        raise SystemExit(name)
 
 
 class Bare(Snooze):

@@ -56,6 +56,14 @@ def cancelled(run: Run, reason: str = "It was cancelled while it ran.") -> Endin
     return Ending(run.claim, RunState.CANCELLED, error=codec.dumps_error("cancelled", reason))
 
 
+def unreadable(run: Run) -> Ending:
+    message = (
+        f"It cannot be read as it is stored: {run.unreadable}. Something else than this library has stored it so; its "
+        "payload is kept as it is."
+    )
+    return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("unreadable", message))
+
+
 def interrupted(run: Run) -> Ending:
     message = (
         'Its worker stopped before it ended. Its task says on_lost="fail": it is begun again only if you retry it.'
