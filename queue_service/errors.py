@@ -4,6 +4,7 @@
     ├── ConfigError              a setting, an option or a URL cannot be used
     ├── PayloadRefused           a payload, a result or metadata cannot be stored as it is
     ├── DatabaseUnavailable      the server cannot be reached, or a deadline passed; trying again may help
+    ├── DatabaseRefused          the database said no to a statement, and would again; its own words say why
     ├── SchemaMismatch           the database has another revision than this code was built for
     ├── EmbeddedUnavailable      the bundled Postgres is not installed, or did not start
     ├── TaskUnknown              no task of that name is registered here
@@ -46,6 +47,14 @@ class PayloadRefused(QueueServiceError, ValueError):
 
 class DatabaseUnavailable(QueueServiceError):
     exit_code = 3
+
+
+class DatabaseRefused(QueueServiceError):
+    """The driver's error is the `__cause__`."""
+
+
+class ValueRefused(DatabaseRefused, PayloadRefused):
+    """A PayloadRefused that only the database could find."""
 
 
 class EmbeddedUnavailable(QueueServiceError):

@@ -14,7 +14,6 @@ from psycopg import errors as pg
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.core import Core
 from queue_service.db import channels
-from queue_service.db.execute import REFUSED
 from queue_service.db.steps import MAX_TRIES
 from queue_service.errors import (
     ConfigError,
@@ -23,6 +22,7 @@ from queue_service.errors import (
     StreamEnded,
     TurnEnded,
     TurnUnknown,
+    ValueRefused,
 )
 from queue_service.logs import get_logger
 from queue_service.services.combiner import BUSY, Busy, Combiner
@@ -348,7 +348,7 @@ class Turns:
             return await self._core.fetch(queries.end(endings, notify=True), conn)
         try:
             return await self._ending(endings)
-        except REFUSED as refused:
+        except ValueRefused as refused:
             # What our own look at it let pass, the database did not. The turn is owed an ending all the same.
             log.error("the database refused a reply", deployment=endings[0].deployment, why=type(refused).__name__)
             why = TurnFailure("reply_refused", reason=f"The database could not store the reply: {refused}")

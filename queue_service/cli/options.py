@@ -21,6 +21,7 @@ from queue_service import settings as settings_module
 from queue_service.app import App
 from queue_service.cli import render
 from queue_service.db import url
+from queue_service.db.meaning import meaning
 from queue_service.errors import ConfigError, DatabaseUnavailable, QueueServiceError, nearest
 from queue_service.settings import Settings
 
@@ -116,10 +117,7 @@ def _failure(error: Exception) -> click.ClickException:
     if isinstance(error, QueueServiceError):
         return Failure(error)
     if isinstance(error, pg.InsufficientPrivilege):
-        return click.ClickException(
-            f"The database does not allow it: {str(error).splitlines()[0]}. Connect as the user that migrated it, "
-            "who owns the schema queue_service; to migrate, as one that may create a schema."
-        )
+        return click.ClickException(str(meaning(error)))
     return click.ClickException(f"{type(error).__name__}: {error} (--debug shows where)")
 
 

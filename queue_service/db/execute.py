@@ -15,19 +15,17 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.rows import tuple_row
 
+from queue_service.db.meaning import meaning
 from queue_service.db.query import Query, Rows
-from queue_service.db.revision import HEAD
 from queue_service.db.rows import salvaged
-from queue_service.errors import DatabaseUnavailable, SchemaMismatch
+from queue_service.errors import DatabaseRefused, DatabaseUnavailable
 
 T = TypeVar("T")
 
 DEADLINE = 30.0
 
-# What the database says of a value it cannot store, however often it is sent.
-REFUSED = (psycopg.DataError, pg.ProgramLimitExceeded, pg.StatementTooComplex)
-
-_SCHEMA_MISSING = (pg.UndefinedTable, pg.InvalidSchemaName, pg.UndefinedColumn, pg.UndefinedFunction)
+# What the database raises when it has answered, and said no: another statement may go through.
+REFUSED = (DatabaseRefused, psycopg.Error)
 
 
 @contextmanager
@@ -83,25 +81,11 @@ def may_repeat(error: psycopg.Error) -> bool:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Driver errors that a caller can act on, as ours; the others pass unchanged, since they are mistakes of ours."""
+    """Driver errors that a caller can act on, as ours; the others pass unchanged."""
     try:
         yield
-    except (pg.SerializationFailure, pg.DeadlockDetected, *REFUSED):
-        raise
-    except pg.QueryCanceled as slow:
-        raise DatabaseUnavailable(f"The database gave up on a statement: {_first_line(slow)}.") from slow
-    except pg.LockNotAvailable as held:
-        raise DatabaseUnavailable(
-            "Another transaction has held what this needs for too long. Is one left open? Try again."
-        ) from held
-    except _SCHEMA_MISSING as missing:
-        raise SchemaMismatch(None, HEAD) from missing
-    except (psycopg.OperationalError, psycopg.InterfaceError, pg.ReadOnlySqlTransaction) as lost:
-        raise DatabaseUnavailable(
-            f"The database cannot be reached: {_first_line(lost)}. Is the server up, and the database URL right?"
-        ) from lost
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    except psycopg.Error as error:
+        ours = meaning(error)
+        if ours is None:
+            raise
+        raise ours from error

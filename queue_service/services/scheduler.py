@@ -10,12 +10,11 @@ import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
 
-import psycopg
-
 from queue_service import cron
 from queue_service.cron import Recurrence
 from queue_service.db import channels
 from queue_service.db.channels import Notify
+from queue_service.db.execute import REFUSED
 from queue_service.db.query import Fetch
 from queue_service.exceptions import message
 from queue_service.logs import get_logger
@@ -78,14 +77,14 @@ class Scheduler:
         if together:
             try:
                 count += self._announce(await self._fetch(queries.fire(together, retention=self._retention)))
-            except psycopg.Error as refused:
+            except REFUSED as refused:
                 log.error("a batch of schedules cannot fire; trying each", why=str(refused))
                 singly += together
         for each in singly:
             try:
                 count += self._announce(await self._fetch(queries.fire([each], retention=self._retention)))
                 self._refused.pop(each.due.name, None)
-            except psycopg.Error as refused:
+            except REFUSED as refused:
                 self._refuse(each.due.name, refused)
         return count
 

@@ -12,11 +12,11 @@ from collections.abc import Collection
 from datetime import timedelta
 from typing import NamedTuple
 
-import psycopg
 from psycopg import errors as pg
 
 from queue_service.db import channels
 from queue_service.db.channels import Notify
+from queue_service.db.execute import REFUSED
 from queue_service.db.query import Fetch
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
@@ -89,7 +89,7 @@ class Sweeper:
     async def _sweep_turns(self) -> list[EndedTurn]:
         try:
             swept: list[EndedTurn] = await self._fetch(turns.sweep(limit=TURN_LIMIT))
-        except psycopg.Error as refused:
+        except REFUSED as refused:
             log.error("a batch of turns cannot be ended; trying each", why=str(refused))
             return await self._sweep_singly()
         return swept
@@ -100,7 +100,7 @@ class Sweeper:
         for deployment, message_id in await self._fetch(turns.overdue(limit=SINGLES)):
             try:
                 ended += await self._fetch(turns.sweep_one(deployment, message_id))
-            except psycopg.Error as refused:
+            except REFUSED as refused:
                 log.error("a turn cannot be ended", deployment=deployment, message_id=message_id, why=str(refused))
         return ended
 

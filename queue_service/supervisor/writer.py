@@ -9,8 +9,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import psycopg
-
 from queue_service.app import App
 from queue_service.backoff import Pauses
 from queue_service.db.execute import REFUSED
@@ -26,8 +24,8 @@ T = TypeVar("T")
 # Between two tries to reach the database, in seconds.
 FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 # What cannot be stored however often it is sent.
-HOPELESS = (ConfigError, PayloadRefused, StreamEnded, *REFUSED)
-LOST = (DatabaseUnavailable, SchemaMismatch, psycopg.Error)
+HOPELESS = (ConfigError, PayloadRefused, StreamEnded)
+LOST = (DatabaseUnavailable, SchemaMismatch, *REFUSED)
 
 
 class Writer:

@@ -16,9 +16,8 @@ from psycopg import errors as pg
 
 from queue_service import codec
 from queue_service.backoff import Pauses
-from queue_service.db.execute import REFUSED
 from queue_service.db.pool import OwnConnection
-from queue_service.errors import DatabaseUnavailable
+from queue_service.errors import DatabaseUnavailable, ValueRefused
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import Ending, Return, RunState
@@ -240,7 +239,7 @@ class Finisher:
         try:
             done = await self._connection.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
             return endings if len(done) == len(endings) else [each for each in endings if each.claim in done]
-        except REFUSED as refused:
+        except ValueRefused as refused:
             if len(endings) == 1:
                 bare = _bare(endings[0], refused)
                 done = await self._connection.fetch(queries.finish([bare], worker_id=self._worker_id, freed=freed))

@@ -10,8 +10,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 
-import psycopg
-
+from queue_service.db.execute import REFUSED
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
@@ -68,7 +67,7 @@ class Reports:
             stored = await self._fetch(queries.report({claim: progress for claim, (_, progress) in due.items()}))
         except DatabaseUnavailable as lost:
             log.debug("cannot store progress; trying again", why=str(lost))
-        except psycopg.Error as refused:
+        except REFUSED as refused:
             log.warning("progress could not be stored", runs=len(due), error=type(refused).__name__)
             return
         with self._changing:

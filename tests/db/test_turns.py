@@ -19,7 +19,7 @@ from psycopg import errors as pg
 from queue_service import App, Outcome, RunState, Turn, TurnFailure
 from queue_service.app.sync import SyncApp
 from queue_service.db.pool import Connection
-from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, TurnEnded, TurnUnknown
+from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, TurnEnded, TurnUnknown, ValueRefused
 from queue_service.services import sweeper
 from queue_service.turns.model import SENTENCES, Marker
 from tests.support import eventually, one, rows, working
@@ -238,7 +238,7 @@ class TestDispatching:
         assert (await only(app)).run_id == run_id
 
     async def test_leaves_nothing_behind_where_the_run_is_refused(self, app: App, conn: Connection) -> None:
-        with pytest.raises(pg.DataError):
+        with pytest.raises(ValueRefused, match="cannot store a value"):
             await app.turns.dispatch(turn(), "agent_turn", {"n": msgspec.Raw(b"1e-20000")})
         with pytest.raises(PayloadRefused):
             await app.turns.dispatch(turn(), "agent_turn", {"n": math.nan})
@@ -844,7 +844,7 @@ class TestManyCallsAtOnce:
         poisoned = turn("m5", metadata={"n": msgspec.Raw(b"1e-20000")})
         turns = [poisoned if n == 5 else turn(f"m{n}") for n in range(10)]
         answers = await asyncio.gather(*map(app.turns.arm, turns), return_exceptions=True)
-        assert [type(each) for each in answers if each is not True] == [TurnEnded, pg.NumericValueOutOfRange]
+        assert [type(each) for each in answers if each is not True] == [TurnEnded, ValueRefused]
         assert len(await app.turns.list()) == 8
 
 
