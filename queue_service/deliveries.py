@@ -22,9 +22,10 @@ from queue_service.connections.queries import Channel
 from queue_service.db import channels
 from queue_service.errors import ConfigError, DatabaseUnavailable, QueueServiceError, nearest
 from queue_service.events.model import RESERVED, Event
+from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
 from queue_service.runs.model import Run
-from queue_service.services.loop import every
+from queue_service.services.loop import Services, every
 from queue_service.tasks import Cancel, Defer, Retry
 from queue_service.turns.model import Turn
 from queue_service.words import check_word
@@ -118,7 +119,7 @@ class Deliveries:
         self._renderers: dict[str, Renderer] = {}
         self._held: set[Channel] = set()
         self._changing = asyncio.Lock()
-        self._renewing: asyncio.Task[None] | None = None
+        self._services: Services | None = None
         app.task(queue=QUEUE, name=TASK, retry=retry)(self._deliver)
 
     def register(self, platform: str, renderer: Renderer) -> None:
@@ -140,19 +141,18 @@ class Deliveries:
     # Connections
 
     async def __aenter__(self) -> Self:
-        if self._renewing is not None:
+        if self._services is not None:
             raise ConfigError("These Deliveries are in use already. Enter them once, and share them.")
         await self._app.open()
-        self._renew_from_now_on()
+        self._services = Services()
+        self._services.ensure("connections", every(self._app.settings.lease / 3, self.renew))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        renewing, self._renewing = self._renewing, None
+        services, self._services = self._services, None
         try:
-            if renewing is not None:
-                renewing.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await renewing
+            if services is not None:
+                await services.close()
             held, self._held = self._held, set()
             # Out of reach, they lapse by themselves.
             with contextlib.suppress(DatabaseUnavailable):
@@ -165,12 +165,10 @@ class Deliveries:
         holds it. Connecting again changes nothing."""
         check_word(platform, "platform")
         check_word(channel_id, "channel_id")
-        if self._renewing is None:
+        if self._services is None:
             raise ConfigError(
                 "Connections are held inside `async with Deliveries(app) as deliveries:`. Enter it first."
             )
-        if self._renewing.done():
-            self._renew_from_now_on()
         async with self._changing:
             hold = connections.hold((platform, channel_id), self._app.identity, self._app.settings.lease)
             # A connection we had may have lapsed, and be another's by now.
@@ -200,26 +198,14 @@ class Deliveries:
             self._held -= gone
         self._tell(gone)
 
-    def _renew_from_now_on(self) -> None:
-        renewal = every(self._app.settings.lease / 3, self.renew, name="connections")
-        self._renewing = asyncio.create_task(renewal, name="connections")
-        self._renewing.add_done_callback(self._stopped)
-
-    def _stopped(self, renewing: asyncio.Task[None]) -> None:
-        if not renewing.cancelled() and (broken := renewing.exception()) is not None:
-            log.error("connections are no longer renewed; the next connect starts it again", why=repr(broken))
-            # Nobody keeps them: they are as good as another's.
-            gone, self._held = self._held, set()
-            self._tell(gone)
-
     def _tell(self, gone: Collection[Channel]) -> None:
         for platform, channel_id in sorted(gone):
             log.warning("lost the connection to a channel", platform=platform, channel_id=channel_id)
             try:
                 if self._lost is not None:
                     self._lost(platform, channel_id)
-            except Exception as error:  # noqa: BLE001 - the caller's mistake must not end the renewal of the others
-                log.error("the callback for a lost connection raised", error=repr(error))
+            except BaseException as error:  # noqa: BLE001 - the caller's mistake must not end the renewal of the others
+                log.error("the callback for a lost connection raised", error=type_name(error), why=message(error))
 
     # Deliveries
 

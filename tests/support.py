@@ -22,6 +22,7 @@ from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
 from queue_service.runs.queries import Claimant, Wanted
+from queue_service.services.loop import Service, Services
 from queue_service.settings import load
 from queue_service.testing import eventually as eventually  # noqa: PLC0414 - most tests have it from here
 from queue_service.worker.floors import FRONT
@@ -33,6 +34,11 @@ def quick_app(database: str) -> App:
     """Without tasks, and with quick clocks: leases of 3 s, polls and sweeps each 100 ms."""
     quick = {"LEASE": "3s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "DRAIN_TIMEOUT": "5s"}
     return App(database, settings=load({f"QUEUE_SERVICE_{name}": value for name, value in quick.items()}))
+
+
+def service(services: Services, name: str) -> Service:
+    """The one of this name that runs."""
+    return next(each for each in services if each.name == name)
 
 
 async def one(conn: Connection, sql: str, *params: object) -> Any:

@@ -17,18 +17,15 @@ from queue_service.db.pool import Pool, connect
 from queue_service.db.query import Query
 from queue_service.db.url import EmbeddedCluster, Server
 from queue_service.errors import ConfigError
-from queue_service.logs import get_logger
 from queue_service.services.endings import Endings
 from queue_service.services.fanout import Fanout
-from queue_service.services.loop import every
+from queue_service.services.loop import Services, every
 from queue_service.services.notifier import Notifier
 from queue_service.services.outcomes import Outcomes
 from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
 
 T = TypeVar("T")
-
-log = get_logger(__name__)
 
 
 class Opened:
@@ -37,15 +34,18 @@ class Opened:
     def __init__(self, conninfo: str, settings: Settings, cluster: Cluster | None) -> None:
         self.conninfo = conninfo
         self.pool = Pool(conninfo, size=settings.pool_size)
+        self.services = Services()
         self.notifier = Notifier(self.pool.fetch)
         self.endings = Endings(
             self.pool.fetch,
             Listener(conninfo, [channels.FINISHED]),
+            self.services,
             poll_interval=settings.poll_interval.total_seconds(),
         )
         self.fanout = Fanout(
             self.pool.fetch,
             Listener(conninfo, [channels.EVENTS]),
+            self.services,
             poll_interval=settings.poll_interval.total_seconds(),
         )
         self.outcomes = Outcomes(
@@ -57,10 +57,7 @@ class Opened:
         self._sweeper = Sweeper(
             self.pool.fetch, self.notifier.send, max_losses=settings.max_losses, grace=settings.lease / 3
         )
-        self._sweep_interval = settings.sweep_interval
-        self._sweeping: asyncio.Task[None] | None = None
-        # The sweep under way, and those that were cancelled and have not ended yet.
-        self._sweeps: set[asyncio.Task[None]] = set()
+        self._sweeping = every(settings.sweep_interval, self._sweeper.once)
         self._waiters = 0
         self._cluster = cluster
         self._pid = os.getpid()
@@ -87,12 +84,11 @@ class Opened:
         return opened
 
     async def close(self) -> None:
-        """Send the notices that wait, and let go of all connections and of the embedded cluster."""
-        self._stop_sweeping()
-        if self._sweeps:
-            await asyncio.wait(self._sweeps)
-        await self.fanout.close()
-        await self.endings.close()
+        """Wake everyone who waits, send the notices that are pending, and let go of all connections and of the embedded
+        cluster."""
+        self.fanout.close()
+        self.endings.close()
+        await self.services.close()
         await self.notifier.close()
         await self.pool.close()
         if self._cluster is not None:
@@ -106,26 +102,13 @@ class Opened:
     def sweeping(self) -> Iterator[None]:
         """Sweep in this process for the length of the block: whoever waits needs no worker to be alive somewhere."""
         self._waiters += 1
-        if self._sweeping is None or self._sweeping.done():
-            self._sweeping = asyncio.create_task(every(self._sweep_interval, self._sweeper.once, name="sweeper"))
-            self._sweeps.add(self._sweeping)
-            self._sweeping.add_done_callback(self._sweep_ended)
+        self.services.ensure("sweeper", self._sweeping)
         try:
             yield
         finally:
             self._waiters -= 1
             if not self._waiters:
-                self._stop_sweeping()
-
-    def _stop_sweeping(self) -> None:
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            self._sweeping = None
-
-    def _sweep_ended(self, sweeping: asyncio.Task[None]) -> None:
-        self._sweeps.discard(sweeping)
-        if not sweeping.cancelled() and sweeping.exception() is not None:
-            log.error("sweeping has failed; the next one who waits starts it again", why=repr(sweeping.exception()))
+                self.services.stop("sweeper")
 
     async def fetch(self, query: Query[T]) -> T:
         """Run one query on a connection of the pool, and return its result."""

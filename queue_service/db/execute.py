@@ -18,7 +18,7 @@ from psycopg.rows import tuple_row
 from queue_service.db.meaning import meaning
 from queue_service.db.query import Query, Rows
 from queue_service.db.rows import salvaged
-from queue_service.errors import DatabaseRefused, DatabaseUnavailable
+from queue_service.errors import DatabaseRefused, DatabaseUnavailable, SchemaMismatch
 
 T = TypeVar("T")
 
@@ -26,6 +26,8 @@ DEADLINE = 30.0
 
 # What the database raises when it has answered, and said no: another statement may go through.
 REFUSED = (DatabaseRefused, psycopg.Error)
+# All that comes of a statement that was not executed. While a backup is restored a table may be missing, too.
+NOT_EXECUTED = (DatabaseUnavailable, SchemaMismatch, *REFUSED)
 
 
 @contextmanager

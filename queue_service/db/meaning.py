@@ -62,7 +62,7 @@ _BY_CLASS = {
 }
 
 # What somebody's trigger raises counts among the errors of programming.
-_OF_A_TRIGGER = (pg.RaiseException, pg.PlpgsqlError, pg.AssertFailure)
+OF_A_TRIGGER = (pg.RaiseException, pg.PlpgsqlError, pg.AssertFailure)
 
 
 def meaning(error: psycopg.Error) -> QueueServiceError | None:
@@ -76,6 +76,6 @@ def meaning(error: psycopg.Error) -> QueueServiceError | None:
     state = error.sqlstate or ""
     if isinstance(error, psycopg.OperationalError) and (ours := _BY_CLASS.get(state[:2])) is not None:
         return ours(said)
-    if isinstance(error, psycopg.ProgrammingError) and not isinstance(error, _OF_A_TRIGGER):
+    if isinstance(error, psycopg.ProgrammingError) and not isinstance(error, OF_A_TRIGGER):
         return None
     return DatabaseRefused(f"The database refused a statement: {said} (SQLSTATE {state}).")

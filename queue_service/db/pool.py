@@ -7,6 +7,7 @@ statement of ours relies on.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -59,7 +60,11 @@ _TRIES = 3
 
 
 async def connect(
-    conninfo: str, *, application: str = "queue_service", lock_timeout: timedelta | None = None
+    conninfo: str,
+    *,
+    application: str = "queue_service",
+    lock_timeout: timedelta | None = None,
+    statement_timeout: timedelta | None = None,
 ) -> Connection:
     """A fresh connection with our session settings, but for what is given. Raises DatabaseUnavailable."""
     with translated():
@@ -70,6 +75,8 @@ async def connect(
                 await _configure(conn)
                 if lock_timeout is not None:
                     await _set(conn, "lock_timeout", lock_timeout)
+                if statement_timeout is not None:
+                    await _set(conn, "statement_timeout", statement_timeout)
         except TimeoutError:
             await conn.close()
             raise DatabaseUnavailable(f"The database did not answer within {DEADLINE:g} s.") from None
@@ -222,15 +229,26 @@ class OwnConnection:
     caller knows whether repeating it is right.
     """
 
-    def __init__(self, conninfo: str, *, application: str, lock_timeout: timedelta | None = None) -> None:
-        self._conninfo = conninfo
-        self._application = application
-        self._lock_timeout = lock_timeout
+    def __init__(
+        self,
+        conninfo: str,
+        *,
+        application: str,
+        lock_timeout: timedelta | None = None,
+        statement_timeout: timedelta | None = None,
+    ) -> None:
+        self._connect = functools.partial(
+            connect,
+            conninfo,
+            application=application,
+            lock_timeout=lock_timeout,
+            statement_timeout=statement_timeout,
+        )
         self._conn: Connection | None = None
 
     async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
         if self._conn is None or self._conn.closed:
-            self._conn = await connect(self._conninfo, application=self._application, lock_timeout=self._lock_timeout)
+            self._conn = await self._connect()
         try:
             return await _persistently(self._conn, query, deadline)
         except DatabaseUnavailable:

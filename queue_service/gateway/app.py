@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Self
 
 import msgspec
+import psycopg
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -20,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from queue_service.app import App
-from queue_service.errors import ConfigError, DatabaseUnavailable, QueueServiceError
+from queue_service.errors import ConfigError, QueueServiceError
 from queue_service.events import queries
 from queue_service.events.model import StreamState
 from queue_service.gateway import bodies, frames, page
@@ -236,10 +237,15 @@ class Gateway:
         try:
             async with asyncio.timeout(HEALTH_DEADLINE):
                 await self._app.fetch(queries.heads([]))
-        except (DatabaseUnavailable, TimeoutError):
-            return JSONResponse({"status": "the database does not answer", "connections": self.connections}, 503)
-        status = "stopping" if self._draining else "ok"
-        return JSONResponse({"status": status, "connections": self.connections}, 503 if self._draining else 200)
+        except (QueueServiceError, psycopg.Error, TimeoutError):
+            status, code = "the database does not answer", 503
+        else:
+            status, code = ("stopping", 503) if self._draining else ("ok", 200)
+        services = {each.name: each.condition for each in self._app.opened.services}
+        if code == 200 and not all(each.is_well for each in services.values()):
+            status = "degraded"
+        content = msgspec.json.encode({"status": status, "connections": self.connections, "services": services})
+        return Response(content, code, media_type="application/json")
 
     async def _login(self, request: Request) -> Response:
         assert isinstance(self._authorize, Token)

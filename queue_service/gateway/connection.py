@@ -13,7 +13,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 
-from queue_service.errors import DatabaseUnavailable
+from queue_service.db.execute import NOT_EXECUTED
 from queue_service.gateway import frames
 from queue_service.gateway.access import Principal
 from queue_service.logs import get_logger
@@ -125,7 +125,7 @@ class Connection:
                 continue
             try:
                 events = await watched.follower.take()
-            except DatabaseUnavailable as lost:
+            except NOT_EXECUTED as lost:
                 log.warning("streams cannot be followed; its client has to come again", why=str(lost))
                 self.leave("unavailable")
                 return b"".join(parts)

@@ -7,9 +7,10 @@
 insert into queue_service.workers (name, version, queues) values (%(name)s, %(version)s, %(queues)s::jsonb) returning id
 
 -- name: beat
--- Say that the worker is alive.
+-- Say that the worker is alive, unless another session has its row locked: a worker that waited here would lose its leases.
 -- writes: workers
-update queue_service.workers set seen_at = clock_timestamp() where id = %(worker_id)s
+update queue_service.workers set seen_at = clock_timestamp()
+ where id = any(array(select id from queue_service.workers where id = %(worker_id)s for update skip locked))
 
 -- name: leave
 -- Leave the roster, as a worker that stops does.

@@ -10,19 +10,20 @@ watched streams are compared with what was read.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from queue_service.db import channels
+from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.listener import Listener, NoticesMissed
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.events import queries
 from queue_service.events.model import Event, StreamState, gap
 from queue_service.logs import get_logger
+from queue_service.services.loop import Service, Services
 
 log = get_logger(__name__)
 
@@ -171,8 +172,15 @@ class Follower:
 
 
 class Fanout:
+    """Reads and polls in `services`, from the first stream on that is watched."""
+
     def __init__(
-        self, fetch: Callable[[Query[Any]], Awaitable[Any]], listener: Listener, *, poll_interval: float
+        self,
+        fetch: Callable[[Query[Any]], Awaitable[Any]],
+        listener: Listener,
+        services: Services,
+        *,
+        poll_interval: float,
     ) -> None:
         self._fetch = fetch
         self._listener = listener
@@ -182,15 +190,15 @@ class Fanout:
         self._behind: set[str] = set()
         self._doubtful: set[str] = set()
         self._wake = asyncio.Event()
-        self._running: asyncio.Task[None] | None = None
-        self._failure: BaseException | None = None
+        self._services = services
+        self._is_closed = False
 
     @contextmanager
     def watch(self, stream: str) -> Iterator[Tail]:
         """The tail of a stream, kept up to date for the length of the block."""
-        if self._running is None or self._running.done():
-            self._failure = None
-            self._running = asyncio.create_task(self._run(), name="fanout")
+        self._services.ensure("notices of events", self._listen)
+        self._services.ensure("polls of streams", self._poll)
+        self._services.ensure("reading of streams", self._read)
         tail = self._tails.get(stream)
         if tail is None:
             tail = self._tails[stream] = Tail(stream)
@@ -228,7 +236,7 @@ class Fanout:
         while True:
             try:
                 page: list[Event] = await self._fetch(queries.read(stream, after=cursor, limit=READ_PAGE))
-            except DatabaseUnavailable as lost:
+            except NOT_EXECUTED as lost:
                 self.check()
                 log.debug("cannot replay a stream; trying again", why=str(lost))
                 await asyncio.sleep(READ_PAUSE)
@@ -236,40 +244,23 @@ class Fanout:
                 return page
 
     async def woken(self, wakeup: asyncio.Event) -> None:
-        """Wait for a wakeup of a tail. Raises DatabaseUnavailable where the watch has ended, and nobody wakes anyone."""
-        if self._failure is None:
+        """Wait for a wakeup of a tail. Raises DatabaseUnavailable where the App was closed, and nobody wakes anyone."""
+        if not self._is_closed:
             await wakeup.wait()
         self.check()
 
     def check(self) -> None:
-        """Raise DatabaseUnavailable where the watch has ended: a new one for each who asks, since a traceback that they
-        shared would grow with every one of them."""
-        if self._failure is not None:
-            raise DatabaseUnavailable(f"Streams are followed no longer: {self._failure}") from self._failure
+        """Raise DatabaseUnavailable where the App was closed."""
+        if self._is_closed:
+            raise DatabaseUnavailable("Streams are followed no longer: this App was closed.")
 
-    async def close(self) -> None:
-        if self._running is not None:
-            self._running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._running
-        if self._tails and self._failure is None:
-            self._fail(DatabaseUnavailable("This App was closed while streams of it were followed."))
-
-    async def _run(self) -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._listen())
-                group.create_task(self._poll())
-                group.create_task(self._read())
-        except* Exception as broken:  # noqa: BLE001 - raised for those who follow
-            self._fail(broken.exceptions[0])
-
-    def _fail(self, why: BaseException) -> None:
-        self._failure = why
+    def close(self) -> None:
+        """Wake everyone who follows, to be told so."""
+        self._is_closed = True
         for tail in self._tails.values():
             tail.touch()
 
-    async def _listen(self) -> None:
+    async def _listen(self, service: Service) -> None:
         async for heard in self._listener.notices():
             appended = None if isinstance(heard, NoticesMissed) else channels.read_appended(heard.payload)
             if appended is None:
@@ -277,6 +268,7 @@ class Fanout:
                 for each in self._tails.values():
                     each.ended_turns.wake()
                 self._doubt(self._tails)
+                service.well()
                 continue
             stream, seq = appended
             tail = self._tails.get(stream)
@@ -290,19 +282,20 @@ class Fanout:
                 tail.ended_turns.wake()
                 self._doubt([stream])
 
-    async def _poll(self) -> None:
+    async def _poll(self, service: Service) -> None:
         polls = 0
         while True:
             await asyncio.sleep(self._poll_interval)
             polls += 1
             everywhere = polls % QUIET_POLLS == 0
             self._doubt([name for name, tail in self._tails.items() if everywhere or tail.state.catches_up])
+            service.well()
 
     def _doubt(self, streams: Collection[str]) -> None:
         self._doubtful.update(streams)
         self._wake.set()
 
-    async def _read(self) -> None:
+    async def _read(self, service: Service) -> None:
         """Read for all streams at once, as often as there is something to read."""
         while True:
             await self._wake.wait()
@@ -312,10 +305,12 @@ class Fanout:
                     await self._compare()
                 if self._behind:
                     await self._catch_up()
-            except DatabaseUnavailable as lost:
-                log.debug("cannot read streams; trying again", why=str(lost))
+            except Exception as lost:  # noqa: BLE001 - the next look may go through
+                service.failed(lost)
                 self._doubt(self._tails)
                 await asyncio.sleep(READ_PAUSE)
+            else:
+                service.well()
 
     async def _compare(self) -> None:
         names, self._doubtful = self._doubtful & self._tails.keys(), set()

@@ -1,33 +1,166 @@
-"""The one background loop: do something every so often, survive an outage of the database, and say so once."""
+"""Long-lived tasks. What goes wrong in one is logged and does not end it: it is tried again, or started anew after a pause
+that grows. How each does is seen by whoever asks.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
 
+import msgspec
+
+from queue_service.backoff import Pauses
 from queue_service.db.execute import cancellable
 from queue_service.errors import DatabaseUnavailable
+from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
 
 log = get_logger(__name__)
 
+FIRST_PAUSE, MAX_PAUSE = 0.1, 30.0
+# One that has worked for so many seconds begins again with the first pause.
+STEADY = 60.0
 
-async def every(interval: timedelta, once: Callable[[], Awaitable[object]], *, name: str) -> None:
-    """Call `once` for ever, with up to a tenth of the interval as jitter, so that replicas drift apart. Only an
-    unreachable database is survived; any other error is a mistake, and ends the loop for its owner to see.
+Work = Callable[["Service"], Awaitable[object]]
+
+
+class Service:
+    """One long-lived task. `work` is called with this, and called again when it raises; when it returns, so does `run`.
+
+    It is failing from the first error on until `work` says `well`, or until it has gone on for STEADY seconds.
     """
-    lost = False
-    while True:
-        try:
-            with cancellable():
-                await once()
-            if lost:
-                log.info("the database is back", service=name)
-            lost = False
-        except DatabaseUnavailable as why:
-            if not lost:
-                log.warning("the database is lost; trying again", service=name, why=str(why))
-            lost = True
-        await asyncio.sleep(interval.total_seconds() * (0.95 + 0.1 * random.random()))  # noqa: S311
+
+    def __init__(self, name: str, work: Work) -> None:
+        self.name = name
+        self.task: asyncio.Task[None] | None = None
+        self._work = work
+        #: Set once the work has returned.
+        self.has_returned = asyncio.Event()
+        #: (monotonic) When it said last that all is well, or began.
+        self.well_at = time.monotonic()
+        #: (monotonic) Since when it has been failing; None is as it should be.
+        self.failing_since: float | None = None
+        #: What was raised last, for as long as it is failing.
+        self.why: str | None = None
+
+    async def run(self) -> None:
+        """Until the work returns, or this is cancelled."""
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
+        while True:
+            began = time.monotonic()
+            try:
+                with cancellable():
+                    await self._work(self)
+            except Exception as broken:  # noqa: BLE001 - whatever it is, the work goes on
+                self.failed(broken)
+            else:
+                self.has_returned.set()
+                return
+            if time.monotonic() - began > STEADY:
+                pauses.reset()
+            await asyncio.sleep(pauses.next())
+
+    @property
+    def condition(self) -> Condition:
+        now = time.monotonic()
+        failing = None if self.failing_since is None else round(now - self.failing_since, 1)
+        return Condition(failing is None, round(now - self.well_at, 1), failing)
+
+    def well(self) -> None:
+        """What the work does goes through."""
+        self.well_at = time.monotonic()
+        if self.failing_since is not None:
+            log.info("it works again", service=self.name, seconds=round(self.well_at - self.failing_since, 1))
+            self.failing_since = self.why = None
+
+    def failed(self, error: Exception) -> None:
+        """Something went wrong, and the work goes on or is begun anew. Each new reason is logged, with its traceback unless
+        it is an outage."""
+        why = f"{type_name(error)}: {message(error)}"
+        if self.failing_since is None:
+            self.failing_since = time.monotonic()
+        if why != self.why:
+            if isinstance(error, DatabaseUnavailable):
+                log.warning("the database is lost; trying again", service=self.name, why=message(error))
+            else:
+                log.error("this has failed, and is tried again", service=self.name, why=why, exc_info=error)
+        self.why = why
+
+
+class Condition(msgspec.Struct, frozen=True):
+    """How a service does, for whoever may ask: not why it fails, which may name hosts and users. Seconds since all was
+    well, and for how long it has been failing."""
+
+    is_well: bool = msgspec.field(name="ok")
+    age: float
+    failing: float | None = None
+
+
+class Services:
+    """The long-lived tasks of one owner, by name, on one event loop. Iterating gives those that run."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Service] = {}
+        # Also those that were told to stop and have not ended yet.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[Service]:
+        return iter(list(self._running.values()))
+
+    def ensure(self, name: str, work: Work) -> Service:
+        """Let it run from now on, if it does not: until the work returns, or `stop`."""
+        if name not in self._running:
+            service = self._running[name] = Service(name, work)
+            self._begin(service)
+        return self._running[name]
+
+    def stop(self, name: str) -> None:
+        """Cancel it, if it runs. Returns before it has ended."""
+        service = self._running.pop(name, None)
+        if service is not None and service.task is not None:
+            service.task.cancel()
+
+    async def close(self) -> None:
+        """Cancel them all, and wait for their end."""
+        self._running.clear()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _begin(self, service: Service) -> None:
+        if self._running.get(service.name) is not service:
+            return
+        service.task = asyncio.create_task(service.run(), name=service.name)
+        self._tasks.add(service.task)
+        service.task.add_done_callback(lambda task: self._ended(service, task))
+
+    def _ended(self, service: Service, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._running.get(service.name) is not service:
+            return
+        if task.cancelled():
+            # By somebody else, as one who cancels whatever there is. Not at once: then the loop may be about to close.
+            asyncio.get_running_loop().call_later(FIRST_PAUSE, self._begin, service)
+        else:
+            del self._running[service.name]
+
+
+def every(interval: timedelta, once: Callable[[], Awaitable[object]]) -> Work:
+    """Work that calls `once` for ever, with up to a tenth of the interval as jitter, so that replicas drift apart."""
+
+    async def work(service: Service) -> None:
+        while True:
+            try:
+                with cancellable():
+                    await once()
+            except Exception as broken:  # noqa: BLE001 - the next one may go through
+                service.failed(broken)
+            else:
+                service.well()
+            await asyncio.sleep(interval.total_seconds() * (0.95 + 0.1 * random.random()))  # noqa: S311
+
+    return work

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from queue_service.app import App
 from queue_service.backoff import Pauses
-from queue_service.db.execute import REFUSED
-from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, SchemaMismatch, StreamEnded
+from queue_service.db.execute import NOT_EXECUTED
+from queue_service.errors import ConfigError, PayloadRefused, StreamEnded
 from queue_service.logs import get_logger
 from queue_service.supervisor.protocol import ChildLine, EventLine, FailLine, ReplyLine, RestoreLine, WithholdLine
 from queue_service.turns.model import TurnFailure, known_code
@@ -25,7 +25,6 @@ T = TypeVar("T")
 FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 # What cannot be stored however often it is sent.
 HOPELESS = (ConfigError, PayloadRefused, StreamEnded)
-LOST = (DatabaseUnavailable, SchemaMismatch, *REFUSED)
 
 
 class Writer:
@@ -154,6 +153,6 @@ class Writer:
                 return await write()
             except HOPELESS:
                 raise
-            except LOST as lost:
+            except NOT_EXECUTED as lost:
                 self._log.error("the database did not take what a child left; trying again", what=what, why=repr(lost))
             await asyncio.sleep(pauses.next())

@@ -12,9 +12,8 @@ from datetime import timedelta
 
 from queue_service.backoff import Pauses
 from queue_service.db.pool import OwnConnection
-from queue_service.errors import DatabaseUnavailable
-from queue_service.logs import get_logger
 from queue_service.runs.queries import Claimant
+from queue_service.services.loop import Service
 from queue_service.worker.claims import Claims
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
@@ -23,15 +22,13 @@ from queue_service.worker.pace import Alarm, Pace
 from queue_service.worker.queue_state import QueueState, askable, per_statement
 from queue_service.worker.suspects import Suspects
 
-log = get_logger(__name__)
-
 # How often a worker that runs once looks whether it is done, in seconds.
 ONCE_PAUSE = 0.020
 FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
 
 
 class Claimer:
-    """`last_pass` (monotonic) is when the loop turned last, and `lost_since` since when claims do not go through."""
+    """`last_pass` (monotonic) is when the loop turned last."""
 
     def __init__(
         self, connection: OwnConnection, executors: Mapping[str, Executor], leases: Leases, finisher: Finisher,
@@ -45,7 +42,6 @@ class Claimer:
         self._claims = Claims(connection, self.states, leases, finisher, claimant, self._pace, self._alarm)
         self._suspects = Suspects(self.states, self._claims, self._alarm, passed=self._passed, poll_interval=self._poll)
         self.last_pass = time.monotonic()
-        self.lost_since: float | None = None
 
     # What others report
 
@@ -81,7 +77,7 @@ class Claimer:
 
     # The loop
 
-    async def run(self, *, once: bool = False) -> None:
+    async def run(self, service: Service, *, once: bool = False) -> None:
         """Claim until stopped; with `once`, until nothing is due and all that was claimed has ended."""
         pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
         while not self.is_stopping:
@@ -89,14 +85,11 @@ class Claimer:
                 has_only_slept = await self._pass(ONCE_PAUSE if once else self._poll)
                 if has_only_slept and once and await self._is_drained():
                     return
-                if self.lost_since is not None and not has_only_slept:
-                    log.info("claiming again")
-                    self.lost_since = None
+                if not has_only_slept:
+                    service.well()
                     pauses.reset()
-            except DatabaseUnavailable as lost:
-                if self.lost_since is None:
-                    self.lost_since = time.monotonic()
-                    log.warning("cannot claim; trying until the database is back", why=str(lost))
+            except Exception as lost:  # noqa: BLE001 - whatever it is, the next pass may go through
+                service.failed(lost)
                 self.rescan()
                 await self._alarm.sleep(pauses.next())
 

@@ -38,9 +38,18 @@ class Execution(msgspec.Struct, eq=False):
     unbegun: bool = False
     # How its handler has ended the run, in a transaction of its own.
     ended: Ending | None = None
+    # The worker has ended, and the handler has not.
+    is_given_up: bool = False
 
     def begin(self) -> None:
         self.unbegun = False
+
+    def give_up(self) -> bool:
+        """False: its run has ended, or was given up before."""
+        if self.is_given_up or self.ended is not None:
+            return False
+        self.is_given_up = True
+        return True
 
     def limit(self, of_task: timedelta | None) -> None:
         """Let its time run from now on, if it has a limit."""
@@ -64,7 +73,9 @@ class Execution(msgspec.Struct, eq=False):
 
 
 def outcome_to_write(execution: Execution, outcome: Settlement) -> Settlement | None:
-    """The outcome, once it was logged if something went wrong; None if the run has ended already."""
+    """The outcome, once it was logged if something went wrong; None if the run has ended already, or was given up."""
+    if execution.is_given_up:
+        return None
     if execution.ended is not None:
         _log_ignored(execution.held.run, execution.ended, outcome)
         return None

@@ -10,6 +10,7 @@ knows that it is not meant itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import time
@@ -47,7 +48,8 @@ YIELD_EVERY = 50
 
 class Executor:
     """One queue's slots. `spawn` starts a slot's task; `room` is called when more could be claimed, and `reported` with the
-    progress that a handler in a process reports."""
+    progress that a handler in a process reports. `is_cancelled` says whether the worker itself was: then whoever did so may
+    have cancelled the slots as well, and no handler is to blame."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class Executor:
         result_limit: int,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         room: Callable[[], None],
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self.queue = queue
         self.concurrency = concurrency
@@ -81,6 +84,7 @@ class Executor:
         self._slots = 0
         # Set when the worker ends: from then on a slot that is cancelled is meant itself.
         self.closing = False
+        self._is_cancelled = is_cancelled
         self._since_yield = 0
         self.completed = 0
         self._ahead = 0
@@ -162,6 +166,15 @@ class Executor:
             execution.interrupt(Cause.DRAINED)
         return len(self._running)
 
+    def give_up_all(self) -> int:
+        """Let go of the runs whose handlers go on although they were cancelled: what they still do does not count. Returns
+        how many there were."""
+        given_up = [execution for execution in self._running.values() if execution.give_up()]
+        for execution in given_up:
+            task = self._tasks[execution.held.run.task]
+            self._finisher.put(execution.held, self._drained(execution, task))
+        return len(given_up)
+
     def executing(self) -> list[tuple[Held, asyncio.Task[Any]]]:
         """The runs whose handlers go on, and the slot of each. May be called from any thread."""
         return [(each.held, each.task) for each in list(self._running.values())]
@@ -211,7 +224,7 @@ class Executor:
         finally:
             # Cancelled by somebody else, while it had nothing to do: another one takes its place.
             self._slots -= 1
-            if not self.closing:
+            if not self._is_ending():
                 self._rouse()
 
     async def _handle_next(self, slot: asyncio.Task[Any]) -> None:
@@ -257,7 +270,9 @@ class Executor:
             if execution.timer is not None:
                 execution.timer.cancel()
             del self._running[key]
-        return outcome if outcome.error == "null" and execution.ended is None else outcome_to_write(execution, outcome)
+        if outcome.error == "null" and execution.ended is None and not execution.is_given_up:
+            return outcome
+        return outcome_to_write(execution, outcome)
 
     async def _handle_batch(self, first: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> None:
         taken = batches.taken(first, task, self._waiting)
@@ -291,9 +306,6 @@ class Executor:
             answers = zip(executions.items(), batches.answers(runs, answer), strict=True)
             outcomes = {held: self._answered(execution, task, each) for (held, execution), each in answers}
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot
-            if self.closing:
-                for run in runs:
-                    run.stop()
             outcomes = {held: self._stopped(each, task, error, alone=alone) for held, each in executions.items()}
         finally:
             for held, execution in executions.items():
@@ -319,12 +331,10 @@ class Executor:
         """What becomes of a run whose handler raised, or was made to stop."""
         run = execution.held.run
         match execution.cause:
-            case None if self.closing and is_a(error, asyncio.CancelledError):
+            case None if is_a(error, asyncio.CancelledError) and self._is_ending():
                 run.stop()
-                raise error
-            case None if is_a(error, Exhausted):
-                return Return(run.claim)
-            case None:
+                return self._drained(execution, task)
+            case None if not is_a(error, Exhausted):
                 return results.raised(run, task.retry, error, alone=alone)
             case Cause.TIMED_OUT:
                 late = results.TimedOut((run.timeout or task.timeout or timedelta()).total_seconds())
@@ -332,19 +342,26 @@ class Executor:
                 return results.raised(run, task.retry, late, alone=alone)
             case Cause.CANCELLED:
                 return results.cancelled(run)
-            case Cause.DRAINED if task.on_lost == "fail" and not execution.unbegun:
-                return results.interrupted(run)
-            case _:
-                return Return(run.claim)
+            case Cause.DRAINED:
+                return self._drained(execution, task)
+        # Its lease is lost, or it was not begun.
+        return Return(run.claim)
+
+    def _drained(self, execution: Execution, task: Task[..., Any]) -> Settlement:
+        """What becomes of a run whose worker stops before its handler has ended."""
+        run = execution.held.run
+        return results.interrupted(run) if task.on_lost == "fail" and not execution.unbegun else Return(run.claim)
+
+    def _is_ending(self) -> bool:
+        return self.closing or self._is_cancelled()
 
     async def _absorb(self, slot: asyncio.Task[Any]) -> None:
         """Undo a cancellation that has been dealt with: ours, or one that the handler aimed at its own task. Left
         standing, it would hit the slot at its next wait, and break every later timeout in it."""
-        try:
+        if self._is_ending():
+            raise asyncio.CancelledError
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            if self.closing:
-                raise
         while slot.cancelling():
             slot.uncancel()
 

@@ -1,26 +1,35 @@
 """Writes how claimed runs ended, many in one statement, and keeps trying until the database has taken it.
 
-A lost claim is logged and counted, not raised: the run was taken away, and others decide how it ends. A run that another
-session has locked, or whose lane it has, is set aside until that lets go. A transaction that stays open must not hold up
-other endings, nor the keeper, which waits for the leases that a statement here has locked.
+A lost claim is logged and counted, not raised: the run was taken away, and others decide how it ends. What the database
+refuses, or cannot write in time, is written in ever smaller companies until the cause is alone. A run that another session
+has locked, or whose lane it has, is set aside until that lets go, and so is one that is refused whatever is written of it:
+they must not hold up other endings, nor the keeper, which waits for the leases that a statement here has locked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
 
+import psycopg
 from psycopg import errors as pg
 
 from queue_service import codec
 from queue_service.backoff import Pauses
+from queue_service.db.execute import NOT_EXECUTED
+from queue_service.db.meaning import OF_A_TRIGGER
 from queue_service.db.pool import OwnConnection
-from queue_service.errors import DatabaseUnavailable, ValueRefused
+from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefused
+from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import Ending, Return, RunState
+from queue_service.services.loop import Service
 from queue_service.worker.leases import Held, Leases
 
 log = get_logger(__name__)
@@ -28,6 +37,8 @@ log = get_logger(__name__)
 Settlement = Ending | Return
 
 ENDINGS_AT_ONCE = 500
+# A statement that takes longer than this, in seconds, is followed by smaller ones, until they are quick again.
+SLOW, QUICK = 3.0, 0.5
 # After a write of fewer runs than these, others are let come together for so long, in seconds: a statement costs as much as
 # ten handlers. One that came alone has a caller who waits, as likely as not, and who then asks for the next.
 FEW, REST = 50, 0.005
@@ -52,17 +63,58 @@ class Tally:
             setattr(self, name, getattr(self, name) + count)
 
 
+Entry = tuple[Held, Settlement | None]
+
+
 @dataclass(slots=True)
-class _Batch:
-    taken: Sequence[tuple[Held, Settlement | None]]
-    endings: list[Ending] = field(default_factory=list)
-    returns: list[Return] = field(default_factory=list)
-    freed: list[int] = field(default_factory=list)
-    # Queues of which a lane is free when this is written, and those with a limit that allows for more.
-    laned: set[str] = field(default_factory=set)
-    limited: set[str] = field(default_factory=set)
+class _Group:
+    """What one statement writes: endings, with runs that have ended already and only let go of their lease, or returns."""
+
+    entries: Sequence[Entry]
     # A write that failed may have been done all the same; then its claims are found gone, and are not lost.
     uncertain: bool = False
+    # What the database refused of it is not in it any more.
+    is_bare: bool = False
+
+    @property
+    def outcomes(self) -> list[Any]:
+        return [outcome for _, outcome in self.entries if outcome is not None]
+
+
+class Verdict(Enum):
+    """What an error says of a write: whether it may be done all the same, and whether a part of it would go through."""
+
+    UNKNOWN = auto()
+    NOT_DONE = auto()
+    LOCKED = auto()
+    TAKE_APART = auto()
+
+
+class _Aside:
+    """What cannot be written now, and is looked at again after a pause."""
+
+    def __init__(self, pauses: Pauses, wake: Callable[[], None]) -> None:
+        self.entries: list[Entry] = []
+        self.is_due = False
+        self._pauses = pauses
+        self._wake = wake
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._pauses.next(), self._look_again)
+
+    def take(self, limit: int) -> list[Entry]:
+        taken, self.entries = self.entries[:limit], self.entries[limit:]
+        self.is_due = bool(self.entries)
+        if not self.entries:
+            self._pauses.reset()
+        return taken
+
+    def _look_again(self) -> None:
+        self._timer, self.is_due = None, True
+        self._wake()
 
 
 class Finisher:
@@ -83,19 +135,19 @@ class Finisher:
         self._connection = connection
         self._leases = leases
         self._worker_id = worker_id
-        # Without an outcome, only the lease is still to be let go of.
-        self._pending: list[tuple[Held, Settlement | None]] = []
-        # Set aside, and whether it is time to look at them again.
-        self._busy: list[tuple[Held, Settlement | None]] = []
-        self._is_due = False
-        self._look_timer: asyncio.TimerHandle | None = None
-        self._wake = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._closing = False
-        self._writing = False
-        self._is_resting = False
         self._announce = announce
         self._free = free
+        # Without an outcome, only the lease is still to be let go of.
+        self._pending: list[Entry] = []
+        # What is being written.
+        self._groups: list[_Group] = []
+        self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._locked = _Aside(Pauses(AGAIN, AGAIN), self._wake.set)
+        self._refused = _Aside(Pauses(AGAIN, 60 * AGAIN), self._wake.set)
+        self._at_once = ENDINGS_AT_ONCE
+        self._closing = False
+        self._is_resting = False
 
     def put(self, held: Held, outcome: Settlement) -> None:
         self._pending.append((held, outcome))
@@ -118,28 +170,40 @@ class Finisher:
 
     def close(self) -> None:
         self._closing = True
-        if self._busy:
-            log.warning("stopping waits for endings that a transaction holds up", runs=len(self._busy))
+        if self._locked.entries:
+            log.warning("stopping waits for endings that a transaction holds up", runs=len(self._locked.entries))
+        if self._refused.entries:
+            log.error(
+                "the database refuses these endings; their runs are taken over when their leases lapse",
+                run_ids=[held.run.id for held, _ in self._refused.entries],
+            )
         self._wake.set()
         self._hurry.set()
 
     @property
     def is_idle(self) -> bool:
-        return not self._pending and not self._busy and not self._writing
+        return not self._pending and not self._groups and not self._locked.entries and not self._refused.entries
 
-    async def run(self) -> None:
-        while not (self._closing and not self._pending and not self._busy):
+    async def run(self, service: Service) -> None:
+        """Write until `close` was called and nothing is left that can be written."""
+        while not (self._closing and not self._pending and not self._groups and not self._locked.entries):
             await self._wake.wait()
             self._wake.clear()
-            if self._is_due:
-                self._is_due = False
-                taken, self._busy = self._busy[:ENDINGS_AT_ONCE], self._busy[ENDINGS_AT_ONCE:]
-                await self._write(self._batch(taken), is_doubtful=True)
+            # Left behind where this was cancelled or has failed.
+            await self._write(service)
+            for aside in (self._locked, self._refused):
+                if aside.is_due:
+                    await self._write(service, aside.take(self._at_once), is_doubtful=True)
             while self._pending:
-                taken, self._pending = self._pending[:ENDINGS_AT_ONCE], self._pending[ENDINGS_AT_ONCE:]
-                await self._write(self._batch(taken), is_doubtful=bool(self._busy))
+                taken, self._pending = self._pending[: self._at_once], self._pending[self._at_once :]
+                await self._write(service, taken, is_doubtful=bool(self._locked.entries))
                 if 1 < len(taken) < FEW:
                     await self._rest()
+
+    async def flush(self) -> None:
+        """Write all that can be written, beside nobody: `run` has ended."""
+        taken, self._pending = self._pending, []
+        await self._write(Service("finisher", self.run), taken, is_doubtful=True)
 
     async def _rest(self) -> None:
         """Let more come, unless somebody waits for what has come."""
@@ -155,122 +219,123 @@ class Finisher:
         finally:
             self._is_resting = False
 
-    def _batch(self, taken: Sequence[tuple[Held, Settlement | None]]) -> _Batch:
-        batch = _Batch(taken)
-        for held, outcome in taken:
-            if isinstance(outcome, Ending):
-                batch.endings.append(outcome)
-            elif outcome is not None:
-                batch.returns.append(outcome)
-            if held.run.ordering_key is not None:
-                batch.laned.add(held.run.queue)
-            if held.lease.limited:
-                batch.limited.add(held.run.queue)
-            held.lease.outstanding -= 1
-            if held.lease.outstanding == 0:
-                batch.freed.append(held.lease.id)
-        return batch
-
-    async def _write(self, batch: _Batch, *, is_doubtful: bool = False) -> None:
+    async def _write(self, service: Service, taken: Sequence[Entry] = (), *, is_doubtful: bool = False) -> None:
         """Write it, but for what has to be set aside. Where that `is_doubtful`, it is looked at first."""
-        self._writing, pauses = True, Pauses(FIRST_PAUSE, MAX_PAUSE)
-        while True:
+        self._groups += _by_kind(taken)
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
+        while self._groups:
+            group = self._groups[0]
             try:
                 if is_doubtful:
-                    await self._set_aside(batch)
-                await self._write_once(batch)
-            except DatabaseUnavailable as lost:
-                if isinstance(lost.__cause__, pg.LockNotAvailable) and not is_doubtful:
+                    await self._set_locked_aside(group)
+                await self._write_group(group)
+            except NOT_EXECUTED as refused:
+                verdict = _verdict(refused)
+                if verdict is Verdict.LOCKED and not is_doubtful:
                     is_doubtful = True
                     log.warning(
                         "a transaction has runs locked that ended here, or their lanes; their endings wait for it. Find it "
                         "in pg_stat_activity, by its xact_start"
                     )
-                    continue
-                if not batch.uncertain:
-                    log.warning("cannot write endings; trying until it works", runs=_size(batch), why=str(lost))
-                batch.uncertain = True
-                await asyncio.sleep(pauses.next())
+                elif verdict is Verdict.TAKE_APART:
+                    self._take_apart(refused)
+                else:
+                    group.uncertain = group.uncertain or verdict is Verdict.UNKNOWN
+                    service.failed(refused)
+                    await asyncio.sleep(pauses.next())
+            except BaseException:
+                group.uncertain = True
+                raise
             else:
-                if pauses.count:
-                    log.info("writing endings again")
-                self._leases.release(batch.freed)
-                if batch.laned or batch.limited:
-                    self._free(batch.laned, batch.limited)
-                self._writing = False
-                return
+                self._groups.pop(0)
+                pauses.reset()
+                service.well()
 
-    async def _set_aside(self, batch: _Batch) -> None:
+    def _take_apart(self, refused: Exception) -> None:
+        """The first group was not written, and the cause is in one of its entries, or in how many they are."""
+        group = self._groups.pop(0)
+        if (half := len(group.entries) // 2) > 0:
+            parts = (group.entries[:half], group.entries[half:])
+            self._groups[:0] = [_Group(part, uncertain=group.uncertain) for part in parts]
+            if isinstance(refused, DatabaseUnavailable):
+                self._at_once = half
+            return
+        ((held, outcome),) = group.entries
+        if isinstance(refused, ValueRefused) and outcome is not None and not group.is_bare:
+            log.error("the database refused a result", run_id=held.run.id, why=type_name(refused))
+            bare = codec.dumps_error("result_refused", message(refused))
+            ending = Ending(held.run.claim, RunState.FAILED, error=bare)
+            self._groups.insert(0, _Group([(held, ending)], uncertain=group.uncertain, is_bare=True))
+        else:
+            log.error("the database refused an ending, which is tried again", run_id=held.run.id, why=message(refused))
+            self._refused.add((held, outcome))
+
+    async def _set_locked_aside(self, group: _Group) -> None:
         """What another session keeps from being written. Its leases stay, too."""
-        outcomes: list[Settlement] = [*batch.endings, *batch.returns]
-        busy = await self._connection.fetch(queries.busy([each.claim for each in outcomes]))
-        batch.endings = [each for each in batch.endings if each.claim not in busy]
-        batch.returns = [each for each in batch.returns if each.claim not in busy]
-        for held, outcome in batch.taken:
+        busy = await self._connection.fetch(queries.busy([each.claim for each in group.outcomes]))
+        for held, outcome in group.entries:
             if held.run.claim in busy:
-                held.lease.outstanding += 1
-                self._busy.append((held, outcome))
-        kept = {held.lease.id for held, _ in self._busy}
-        batch.freed = [lease_id for lease_id in batch.freed if lease_id not in kept]
-        if self._busy and self._look_timer is None:
-            self._look_timer = asyncio.get_running_loop().call_later(AGAIN, self._look_again)
+                self._locked.add((held, outcome))
+        group.entries = [(held, outcome) for held, outcome in group.entries if held.run.claim not in busy]
 
-    def _look_again(self) -> None:
-        self._look_timer, self._is_due = None, True
-        self._wake.set()
+    async def _write_group(self, group: _Group) -> None:
+        outcomes = group.outcomes
+        leases = Counter(held.lease for held, _ in group.entries)
+        # Those that hold nothing more once this is written go with it.
+        freed = [lease.id for lease, runs in leases.items() if lease.outstanding == runs]
+        if not outcomes and not freed:
+            return
+        began = time.monotonic()
+        write: Callable[..., Any] = (
+            queries.give_back if outcomes and isinstance(outcomes[0], Return) else queries.finish
+        )
+        done = await self._connection.fetch(write(outcomes, worker_id=self._worker_id, freed=freed))
+        self._adapt(time.monotonic() - began)
+        for lease, runs in leases.items():
+            lease.outstanding -= runs
+        self._leases.release(freed)
+        self._account(outcomes, done, group.uncertain)
+        laned = {held.run.queue for held, _ in group.entries if held.run.ordering_key is not None}
+        limited = {held.run.queue for held, _ in group.entries if held.lease.limited}
+        if laned or limited:
+            self._free(laned, limited)
 
-    async def _write_once(self, batch: _Batch) -> None:
-        # The leases go with the last statement, when all that they held has been dealt with.
-        if batch.endings:
-            written = await self._finish(batch.endings, () if batch.returns else batch.freed)
-            self._account(batch.endings, written, batch.uncertain)
-            batch.endings = []
-        elif batch.freed and not batch.returns:
-            await self._connection.fetch(queries.finish([], worker_id=self._worker_id, freed=batch.freed))
-        if batch.returns:
-            back = queries.give_back(batch.returns, worker_id=self._worker_id, freed=batch.freed)
-            done = await self._connection.fetch(back)
-            self._account(batch.returns, [each for each in batch.returns if each.claim in done], batch.uncertain)
+    def _adapt(self, seconds: float) -> None:
+        if seconds > SLOW:
+            self._at_once = max(1, self._at_once // 2)
+        elif seconds < QUICK and self._at_once < ENDINGS_AT_ONCE:
+            self._at_once = min(ENDINGS_AT_ONCE, 2 * self._at_once)
 
-    async def _finish(self, endings: list[Ending], freed: Sequence[int]) -> list[Ending]:
-        """Finish them all, and return those that were written, as they were written: where the database refuses the batch,
-        the ones it refuses are found and end without what it refused, so that no ending is lost for a value.
-        """
-        try:
-            done = await self._connection.fetch(queries.finish(endings, worker_id=self._worker_id, freed=freed))
-            return endings if len(done) == len(endings) else [each for each in endings if each.claim in done]
-        except ValueRefused as refused:
-            if len(endings) == 1:
-                bare = _bare(endings[0], refused)
-                done = await self._connection.fetch(queries.finish([bare], worker_id=self._worker_id, freed=freed))
-                return [bare] if done else []
-        half = len(endings) // 2
-        return await self._finish(endings[:half], ()) + await self._finish(endings[half:], freed)
-
-    def _account(self, outcomes: Sequence[Settlement], written: Sequence[Settlement], uncertain: bool) -> None:
-        if len(written) < len(outcomes):
-            done = {outcome.claim for outcome in written}
-            missing = [outcome for outcome in outcomes if outcome.claim not in done]
-            if uncertain:
-                written = [*written, *missing]
-            else:
-                self.tally.lost += len(missing)
-                for outcome in missing:
-                    run_id, attempt = outcome.claim
-                    log.warning(
-                        "claim lost: the run was taken away, its outcome dropped", run_id=run_id, attempt=attempt
-                    )
+    def _account(self, outcomes: Sequence[Settlement], done: Collection[queries.Done], uncertain: bool) -> None:
+        written = outcomes
+        if len(done) < len(outcomes) and not uncertain:
+            written = [outcome for outcome in outcomes if outcome.claim in done]
+            missing = [outcome.claim for outcome in outcomes if outcome.claim not in done]
+            self.tally.lost += len(missing)
+            for run_id, attempt in missing:
+                log.warning("claim lost: the run was taken away, its outcome dropped", run_id=run_id, attempt=attempt)
         self.tally.add(written)
         ended = [outcome.claim.run_id for outcome in outcomes if isinstance(outcome, Ending)]
         if ended:
             self._announce(ended)
 
 
-def _bare(ending: Ending, refused: Exception) -> Ending:
-    log.error("the database refused a result", run_id=ending.claim.run_id, why=type(refused).__name__)
-    error = codec.dumps_error("result_refused", f"The database could not store the result: {refused}")
-    return Ending(ending.claim, RunState.FAILED, error=error)
+def _by_kind(entries: Sequence[Entry]) -> list[_Group]:
+    endings = [entry for entry in entries if not isinstance(entry[1], Return)]
+    if len(endings) == len(entries):
+        return [_Group(entries)] if entries else []
+    returns = [entry for entry in entries if isinstance(entry[1], Return)]
+    return [_Group(endings), _Group(returns)] if endings else [_Group(returns)]
 
 
-def _size(batch: _Batch) -> int:
-    return len(batch.endings) + len(batch.returns)
+def _verdict(refused: Exception) -> Verdict:
+    cause = refused.__cause__ or refused
+    if isinstance(cause, pg.LockNotAvailable):
+        return Verdict.LOCKED
+    if isinstance(cause, pg.QueryCanceled):
+        return Verdict.TAKE_APART
+    if isinstance(refused, (DatabaseUnavailable, SchemaMismatch)):
+        return Verdict.UNKNOWN
+    # What is not allowed at all, or is a mistake of ours, is that for each of them.
+    is_about_all = isinstance(cause, psycopg.ProgrammingError) and not isinstance(cause, OF_A_TRIGGER)
+    return Verdict.NOT_DONE if is_about_all else Verdict.TAKE_APART

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from http import HTTPStatus
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from queue_service.db.pool import Pool
 from queue_service.db.revision import HEAD, REVISION
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.logs import get_logger
+from queue_service.services.loop import Service
 from queue_service.worker.claimer import Claimer
 from queue_service.worker.endpoint import Endpoint, HttpAnswer
 
@@ -27,6 +29,7 @@ log = get_logger(__name__)
 # Nothing that the claim loop waits for lasts as long, not even in an outage: 10 s to connect (to each of some hosts), 30 s
 # for an answer, 5 s between two tries. To these comes the poll interval, which may be set to anything.
 STUCK = 120.0
+CLAIMER = "claimer"
 # The claim loop of a worker that works passes this long after it was due, at the latest.
 SLOW = 5.0
 # How long a probe waits for the database, and how long an answer is good for others.
@@ -51,6 +54,7 @@ class Health:
         claimer: Claimer,
         listener: Listener,
         pool: Pool,
+        services: Callable[[], Iterable[Service]],
         *,
         poll_interval: float,
         worker: str,
@@ -58,6 +62,7 @@ class Health:
         self._claimer = claimer
         self._listener = listener
         self._pool = pool
+        self._services = services
         self._poll = poll_interval
         self._worker = worker
         self._group = asyncio.TaskGroup()
@@ -79,16 +84,22 @@ class Health:
                 "claiming": self._claiming(),
                 "database": await self._database(),
                 "notices": self._notices(),
-            }
+            },
+            self._services(),
         )
 
-    def _answer(self, findings: dict[str, Finding]) -> HttpAnswer:
-        worst = max(finding.status for finding in findings.values())
-        body = {
+    def _answer(self, findings: dict[str, Finding], services: Iterable[Service] = ()) -> HttpAnswer:
+        conditions = {service.name: service.condition for service in services}
+        # One that fails does not keep the others from their work.
+        degraded = Status.DEGRADED if any(not each.is_well for each in conditions.values()) else Status.OK
+        worst = max(degraded, *(finding.status for finding in findings.values()))
+        body: dict[str, object] = {
             "status": worst.name.lower(),
             "worker": self._worker,
             "checks": {name: finding.why for name, finding in findings.items()},
         }
+        if conditions:
+            body["services"] = conditions
         status = HTTPStatus.SERVICE_UNAVAILABLE if worst is Status.FAILING else HTTPStatus.OK
         return HttpAnswer(status, msgspec.json.encode(body) + b"\n", "application/json")
 
@@ -104,8 +115,8 @@ class Health:
     def _claiming(self) -> Finding:
         if self._claimer.is_stopping:
             return Finding(Status.FAILING, "the worker is stopping, and claims nothing more")
-        if self._claimer.lost_since is not None:
-            lost = time.monotonic() - self._claimer.lost_since
+        if (since := self._claims_lost_since()) is not None:
+            lost = time.monotonic() - since
             return Finding(Status.FAILING, f"claims have not gone through for {lost:.1f} s; the log says why")
         return self._progress()
 
@@ -117,7 +128,7 @@ class Health:
         if done:
             return self._look.result()
         # The pool may be busy with what handlers ask: with one connection, the command line's, for as long as they like.
-        if self._claimer.lost_since is None and time.monotonic() - self._claimer.last_pass < self._poll + SLOW:
+        if self._claims_lost_since() is None and time.monotonic() - self._claimer.last_pass < self._poll + SLOW:
             return Finding(
                 Status.DEGRADED, f"no connection of the pool was free in {PROBE_SECONDS:g} s; claims go through"
             )
@@ -148,6 +159,9 @@ class Health:
         except DatabaseUnavailable:
             # A connection that broke while nobody used it says nothing about the database: another one does.
             return await self._pool.fetch(REVISION, deadline=PROBE_SECONDS)
+
+    def _claims_lost_since(self) -> float | None:
+        return next((each.failing_since for each in self._services() if each.name == CLAIMER), None)
 
     def _notices(self) -> Finding:
         if self._listener.connected:

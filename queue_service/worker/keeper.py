@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from datetime import timedelta
+from typing import NamedTuple
 
 from queue_service.db.pool import OwnConnection
-from queue_service.errors import DatabaseUnavailable
+from queue_service.exceptions import message
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
 from queue_service.runs import queries
+from queue_service.services.loop import Service
 from queue_service.worker.leases import Leases
 
 log = get_logger(__name__)
@@ -46,36 +48,33 @@ class Keeper:
         self._poll = poll_interval.total_seconds()
         self._on_lost = on_lost
         self._on_cancel = on_cancel
-        self._stop = threading.Event()
 
-    async def run(self) -> None:
-        """Keep leases until cancelled. An error in the thread is raised here."""
+    async def run(self, service: Service) -> None:
+        """Keep leases until cancelled. An error of the thread is raised here."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
+        worker, stop = _Worker(loop, service), threading.Event()
 
         def keep() -> None:
             try:
-                asyncio.run(self._keep(loop))
-            except BaseException as error:  # noqa: BLE001 - handed to the worker, which ends on it
+                asyncio.run(self._keep(worker, stop))
+            except BaseException as error:  # noqa: BLE001 - handed to the worker, which begins anew
                 outcome: BaseException | None = error
             else:
                 outcome = None
-            # A closed loop: the worker is gone, and nobody is left to be informed.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_settle, ended, outcome)
+            worker.call(_settle, ended, outcome)
 
         thread = threading.Thread(target=keep, name="queue_service keeper", daemon=True)
         thread.start()
         try:
             await asyncio.shield(ended)
         finally:
-            self._stop.set()
+            stop.set()
             await asyncio.wait([ended], timeout=1.0)
 
-    async def once(self) -> set[int]:
-        """Extend what is due and beat once. Returns the leases that turned out to be lost."""
+    async def extend(self) -> set[int]:
+        """Extend what is due. Returns the leases that turned out to be lost."""
         due = self._leases.due(self._lease.total_seconds() / 3)
-        await self._connection.fetch(roster.beat(self._worker_id))
         if not due:
             return set()
         begun = time.monotonic()
@@ -88,31 +87,51 @@ class Keeper:
         # A lease that the finisher let go while we asked is no longer ours to lose.
         return ids - held
 
-    async def _keep(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _keep(self, worker: _Worker, stop: threading.Event) -> None:
         beat = self._lease.total_seconds() / 6
         pause, next_beat = min(beat, self._poll), 0.0
-        lost_database = False
-        while not self._stop.is_set():
-            try:
-                if (now := time.monotonic()) >= next_beat:
-                    lost = await self.once()
-                    if lost:
-                        loop.call_soon_threadsafe(self._on_lost, lost)
-                    next_beat = now + beat
-                asked = await self._cancel_requests()
-                if asked:
-                    loop.call_soon_threadsafe(self._on_cancel, asked)
-                lost_database = False
-            except DatabaseUnavailable as why:
-                if not lost_database:
-                    log.warning("cannot extend leases; trying again", why=str(why))
-                lost_database = True
-            await asyncio.to_thread(self._stop.wait, min(pause, 1.0) if lost_database else pause)
-        await self._connection.close()
+        try:
+            while not stop.is_set():
+                try:
+                    if (now := time.monotonic()) >= next_beat:
+                        # The leases first: nothing depends on the roster.
+                        if lost := await self.extend():
+                            worker.call(self._on_lost, lost)
+                        next_beat = now + beat
+                        await self._beat()
+                    if asked := await self._cancel_requests():
+                        worker.call(self._on_cancel, asked)
+                except Exception as why:  # noqa: BLE001 - the next one may go through
+                    worker.call(worker.service.failed, why)
+                    await asyncio.to_thread(stop.wait, min(pause, 1.0))
+                else:
+                    worker.call(worker.service.well)
+                    await asyncio.to_thread(stop.wait, pause)
+        finally:
+            await self._connection.close()
+
+    async def _beat(self) -> None:
+        """Say in the roster that this worker lives, if that can be said at once."""
+        try:
+            await self._connection.fetch(roster.beat(self._worker_id), deadline=self._lease.total_seconds() / 12)
+        except Exception as refused:  # noqa: BLE001 - as above
+            log.debug("cannot write to the roster", why=message(refused))
 
     async def _cancel_requests(self) -> list[int]:
         ids = [lease.id for lease in self._leases.due(0)]
         return await self._connection.fetch(queries.cancel_requests(ids)) if ids else []
+
+
+class _Worker(NamedTuple):
+    """The worker, as it is seen from the keeper's thread."""
+
+    loop: asyncio.AbstractEventLoop
+    service: Service
+
+    def call(self, what: Callable[..., object], *arguments: object) -> None:
+        # A closed loop: the worker is gone, and nobody is left to be informed.
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(what, *arguments)
 
 
 def _settle(ended: asyncio.Future[None], error: BaseException | None) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
 from datetime import timedelta
-from typing import Any
 
 from queue_service.app import App
-from queue_service.services.loop import every
+from queue_service.services.loop import Work, every
 from queue_service.services.pruner import Pruner
 from queue_service.services.scheduler import Scheduler
 from queue_service.services.sweeper import Sweeper
@@ -35,11 +33,11 @@ class Maintenance:
         if once:
             await self._scheduler.once()
 
-    def loops(self) -> list[Coroutine[Any, Any, None]]:
-        """What goes on for as long as the worker does."""
+    def works(self) -> dict[str, Work]:
+        """What goes on for as long as the worker does, by name."""
         settings = self._settings
-        return [
-            every(settings.sweep_interval, self._sweeper.once, name="sweeper"),
-            every(timedelta(0), self._scheduler.when_due, name="scheduler"),
-            every(min(settings.retention / 100, PRUNING), self._pruner.once, name="pruner"),
-        ]
+        return {
+            "sweeper": every(settings.sweep_interval, self._sweeper.once),
+            "scheduler": every(timedelta(0), self._scheduler.when_due),
+            "pruner": every(min(settings.retention / 100, PRUNING), self._pruner.once),
+        }

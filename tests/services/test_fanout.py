@@ -13,10 +13,10 @@ import pytest
 from queue_service import App, Event, StreamState, Turn
 from queue_service.db import channels
 from queue_service.db.pool import Connection
-from queue_service.errors import DatabaseUnavailable
+from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.services import fanout
 from queue_service.services.fanout import READ_PAGE, TAIL_LENGTH, Tail, Wakeup
-from tests.support import eventually
+from tests.support import eventually, service
 
 
 def events(first: int, last: int, kind: str = "delta") -> list[Event]:
@@ -158,21 +158,36 @@ class TestTheFanout:
             fanout_._fetch = fetch
             assert (await first).seq == 1
 
-    async def test_tells_its_followers_what_broke_it_and_starts_anew_for_the_next(self, app: App) -> None:
+    @pytest.mark.parametrize("error", [psycopg.ProgrammingError, RuntimeError, DatabaseUnavailable])
+    async def test_goes_on_after_whatever_error_and_says_so(self, app: App, error: type[Exception]) -> None:
         fanout_ = app.opened.fanout
         fetch = fanout_._fetch
         follower = asyncio.ensure_future(next_of(app.events.follow("s")))
         await tail_of(app)
+        reading = service(app.opened.services, "reading of streams")
 
         async def broken(_query: Any) -> Any:
-            raise psycopg.ProgrammingError("a mistake of ours")
+            raise error("on purpose")
 
         fanout_._fetch = broken
-        with pytest.raises(DatabaseUnavailable, match="followed no longer: a mistake of ours"):
-            await follower
-        fanout_._fetch = fetch
         await app.events.append("s", "delta", {})
-        assert (await next_of(app.events.follow("s"))).seq == 1
+        await eventually(lambda: reading.why is not None)
+        assert not reading.condition.is_well
+        fanout_._fetch = fetch
+        assert (await follower).seq == 1
+        await eventually(lambda: reading.condition.is_well)
+
+    async def test_lives_through_a_table_that_is_missing_for_a_while(self, app: App, conn: Connection) -> None:
+        async with asyncio.timeout(20), aclosing(app.events.follow("s")) as follower:
+            await app.events.append("s", "delta", {})
+            assert (await anext(follower)).seq == 1
+            await conn.execute("alter table queue_service.events rename to elsewhere")
+            waiting = asyncio.ensure_future(anext(follower))
+            with pytest.raises(SchemaMismatch):
+                await app.events.append("s", "delta", {})
+            await conn.execute("alter table queue_service.elsewhere rename to events")
+            await app.events.append("s", "delta", {})
+            assert (await waiting).seq == 2
 
     async def test_looks_at_quiet_streams_less_often(self, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fanout, "QUIET_POLLS", 10**9)

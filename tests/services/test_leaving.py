@@ -15,7 +15,7 @@ from queue_service.app.sync import Loop
 from queue_service.db.pool import Connection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs.model import Progress, Run
-from tests.support import eventually, one
+from tests.support import eventually, one, service
 
 LISTENING = (
     "select exists (select from pg_stat_activity where datname = current_database() and query ilike 'listen%finished%')"
@@ -28,7 +28,7 @@ async def test_an_app_that_closes_waits_for_its_sweep(database: str, conn: Conne
     async with app, conn.transaction():
         await conn.execute("lock table queue_service.leases")
         with app.opened.sweeping():
-            sweeping = app.opened._sweeping
+            sweeping = service(app.opened.services, "sweeper").task
             await eventually(lambda: one(conn, BLOCKED))
     assert sweeping is not None
     assert sweeping.done()

@@ -14,6 +14,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import queries
 from queue_service.runs.model import Ending
+from queue_service.services.loop import Work, every
 from queue_service.services.partitions import DAYS_AHEAD, Changed, Partitions
 from queue_service.worker import maintenance
 from tests.support import blocked, claimed, enqueued, eventually, one, rows
@@ -72,17 +73,17 @@ async def test_however_long_history_is_kept_a_worker_looks_in_time(app: App, mon
     """A hundredth of a year is longer than the three days for which there are partitions."""
     intervals: dict[str, timedelta] = {}
 
-    async def noted(interval: timedelta, _once: object, *, name: str) -> None:
-        intervals[name] = interval
-        await asyncio.Event().wait()
+    def noted(interval: timedelta, once: Callable[[], Awaitable[object]]) -> Work:
+        intervals[getattr(once, "__qualname__", "")] = interval
+        return every(interval, once)
 
     monkeypatch.setattr(maintenance, "every", noted)
     worker = Worker(app, settings=dataclasses.replace(app.settings, retention=timedelta(days=365)))
     running = asyncio.create_task(worker.run())
-    await eventually(lambda: "pruner" in intervals)
+    await eventually(lambda: "Pruner.once" in intervals)
     worker.stop()
     await running
-    assert intervals["pruner"] <= timedelta(days=DAYS_AHEAD) / 3
+    assert intervals["Pruner.once"] <= timedelta(days=DAYS_AHEAD) / 3
 
 
 class TestMaking:

@@ -19,6 +19,7 @@ from queue_service import App, Event, Retry, Run, Turn, TurnFailure, Worker
 from queue_service.db.pool import Connection
 from queue_service.deliveries import MAX_ATTEMPTS, NOT_MINE, RETRY_DELAY, Answer, Deliveries, Delivery
 from queue_service.errors import ConfigError
+from queue_service.services.loop import Services, every
 from queue_service.settings import load
 from tests.support import eventually, one, rows, working
 
@@ -607,19 +608,25 @@ async def test_a_callback_that_raises_ends_nothing(database: str, conn: Connecti
         assert deliveries.holds("chat", "c3")
 
 
-async def test_the_death_of_the_renewal_is_logged_and_the_next_connect_starts_it_again(
+async def test_a_renewal_that_fails_is_logged_and_goes_on(
     replica: Make, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    here = await replica()
+    here = await replica(QUICK | {"LEASE": "1h"})
     await here.deliveries.connect("chat", "c1")
-    await conn.execute("alter table queue_service.connections rename to elsewhere")
-    await eventually(lambda: here.lost == [("chat", "c1")])
-    assert not here.deliveries.holds("chat", "c1")
-    assert any(record.levelname == "ERROR" and "no longer renewed" in record.message for record in caplog.records)
-    await conn.execute("alter table queue_service.elsewhere rename to connections")
-    assert await here.deliveries.connect("chat", "c1")
     first = await one(conn, "select expires_at from queue_service.connections")
-    await eventually(lambda: one(conn, "select max(expires_at) > %s from queue_service.connections", first))
+    services = Services()
+    service = services.ensure("renewal", every(timedelta(milliseconds=20), here.deliveries.renew))
+    try:
+        await conn.execute("alter table queue_service.connections rename to elsewhere")
+        await eventually(lambda: service.why is not None)
+        await conn.execute("alter table queue_service.elsewhere rename to connections")
+        await eventually(lambda: service.why is None)
+    finally:
+        await services.close()
+    assert here.lost == []
+    assert here.deliveries.holds("chat", "c1")
+    assert await one(conn, "select expires_at > %s from queue_service.connections", first)
+    assert any(record.levelname == "ERROR" and "is tried again" in record.message for record in caplog.records)
 
 
 async def test_leaving_lets_go_of_every_connection(database: str, conn: Connection) -> None:

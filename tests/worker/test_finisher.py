@@ -13,6 +13,7 @@ from queue_service.db.pool import Connection, OwnConnection
 from queue_service.runs import queries
 from queue_service.runs.claim import hold
 from queue_service.runs.model import Ending, NewRun, Return, RunState
+from queue_service.services.loop import Service
 from queue_service.worker import finisher
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.leases import Held, Leases
@@ -49,7 +50,7 @@ async def desk(conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(finisher, "AGAIN", 0.05)
     connection = OwnConnection(database, application="test", lock_timeout=timedelta(milliseconds=100))
     made = Desk(conn, connection)
-    running = asyncio.create_task(made.finisher.run())
+    running = asyncio.create_task(Service("finisher", made.finisher.run).run())
     yield made
     made.finisher.close()
     await running
@@ -92,7 +93,7 @@ async def test_an_ending_that_makes_room_is_written_at_once(desk: Desk, how: str
     if when == "while others come":
         await desk.written(2)
     else:
-        while desk.finisher.is_idle or not desk.finisher._writing:  # noqa: ASYNC110 - it is not to go on a step too late
+        while desk.finisher.is_idle or not desk.finisher._groups:  # noqa: ASYNC110 - it is not to go on a step too late
             await asyncio.sleep(0)  # a step of the loop
     desk.end(*second)
     desk.end(room)
@@ -145,7 +146,7 @@ async def test_a_worker_that_stops_waits_for_what_it_has_set_aside_and_says_so(
     await other.execute("begin")
     assert await fetch(other, hold(held.run.claim))
     desk.end(held)
-    await eventually(lambda: desk.finisher._busy)
+    await eventually(lambda: desk.finisher._locked.entries)
     desk.finisher.close()
     await other.execute("commit")
     await desk.written(1)
@@ -163,7 +164,7 @@ async def test_a_claim_that_is_lost_while_it_is_set_aside_is_reported(
     await other.execute("begin")
     await other.execute("delete from queue_service.runs where id = %s", [held.run.id])
     desk.end(held)
-    await eventually(lambda: desk.finisher._busy)
+    await eventually(lambda: desk.finisher._locked.entries)
     await other.execute("commit")
     await eventually(lambda: desk.finisher.is_idle)
     assert (desk.finisher.tally.succeeded, desk.finisher.tally.lost) == (0, 1)

@@ -30,7 +30,7 @@ from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.settings import load
 from queue_service.worker import endpoint, health
 from queue_service.worker.endpoint import Endpoint, HttpAnswer
-from tests.support import eventually, one, rows, working
+from tests.support import eventually, one, rows, service, working
 from tests.worker.conftest import Observe
 from tests.worker.worker_process import Response, ask
 
@@ -132,13 +132,13 @@ async def test_an_outage_is_no_stuck_loop_however_long_it_takes(
     async with App(own_cluster.conninfo, settings=settings) as app, probed(app) as (worker, asked):
         await asyncio.to_thread(own_cluster.stop)
         assert worker._parts is not None
-        claimer = worker._parts.claimer
-        await eventually(lambda: claimer.lost_since is not None)
-        lost = claimer.lost_since
+        claimer = service(worker._parts.services, "claimer")
+        await eventually(lambda: claimer.failing_since is not None)
+        lost = claimer.failing_since
         assert lost is not None
         while asyncio.get_running_loop().time() < lost + 5.0:
             assert (await asked("/livez")).status == 200
-        assert claimer.lost_since == lost
+        assert claimer.failing_since == lost
         await asyncio.to_thread(own_cluster.start)
         assert (await answers(lambda: asked("/readyz"), 200)).checks["claiming"] == "ok"
 
