@@ -65,6 +65,13 @@ _BY_CLASS = {
 OF_A_TRIGGER = (pg.RaiseException, pg.PlpgsqlError, pg.AssertFailure)
 
 
+def is_about_a_row(refused: Exception) -> bool:
+    """Of what was refused: whether others may go through. What is not allowed at all, or is a mistake of ours, is that for
+    each of them."""
+    cause = refused.__cause__ or refused
+    return isinstance(cause, OF_A_TRIGGER) or not isinstance(cause, psycopg.ProgrammingError)
+
+
 def meaning(error: psycopg.Error) -> QueueServiceError | None:
     """Our error for it, which says what the database said; None for one that passes as it is, which is also what a mistake
     of ours does."""

@@ -1,11 +1,15 @@
 -- What clients, operators and the sweeper do to runs that no worker holds: cancel, expire, retry, delete.
 
 -- name: cancel
--- A queued run ends `cancelled`; a running one is marked for its worker. Row: 'cancelled' or 'requested'; none if
--- no live run has this id. The row is locked before its state is looked at, so that a claim cannot slip between.
+-- A queued run ends `cancelled`; a running one is marked for its worker. One whose lease does not exist any more (`orphans`
+-- says how) has no worker, and ends, too. Row: 'cancelled' or 'requested'; none if no live run has this id. The row is locked
+-- before its state is looked at, so that a claim cannot slip between.
 -- writes: runs, finished_runs
 with target as materialized (
-    select state from queue_service.runs where id = %(run_id)s for update
+    select case when state = 'running' and claimed_at < clock_timestamp() - interval '1 minute'
+                     and lease_id not in (select leases.id from queue_service.leases)
+                then 'queued' else state end as state
+      from queue_service.runs where id = %(run_id)s for update
 ), gone as (
     delete from queue_service.runs
      where id = %(run_id)s and (select target.state from target) = 'queued'
@@ -26,10 +30,25 @@ with target as materialized (
 )
 select 'cancelled' from ended union all select 'requested' from asked
 
+-- define: end_late
+-- Ends those of the runs `passable` whose time to start has passed. The guard is spelt with coalesce, or the index on
+-- expires_at could serve the look by id, and would be walked from end to end.
+gone as (
+    delete from queue_service.runs
+     where id = any(array(select passable.id from passable))
+       and state = 'queued' and coalesce(expires_at, 'infinity') < clock_timestamp()
+    returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
+              priority, 'expired', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
+              timeout, metadata, null::jsonb,
+              coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.')), attempts
+)
+insert into queue_service.finished_runs ({history_columns})
+select * from gone
+returning id
+
 -- name: expire
 -- End queued runs whose time to start has passed, at most `limit` of them; those of a lane that another session has locked
--- are left for later. Rows: run ids. The guard is spelt with coalesce, or the index on expires_at could serve the outer look
--- by id, and would be walked from end to end.
+-- are left for later. Rows: run ids.
 -- writes: runs, finished_runs
 with late as materialized (
     select id, queue, ordering_key from queue_service.runs
@@ -45,18 +64,20 @@ with late as materialized (
          where lanes.queue = late.queue and lanes.ordering_key = late.ordering_key
            for update skip locked
      ) as lane
-), gone as (
-    delete from queue_service.runs
-     where id = any(array(select passable.id from passable))
-       and state = 'queued' and coalesce(expires_at, 'infinity') < clock_timestamp()
-    returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
-              priority, 'expired', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
-              timeout, metadata, null::jsonb,
-              coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.')), attempts
-)
-insert into queue_service.finished_runs ({history_columns})
-select * from gone
-returning id
+), {end_late}
+
+-- name: expire_one
+-- As `expire`, this one.
+-- writes: runs, finished_runs
+with passable as materialized (
+    select id from queue_service.runs where id = %(run_id)s and state = 'queued' for update
+), {end_late}
+
+-- name: late
+-- Runs that `expire` would end, whoever has locked them. Rows: run ids.
+select id from queue_service.runs
+ where expires_at < (select clock_timestamp()) and state = 'queued'
+ order by expires_at limit %(limit)s
 
 -- name: retry
 -- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on

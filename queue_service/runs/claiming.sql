@@ -54,7 +54,8 @@ runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.los
 -- For each priority of each queue where something is due: the first run that a claim could take, which is where claims
 -- may start to look. Paused queues are left out. Distinct priorities are found by hopping along the index, one descent
 -- each. A row without a priority says that a lane of the queue is to be looked at. The first column is the time of the scan;
--- it comes even where nothing is due. The last says whether the queue has a limit.
+-- it comes even where nothing is due. The last two say whether the queue has a limit, and how many seconds the look has
+-- taken so far: what it waited for before it began, as a lock on the table, is not in it.
 with recursive asked (queue) as materialized (
     select each.queue from unnest(%(queues)s::text[]) as each (queue)
      where not exists (select from queue_service.queues where queues.name = each.queue and {is_paused})
@@ -76,7 +77,8 @@ with recursive asked (queue) as materialized (
      ) as below
 )
 select moment.now, due.queue, due.priority, due.run_at, due.id,
-       exists (select from queue_service.queues where queues.name = due.queue and {is_limited})
+       exists (select from queue_service.queues where queues.name = due.queue and {is_limited}),
+       extract(epoch from clock_timestamp() - moment.now)::float8
   from (select clock_timestamp() as now) as moment
   left join (
     select level.queue, level.priority, first.run_at, first.id

@@ -15,20 +15,30 @@ select id from queue_service.runs
  where id = any(array(select unnest(run_ids) from queue_service.leases where id = any(%(leases)s::bigint[])))
    and lease_id = any(%(leases)s::bigint[]) and cancel_requested
 
--- name: sweep
--- Take the leases that have lapsed, at most `limit` of them, `excluding` these, and with them the runs they held. Each
--- run goes back to its place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at
--- `max_losses`, and at the first loss if its task is among those that the lease says are not to be begun twice.
--- Rows: run id, its state now, its queue and priority. The guard stands in the DELETE: an extend that commits first wins.
--- writes: leases, runs, finished_runs
-with lapsed as materialized (
+-- name: release_unheard
+-- Give back what a worker has claimed without knowing it: all leases of its but those it knows. None of their runs was begun.
+-- Rows: the ids of these runs.
+-- writes: leases, runs
+with unheard as materialized (
     delete from queue_service.leases
-     where id = any(array(select id from queue_service.leases
-                           where expires_at < (select clock_timestamp()) and id <> all(%(excluding)s::bigint[])
-                           order by expires_at limit %(limit)s for update skip locked))
-       and expires_at < clock_timestamp()
-    returning id, worker_id, run_ids, final_tasks
-), lost as materialized (
+     where worker_id = %(worker_id)s and id <> all(%(known)s::bigint[])
+    returning id, run_ids
+), held as materialized (
+    select id from queue_service.runs
+     where id = any(array(select unnest(unheard.run_ids) from unheard))
+       and lease_id = any(array(select unheard.id from unheard)) and state = 'running'
+     order by id
+       for update
+)
+update queue_service.runs set state = 'queued', lease_id = null, claimed_at = null
+ where id = any(array(select held.id from held))
+returning id
+
+-- define: take_lost
+-- Takes what is left of the runs of `lapsed` (leases with their runs, their worker, and the tasks that are not to be begun
+-- twice). Each goes back to its place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at
+-- `max_losses`, and at the first loss if its task is among those. Rows: run id, its state now, its queue and priority.
+lost as materialized (
     select id, cancel_requested or least(losses, 2147483646) + 1 >= %(max_losses)s
                or coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                as is_over
@@ -44,11 +54,13 @@ with lapsed as materialized (
 ), ended as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at,
-           (select lapsed.worker_id from lapsed where lapsed.id = gone.lease_id), attempt, failures, least(losses, 2147483646) + 1,
-           max_attempts, priority, case when cancel_requested then 'cancelled' else 'failed' end, queue, task, payload,
-           singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata, null,
+           (select lapsed.worker_id from lapsed where lapsed.id = gone.lease_id), attempt, failures,
+           least(losses, 2147483646) + 1, max_attempts, priority,
+           case when cancel_requested then 'cancelled' else 'failed' end, queue, task, payload, singleton_key,
+           ordering_key, organization_id, retry_delay, timeout, metadata, null,
            jsonb_build_object('reason', 'worker_lost', 'message',
-               format('The worker was lost while this run was with it, for the %%s. time.', least(losses, 2147483646) + 1) || case
+               format('The worker was lost while this run was with it, for the %%s. time.', least(losses, 2147483646) + 1)
+               || case
                when coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                then ' Its task says on_lost="fail": it is begun again only if you retry it.' else '' end), attempts
       from gone
@@ -67,6 +79,64 @@ with lapsed as materialized (
     returning id, state, queue, priority
 )
 select id, state, queue, priority from queued union all select id, state, queue, priority from ended
+
+-- name: sweep
+-- Take the leases that have lapsed, at most `limit` of them, `excluding` these, and with them the runs they held. The guard
+-- stands in the DELETE: an extend that commits first wins.
+-- writes: leases, runs, finished_runs
+with lapsed as materialized (
+    delete from queue_service.leases
+     where id = any(array(select id from queue_service.leases
+                           where expires_at < (select clock_timestamp()) and id <> all(%(excluding)s::bigint[])
+                           order by expires_at limit %(limit)s for update skip locked))
+       and expires_at < clock_timestamp()
+    returning id, worker_id, run_ids, final_tasks
+), {take_lost}
+
+-- name: sweep_lease
+-- As `sweep`, this lease alone.
+-- writes: leases, runs, finished_runs
+with lapsed as materialized (
+    delete from queue_service.leases where id = %(lease_id)s and expires_at < clock_timestamp()
+    returning id, worker_id, run_ids, final_tasks
+), {take_lost}
+
+-- name: sweep_run
+-- As `sweep`, one run of a lease, which stays: it holds what cannot be taken.
+-- writes: runs, finished_runs
+with lapsed as materialized (
+    select id, worker_id, array[%(run_id)s::bigint] as run_ids, final_tasks from queue_service.leases
+     where id = %(lease_id)s and expires_at < clock_timestamp()
+       for update
+), {take_lost}
+
+-- name: lapsed
+-- The leases that have lapsed, at most `limit` of them. Rows: their ids and those of their runs.
+select id, run_ids from queue_service.leases where expires_at < (select clock_timestamp()) order by expires_at limit %(limit)s
+
+-- name: orphans
+-- Of the `scan_limit` runs after an id, those that are running under a lease which does not exist (any more), as an
+-- asynchronous failover may leave them. What was claimed in the last minute is left out: its lease may be newer than what
+-- this statement sees. Row: the last id that was looked at (null: there was none), and theirs.
+with looked as materialized (
+    select id, state, lease_id, claimed_at from queue_service.runs where id > %(after)s order by id limit %(scan_limit)s
+)
+select (select max(looked.id) from looked),
+       array(select looked.id from looked
+              where looked.state = 'running' and looked.claimed_at < (select clock_timestamp()) - interval '1 minute'
+                and looked.lease_id not in (select leases.id from queue_service.leases))
+
+-- name: sweep_orphans
+-- As `sweep`, such runs.
+-- writes: runs, finished_runs
+with lapsed as materialized (
+    select lease_id as id, null::bigint as worker_id, array_agg(id) as run_ids, %(final_tasks)s::text[] as final_tasks
+      from queue_service.runs
+     where id = any(%(ids)s::bigint[]) and state = 'running'
+       and claimed_at < (select clock_timestamp()) - interval '1 minute'
+       and lease_id not in (select leases.id from queue_service.leases)
+     group by lease_id
+), {take_lost}
 
 -- name: busy_leases
 -- Of the leases that have lapsed, at most `limit` of them, those that hold a run which another session has locked, or the

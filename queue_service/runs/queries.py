@@ -36,12 +36,14 @@ class DuePriority(NamedTuple):
 
 class Scan(NamedTuple):
     """What a look from the front found, and when that was, by the database's clock. `laned` are the queues of which a lane
-    is to be looked at, `limited` those of all these that have a limit."""
+    is to be looked at, `limited` those of all these that have a limit. `cost` is how long the database looked, in
+    seconds."""
 
     at: datetime
     due: list[DuePriority]
     laned: set[str]
     limited: set[str]
+    cost: float
 
 
 class SweptRun(NamedTuple):
@@ -201,6 +203,59 @@ def sweep(*, limit: int, max_losses: int, excluding: Collection[int] = ()) -> Qu
     return SQL.query("sweep", _swept, limit=limit, max_losses=max_losses, excluding=array_literal(sorted(excluding)))
 
 
+def release_unheard(worker_id: int, *, known: Collection[int]) -> Query[list[int]]:
+    """The runs that went back: those under leases of this worker that it does not know."""
+    return SQL.query("release_unheard", column, worker_id=worker_id, known=array_literal(sorted(known)))
+
+
+def sweep_lease(lease_id: int, *, max_losses: int) -> Query[list[SweptRun]]:
+    """As `sweep`, of one lease, if it has lapsed."""
+    return SQL.query("sweep_lease", _swept, lease_id=lease_id, max_losses=max_losses)
+
+
+def sweep_run(lease_id: int, run_id: int, *, max_losses: int) -> Query[list[SweptRun]]:
+    """As `sweep`, of one run of a lease, if that has lapsed."""
+    return SQL.query("sweep_run", _swept, lease_id=lease_id, run_id=run_id, max_losses=max_losses)
+
+
+def lapsed(*, limit: int) -> Query[list[tuple[int, list[int]]]]:
+    """Leases that have lapsed, with the ids of what they held."""
+    return SQL.query("lapsed", lambda rows: [(row[0], row[1]) for row in rows], limit=limit)
+
+
+class Orphans(NamedTuple):
+    """The last run that was looked at, None where there was none; and those that run under a lease that does not exist."""
+
+    looked_at: int | None
+    run_ids: list[int]
+
+
+def orphans(*, after: int, scan_limit: int) -> Query[Orphans]:
+    return SQL.query("orphans", lambda rows: Orphans(*rows[0]), after=after, scan_limit=scan_limit)
+
+
+def sweep_orphans(
+    run_ids: Collection[int], *, max_losses: int, final_tasks: Sequence[str] = ()
+) -> Query[list[SweptRun]]:
+    """As `sweep`, of such runs. `final_tasks` are not begun twice, as far as is known: their lease said so."""
+    return SQL.query(
+        "sweep_orphans",
+        _swept,
+        ids=array_literal(sorted(run_ids)),
+        max_losses=max_losses,
+        final_tasks=list(final_tasks) or None,
+    )
+
+
+def expire_one(run_id: int) -> Query[list[int]]:
+    return SQL.query("expire_one", column, run_id=run_id)
+
+
+def late(*, limit: int) -> Query[list[int]]:
+    """Runs whose time to start has passed."""
+    return SQL.query("late", column, limit=limit)
+
+
 def busy_leases(*, limit: int) -> Query[set[int]]:
     """Lapsed leases that a sweep would have to wait for, since another session has a run of theirs locked, or its lane."""
     return SQL.query("busy_leases", _id_set, limit=limit)
@@ -348,10 +403,10 @@ def _swept(rows: Rows) -> list[SweptRun]:
 
 def _scan(rows: Rows) -> Scan:
     due = [
-        DuePriority(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id, _ in rows if run_id
+        DuePriority(queue, priority, Floor(run_at, run_id)) for _, queue, priority, run_at, run_id, *_ in rows if run_id
     ]
     laned = {row[1] for row in rows if row[1] and row[2] is None}
-    return Scan(rows[0][0], due, laned, {row[1] for row in rows if row[5]})
+    return Scan(rows[0][0], due, laned, {row[1] for row in rows if row[5]}, max(row[6] for row in rows))
 
 
 def _allowed(rows: Rows) -> Allowed:

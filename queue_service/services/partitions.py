@@ -11,11 +11,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import NamedTuple, TypeVar
 
+import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 
 from queue_service.db.execute import translated
+from queue_service.db.meaning import meaning
 from queue_service.db.pool import Connection, Pool
+from queue_service.errors import DatabaseRefused
+from queue_service.exceptions import message
 from queue_service.logs import get_logger
 
 T = TypeVar("T")
@@ -33,6 +37,7 @@ _NAME = re.compile(r"finished_runs_(\d{8})(_failed)?")
 # parameters. What the default partition caught for that day moves along, or the new bounds would be refused.
 _MAKE = """
 create table {day} (like queue_service.finished_runs including defaults including constraints);
+alter table {day} replica identity full;
 with moved as (
     delete from queue_service.finished_runs_default where finished_at >= {lower} and finished_at < {upper} returning *
 )
@@ -40,9 +45,13 @@ insert into {day} select * from moved;
 alter table queue_service.finished_runs attach partition {day} for values from ({lower}) to ({upper});
 """
 
+# No partition has a key. Where everything is published, Postgres lets rows be deleted only where it can say which.
+_IDENTIFY = "alter table {} replica identity full"
+
 # With its indexes, which would otherwise be built when it is attached, while everybody waits.
 _COPY = """
 create table {failed} (like queue_service.finished_runs including defaults including constraints including indexes);
+alter table {failed} replica identity full;
 insert into {failed} select * from {day} where state = 'failed';
 """
 
@@ -82,10 +91,14 @@ class Partitions:
         self._retention_failed = max(retention, retention_failed)
 
     async def make_and_drop(self) -> Changed:
-        """What was made and dropped; nothing where another process is at it or a table is busy."""
-        changed = await self._alone(self._make_and_drop) or Changed([], [])
+        """What was made and dropped; nothing where another process is at it or a table is busy. What the database refuses
+        of it holds up nothing else, and is tried again in the next pass: what ends on a day that has no partition goes to
+        the default one. It is raised at the end, as DatabaseRefused."""
+        changed, refused = await self._alone(self._make_and_drop) or (Changed([], []), [])
         if any(changed):
             log.info("history partitions", made=changed.made, dropped=changed.dropped)
+        if refused:
+            raise refused[0]
         return changed
 
     async def thin(self) -> list[str]:
@@ -116,19 +129,22 @@ class Partitions:
         mine, now = await cursor.fetchone() or (False, datetime.now(UTC))
         return await work(conn, now.astimezone(UTC).date()) if mine else None
 
-    async def _make_and_drop(self, conn: Connection, today: date) -> Changed:
-        have = await _existing(conn)
-        due = sorted((_wanted(today) | await _stray(conn)) - {part.day for part in have})
+    async def _make_and_drop(self, conn: Connection, today: date) -> tuple[Changed, list[DatabaseRefused]]:
+        have, unidentified = await _existing(conn), await _unidentified(conn)
+        due = [Part(day) for day in sorted((_wanted(today) | await _stray(conn)) - {part.day for part in have})]
         old = self._old(have, today)
-        if due or old:
+        if due or old or unidentified:
             # Attaching lets readers in, who were planned without the new partition, and who would look for what has just
             # moved there in vain.
             await conn.execute("lock table queue_service.finished_runs in access exclusive mode")
-        for day in due:
-            await conn.execute(_composed(_MAKE, day))
-        for part in old:
-            await conn.execute(sql.SQL("drop table {}").format(_table(part)))
-        return Changed([Part(day).name for day in due], [part.name for part in old])
+        refused: list[DatabaseRefused] = []
+        for name in unidentified:
+            table = sql.Identifier("queue_service", name)
+            await _try(conn, "identify the rows of", name, sql.SQL(_IDENTIFY).format(table), refused)
+        made = [part.name for part in due if await _try(conn, "make", part.name, _composed(_MAKE, part.day), refused)]
+        drop = sql.SQL("drop table {}")
+        dropped = [part.name for part in old if await _try(conn, "drop", part.name, drop.format(_table(part)), refused)]
+        return Changed(made, dropped), refused
 
     async def _thin(self, conn: Connection, today: date) -> str | None:
         have = await _existing(conn)
@@ -142,6 +158,35 @@ class Partitions:
     def _old(self, have: Sequence[Part], today: date) -> list[Part]:
         gone = [part for part in have if part.day < today - self._retention_failed]
         return gone if _is_trusted(have, today) else []
+
+
+async def _try(conn: Connection, what: str, name: str, statement: sql.Composed, refused: list[DatabaseRefused]) -> bool:
+    """False, and nothing is done, where the database refuses it: then the reason is added to `refused`."""
+    try:
+        async with conn.transaction():
+            await conn.execute(statement)
+    except (pg.LockNotAvailable, pg.QueryCanceled):
+        raise
+    except psycopg.Error as error:
+        if conn.closed:
+            raise
+        said = meaning(error) or message(error).partition("\n")[0]
+        hint = ""
+        if isinstance(error, pg.DuplicateTable):
+            hint = " A table of that name is there, and is no partition of finished_runs: attach it, or rename it."
+        refused.append(DatabaseRefused(f"History cannot {what} queue_service.{name}: {said}{hint}"))
+        refused[-1].__cause__ = error
+        return False
+    return True
+
+
+async def _unidentified(conn: Connection) -> list[str]:
+    """Partitions of which nobody could say which row was deleted."""
+    cursor = await conn.execute(
+        "select relname from pg_class where relkind = 'r' and relreplident = 'd' and oid in ("
+        "select inhrelid from pg_inherits where inhparent = 'queue_service.finished_runs'::regclass) order by relname"
+    )
+    return [row[0] for row in await cursor.fetchall()]
 
 
 def _wanted(today: date) -> set[date]:

@@ -6,17 +6,19 @@ Any number of processes may do this at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from queue_service.connections import queries as connections
 from queue_service.db.pool import Pool
 from queue_service.events import queries as events
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
-from queue_service.services.partitions import Partitions
+from queue_service.services.partitions import Changed, Partitions
 from queue_service.turns import queries as turns
+
+T = TypeVar("T")
 
 log = get_logger(__name__)
 
@@ -43,12 +45,25 @@ class Pruner:
         self.partitions = Partitions(pool, retention=retention, retention_failed=retention_failed)
 
     async def once(self) -> Pruned:
-        """Partitions first, for which there is a time; what is old can wait, and there may be much of it."""
-        made, dropped = await self.partitions.make_and_drop()
-        await self._pool.fetch(roster.prune(SILENCE))
-        await self._pool.fetch(connections.prune(SILENCE))
-        thinned = await self.partitions.thin()
-        return Pruned(made, dropped, thinned, await self._turns(), await self._events())
+        """Partitions first, for which there is a time; what is old can wait, and there may be much of it. What one of the
+        steps raises is raised when the others have had their turn."""
+        failures: list[Exception] = []
+
+        async def step(prune: Awaitable[T], nothing: T) -> T:
+            try:
+                return await prune
+            except Exception as failed:  # noqa: BLE001 - raised in the end
+                failures.append(failed)
+                return nothing
+
+        made, dropped = await step(self.partitions.make_and_drop(), Changed([], []))
+        await step(self._pool.fetch(roster.prune(SILENCE)), [])
+        await step(self._pool.fetch(connections.prune(SILENCE)), None)
+        thinned = await step(self.partitions.thin(), [])
+        pruned = Pruned(made, dropped, thinned, await step(self._turns(), 0), await step(self._events(), 0))
+        if failures:
+            raise failures[0]
+        return pruned
 
     async def _turns(self) -> int:
         """Forget turns, batch after batch, each a short transaction."""

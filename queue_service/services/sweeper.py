@@ -2,37 +2,38 @@
 started in time.
 
 Runs in every worker and wherever someone waits, without a leader: each statement is bounded, and what one replica is
-taking the others step over. What a transaction of somebody's has locked is left until that ends, and holds up nothing else.
+taking the others step over. What the database refuses of a batch is found one by one; of the three kinds none holds up
+another.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import timedelta
-from typing import NamedTuple
-
-from psycopg import errors as pg
+from typing import NamedTuple, TypeVar
 
 from queue_service.db import channels
 from queue_service.db.channels import Notify
 from queue_service.db.execute import REFUSED
+from queue_service.db.meaning import is_about_a_row
 from queue_service.db.query import Fetch
 from queue_service.errors import DatabaseUnavailable
+from queue_service.exceptions import message
 from queue_service.logs import get_logger
 from queue_service.runs import queries
+from queue_service.services.lost_runs import LostRuns
+from queue_service.services.refusals import Refusals
 from queue_service.turns import queries as turns
 from queue_service.turns.model import EndedTurn
 
+T = TypeVar("T")
+
 log = get_logger(__name__)
 
-# Leases hold up to some four thousand runs each; the statement must stay well inside its deadline.
-LEASE_LIMIT = 5
 RUN_LIMIT = 1_000
-# Lapsed leases among which the ones that cannot be taken are looked for.
-BUSY_LIMIT = 100
 TURN_LIMIT = 2_000
-# Turns that are tried one by one where a batch of them is refused.
+# What is tried one by one where a batch is refused.
 SINGLES = 100
 
 
@@ -46,33 +47,54 @@ class SweepCounts(NamedTuple):
 
 
 class Sweeper:
-    def __init__(self, fetch: Fetch, notify: Notify, *, max_losses: int, grace: timedelta = timedelta(0)) -> None:
+    """`final_tasks` are those of which a run is not begun twice."""
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        notify: Notify,
+        *,
+        max_losses: int,
+        grace: timedelta = timedelta(0),
+        final_tasks: Collection[str] = (),
+    ) -> None:
         self._fetch = fetch
         self._notify = notify
-        self._max_losses = max_losses
         self._grace = grace.total_seconds()
         self._disturbed = False
-        # Leases that another transaction keeps from being taken, as far as is known.
-        self._busy: Collection[int] = ()
         self._resume_at = 0.0
+        self._lost_runs = LostRuns(fetch, max_losses=max_losses, final_tasks=final_tasks)
+        self._refused_late: Refusals[int] = Refusals("a run that expired cannot be ended")
+        self._refused_turns: Refusals[tuple[str, str]] = Refusals("a turn cannot be ended")
         # For how long the oldest turn was overdue when the last pass was over: None is as it should be.
         self.oldest_overdue: timedelta | None = None
 
     async def once(self) -> SweepCounts:
         """Sweep until nothing has lapsed. After an outage, leases and turns get `grace` first: they all lapsed while nobody
-        could extend them, and whoever still lives is to have the first word."""
-        try:
-            expired = await self._expire()
-            if self._disturbed:
-                self._disturbed, self._resume_at = False, time.monotonic() + self._grace
-            if time.monotonic() < self._resume_at:
-                return SweepCounts(0, 0, expired, 0)
-            requeued, ended = await self._sweep()
-            ended_turns = await self.turns()
-        except DatabaseUnavailable:
-            self._disturbed = True
-            raise
-        return SweepCounts(requeued, ended, expired, ended_turns)
+        could extend them, and whoever still lives is to have the first word. What one of the kinds raises is raised when
+        the others have had their turn."""
+        failures: list[Exception] = []
+
+        async def step(sweep: Callable[[], Awaitable[T]], nothing: T) -> T:
+            try:
+                return await sweep()
+            except Exception as failed:
+                if isinstance(failed, DatabaseUnavailable):
+                    self._disturbed = True
+                    raise
+                failures.append(failed)
+                return nothing
+
+        expired = await step(self._expire, 0)
+        if self._disturbed:
+            self._disturbed, self._resume_at = False, time.monotonic() + self._grace
+        if time.monotonic() < self._resume_at:
+            return SweepCounts(0, 0, expired, 0)
+        requeued, ended = await step(self._sweep, (0, 0))
+        counts = SweepCounts(requeued, ended, expired, await step(self.turns, 0))
+        if failures:
+            raise failures[0]
+        return counts
 
     async def turns(self) -> int:
         """End the turns whose deadline has passed, until none is left that could be taken."""
@@ -81,7 +103,7 @@ class Sweeper:
             count += len(ended)
             log.warning("ended turns that nobody answered in time", count=len(ended))
             self._notify(about_turns(ended))
-        self.oldest_overdue = (await self._fetch(turns.tally())).oldest_overdue
+        self.oldest_overdue = await self._fetch(turns.oldest_overdue())
         if count and self.oldest_overdue:
             log.info("turns are still overdue", oldest=str(self.oldest_overdue))
         return count
@@ -90,7 +112,9 @@ class Sweeper:
         try:
             swept: list[EndedTurn] = await self._fetch(turns.sweep(limit=TURN_LIMIT))
         except REFUSED as refused:
-            log.error("a batch of turns cannot be ended; trying each", why=str(refused))
+            if not is_about_a_row(refused):
+                raise
+            log.error("a batch of turns cannot be ended; trying each", why=message(refused))
             return await self._sweep_singly()
         return swept
 
@@ -100,53 +124,60 @@ class Sweeper:
         for deployment, message_id in await self._fetch(turns.overdue(limit=SINGLES)):
             try:
                 ended += await self._fetch(turns.sweep_one(deployment, message_id))
+                self._refused_turns.forget((deployment, message_id))
             except REFUSED as refused:
-                log.error("a turn cannot be ended", deployment=deployment, message_id=message_id, why=str(refused))
+                self._refused_turns.note(
+                    (deployment, message_id), refused, deployment=deployment, message_id=message_id
+                )
         return ended
 
     async def _sweep(self) -> tuple[int, int]:
         requeued = ended = 0
-        if self._busy:
-            self._busy = await self._fetch(queries.busy_leases(limit=BUSY_LIMIT))
-        while swept := await self._sweep_runs():
-            back = [run for run in swept if not run.state.finished]
-            over = [run for run in swept if run.state.finished]
-            requeued, ended = requeued + len(back), ended + len(over)
-            log.warning("took over runs of a lost worker", requeued=len(back), ended=len(over))
-            self._notify(
-                [channels.enqueued(queue, priority) for queue, priority in {(run.queue, run.priority) for run in back}]
-                + ([channels.about_runs(channels.FINISHED, [run.run_id for run in over])] if over else [])
-            )
+        await self._lost_runs.begin()
+        takes = [self._lost_runs.take, self._lost_runs.take_orphans]
+        while takes:
+            swept = await takes[0]()
+            if not swept:
+                takes.pop(0)
+                continue
+            back, over = self._announce(swept)
+            requeued, ended = requeued + back, ended + over
         return requeued, ended
 
-    async def _sweep_runs(self) -> list[queries.SweptRun]:
-        try:
-            return await self._take()
-        except DatabaseUnavailable as lost:
-            if not isinstance(lost.__cause__, pg.LockNotAvailable):
-                raise
-        self._busy = await self._fetch(queries.busy_leases(limit=BUSY_LIMIT))
-        log.warning(
-            "runs of a lost worker cannot be taken over yet: a transaction has them locked, or their lanes. Find it in "
-            "pg_stat_activity, by its xact_start",
-            leases=len(self._busy),
+    def _announce(self, swept: Sequence[queries.SweptRun]) -> tuple[int, int]:
+        """How many went back, and how many ended."""
+        back = [run for run in swept if not run.state.finished]
+        over = [run for run in swept if run.state.finished]
+        log.warning("took over runs of a lost worker", requeued=len(back), ended=len(over))
+        self._notify(
+            [channels.enqueued(queue, priority) for queue, priority in {(run.queue, run.priority) for run in back}]
+            + ([channels.about_runs(channels.FINISHED, [run.run_id for run in over])] if over else [])
         )
-        return await self._take()
-
-    async def _take(self) -> list[queries.SweptRun]:
-        swept: list[queries.SweptRun] = await self._fetch(
-            queries.sweep(limit=LEASE_LIMIT, max_losses=self._max_losses, excluding=self._busy)
-        )
-        return swept
+        return len(back), len(over)
 
     async def _expire(self) -> int:
         count = 0
-        while expired := await self._fetch(queries.expire(limit=RUN_LIMIT)):
+        while expired := await self._expire_some():
             count += len(expired)
             self._notify([channels.about_runs(channels.FINISHED, expired)])
         if count:
             log.info("runs expired before they were started", count=count)
         return count
+
+    async def _expire_some(self) -> list[int]:
+        try:
+            return await self._fetch(queries.expire(limit=RUN_LIMIT))  # type: ignore[no-any-return]
+        except REFUSED as refused:
+            if not is_about_a_row(refused):
+                raise
+        expired: list[int] = []
+        for run_id in await self._fetch(queries.late(limit=SINGLES)):
+            try:
+                expired += await self._fetch(queries.expire_one(run_id))
+                self._refused_late.forget(run_id)
+            except REFUSED as refused:
+                self._refused_late.note(run_id, refused, run_id=run_id)
+        return expired
 
 
 def about_turns(ended: Collection[EndedTurn]) -> list[channels.Notice]:

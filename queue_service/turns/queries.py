@@ -183,6 +183,11 @@ def standing(deployment: str, message_id: str) -> Query[Standing | None]:
     return SQL.query("standing", _standing, deployment=deployment, message_id=message_id)
 
 
+def oldest_overdue() -> Query[timedelta | None]:
+    """For how long the turn has been overdue that has been so longest; None: none is."""
+    return SQL.query("oldest_overdue", scalar)
+
+
 def overdue(*, limit: int) -> Query[list[Key]]:
     return SQL.query("overdue", lambda rows: [(row[0], row[1]) for row in rows], limit=limit)
 

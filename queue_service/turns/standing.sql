@@ -35,6 +35,11 @@ select (select count(*) from (select from queue_service.turn_markers limit %(mos
        (select clock_timestamp() - min(m.deadline) from queue_service.turn_markers as m
          where m.deadline < (select clock_timestamp()))
 
+-- name: oldest_overdue
+-- For how long the oldest of the turns that are overdue has been. Row: null where none is.
+select clock_timestamp() - min(m.deadline) from queue_service.turn_markers as m
+ where m.deadline < (select clock_timestamp())
+
 -- name: page
 -- Markers, those first that lapse first, after the place `after_*` says.
 select m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata::text,

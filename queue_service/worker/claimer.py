@@ -64,8 +64,8 @@ class Claimer:
         self._alarm.wake()
 
     def rescan(self) -> None:
-        """Notices may have been lost: look everywhere as soon as the pace of scans allows."""
-        self._pace.scan_soon()
+        """Notices may have been lost, or claims did not go through: look everywhere."""
+        self._pace.scan_now()
         self._alarm.wake()
 
     @property
@@ -124,8 +124,8 @@ class Claimer:
 
     async def _scan(self, now: float) -> None:
         self._claims.hand_back_stalled(now)
-        await self._claims.scan()
-        self._pace.scanned(now, time.monotonic())
+        cost = await self._claims.scan()
+        self._pace.scanned(time.monotonic(), cost)
         if self._suspects.are_to_be_looked_for(now):
             await self._suspects.run_due()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from queue_service.db.pool import OwnConnection
 from queue_service.logs import get_logger
@@ -36,12 +36,16 @@ class Claims:
         self._pace = pace
         self._alarm = alarm
         self.order = [Source.LANES, Source.QUEUE]
+        # Until when there may be leases of ours that we do not know of.
+        self._unheard_until: float | None = None
 
-    async def scan(self) -> None:
-        """Look from the front of every queue, and note what a claim could get."""
+    async def scan(self) -> float:
+        """Look from the front of every queue, and note what a claim could get. Returns what that cost, in seconds of the
+        database's."""
         # Forgotten before the look: a notice that comes while it is under way is about something it may not see.
         for state in self._states.values():
             state.may_give.clear()
+        await self._release_unheard()
         query = queries.scan(list(self._states), self._claimant.tasks, owner=self._claimant.owner)
         scan = await self._connection.fetch(query)
         due: defaultdict[str, list[DuePriority]] = defaultdict(list)
@@ -49,6 +53,7 @@ class Claims:
             due[each.queue].append(each)
         for name, state in self._states.items():
             state.scanned(scan, due[name])
+        return scan.cost
 
     async def claim(self, source: Source, asked: Sequence[Asked], *, limited: bool) -> None:
         """Take runs from one source of these queues, and give them to the executors."""
@@ -57,7 +62,7 @@ class Claims:
             state.may_give.discard(source)
         claim = self._claim_within_limits if limited else self._claim_without_limits
         held: defaultdict[str, list[Held]] = defaultdict(list)
-        for each in self._leases.take(await claim(source, asked), limited=limited):
+        for each in await self._taken(claim(source, asked), limited=lambda _: limited):
             if each.run.unreadable is None:
                 held[each.run.queue].append(each)
             else:
@@ -101,23 +106,53 @@ class Claims:
 
     async def claim_suspect(self, queues: Sequence[str]) -> bool:
         """Take one run that lost a worker before. False: none of these queues has one that is due."""
-        claimed = await self._connection.fetch(queries.claim_suspect(queues, self._claimant))
-        if not claimed:
-            return False
-        run, _ = claimed[0]
-        state = self._states[run.queue]
-        log.info("running alone, since it lost its worker before", run_id=run.id)
-        (held,) = self._leases.take(claimed, limited=state.has_limit)
-        if run.unreadable is None:
-            self._offer(state.executor, [held])
-        else:
-            self._end_unread(held)
-        return True
+        claim = self._connection.fetch(queries.claim_suspect(queues, self._claimant))
+        taken = await self._taken(claim, limited=lambda queue: self._states[queue].has_limit)
+        for held in taken:
+            run = held.run
+            if run.unreadable is None:
+                log.info("running alone, since it lost its worker before", run_id=run.id)
+                self._offer(self._states[run.queue].executor, [held])
+            else:
+                self._end_unread(held)
+        return bool(taken)
 
     def hand_back_stalled(self, now: float) -> None:
         """Give up what waits behind handlers that stopped ending: another worker may be free."""
         for state in self._states.values():
             self._finisher.hand_back(state.executor.take_back_stalled(now))
+
+    async def _taken(self, claim: Awaitable[list[tuple[Run, int]]], *, limited: Callable[[str], bool]) -> list[Held]:
+        """What the claim got; none of it where the answer has come so late that others may have it soon."""
+        began = time.monotonic()
+        try:
+            claimed = await claim
+        except BaseException:
+            # It may have been executed.
+            self._unheard_until = time.monotonic() + self._claimant.lease.total_seconds()
+            raise
+        if not claimed:
+            return []
+        held = self._leases.take(claimed, began, limited=limited(claimed[0][0].queue))
+        if time.monotonic() - began < self._claimant.lease.total_seconds() / 2:
+            return held
+        log.warning("a claim was answered too late; its runs go back unbegun", runs=len(held))
+        self._finisher.hand_back(held)
+        return []
+
+    async def _release_unheard(self) -> None:
+        """Give back what was claimed by a statement whose answer never came. That statement may even be executed later, so
+        we look for it for the length of a lease."""
+        if self._unheard_until is None:
+            return
+        is_last = time.monotonic() > self._unheard_until
+        released = await self._connection.fetch(
+            queries.release_unheard(self._claimant.worker_id, known=self._leases.ids)
+        )
+        if released:
+            log.warning("what was claimed by a statement that was not answered goes back unbegun", runs=len(released))
+        if is_last:
+            self._unheard_until = None
 
     def _end_unread(self, held: Held) -> None:
         run = held.run

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-import psycopg
 from psycopg import errors as pg
 
 from queue_service import codec
 from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
-from queue_service.db.meaning import OF_A_TRIGGER
+from queue_service.db.meaning import is_about_a_row
 from queue_service.db.pool import OwnConnection
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefused
 from queue_service.exceptions import message, type_name
@@ -336,6 +335,4 @@ def _verdict(refused: Exception) -> Verdict:
         return Verdict.TAKE_APART
     if isinstance(refused, (DatabaseUnavailable, SchemaMismatch)):
         return Verdict.UNKNOWN
-    # What is not allowed at all, or is a mistake of ours, is that for each of them.
-    is_about_all = isinstance(cause, psycopg.ProgrammingError) and not isinstance(cause, OF_A_TRIGGER)
-    return Verdict.NOT_DONE if is_about_all else Verdict.TAKE_APART
+    return Verdict.TAKE_APART if is_about_a_row(refused) else Verdict.NOT_DONE

@@ -44,13 +44,18 @@ class Leases:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def take(self, claimed: list[tuple[Run, int]], *, limited: bool = False) -> list[Held]:
-        """The runs one claim returned, under their new lease."""
+    def take(self, claimed: list[tuple[Run, int]], began: float, *, limited: bool = False) -> list[Held]:
+        """The runs one claim returned, under their new lease. It is as old as the claim, which `began` (monotonic) before
+        it was sent: the row's deadline can only be later than what is counted so."""
         if not claimed:
             return []
-        lease = Lease(claimed[0][1], len(claimed), limited)
+        lease = Lease(claimed[0][1], len(claimed), limited, began, began)
         self._by_id[lease.id] = lease
         return [Held(run, lease) for run, _ in claimed]
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self._by_id)
 
     def release(self, ids: Iterable[int]) -> None:
         for lease_id in ids:

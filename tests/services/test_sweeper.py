@@ -16,7 +16,8 @@ from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import queries
 from queue_service.runs.claim import hold
 from queue_service.runs.model import NewRun
-from queue_service.services.sweeper import LEASE_LIMIT, RUN_LIMIT, TURN_LIMIT, SweepCounts, Sweeper
+from queue_service.services.lost_runs import LEASE_LIMIT
+from queue_service.services.sweeper import RUN_LIMIT, TURN_LIMIT, SweepCounts, Sweeper
 from tests.support import claimed, enqueued, lapse, one, rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 
@@ -31,7 +32,9 @@ class Desk:
     async def held(self, count: int, *, key: str | None = None, limited: bool = False) -> list[Held]:
         for number in range(count):
             await enqueued(self._conn, ordering_key=key and f"{key}{number}")
-        return self._leases.take(await claimed(self._conn, limit=count, laned=key is not None), limited=limited)
+        return self._leases.take(
+            await claimed(self._conn, limit=count, laned=key is not None), time.monotonic(), limited=limited
+        )
 
     def end(self, *runs: Held) -> None:
         for each in runs:
