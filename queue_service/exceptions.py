@@ -8,6 +8,7 @@ exception has a million notes.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Iterator
 from itertools import islice
@@ -52,6 +53,14 @@ def message(error: BaseException) -> str:
 def rendered(error: BaseException) -> str:
     """Its traceback with what led to it, much as Python prints it."""
     return "".join(_lines(error, iter(range(EXCEPTIONS))))
+
+
+def release(error: BaseException) -> None:
+    """Let go of what the frames hold that it went through, and what led to it: otherwise all of it lives on until the next
+    cyclic garbage collection."""
+    for each in _chain(error, iter(range(EXCEPTIONS))):
+        with contextlib.suppress(BaseException):
+            traceback.clear_frames(_traceback(each))
 
 
 def _lines(error: BaseException, budget: Iterator[int]) -> Iterator[str]:

@@ -5,6 +5,7 @@ The connections are opened by the first `open` and closed by the last `close`. T
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import uuid
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from queue_service.errors import ConfigError
 from queue_service.schedules.model import NewSchedule
 from queue_service.settings import Settings
 from queue_service.tasks import Tasks
+from queue_service.waiting import to_its_end
 
 T = TypeVar("T")
 
@@ -34,6 +36,7 @@ class Core:
         # Names this process among those that hold connections; a process that starts again is another one.
         self.identity = uuid.uuid4().hex
         self._opened: Opened | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._users = 0
 
     def twin(self) -> Core:
@@ -49,17 +52,45 @@ class Core:
         return other
 
     async def open(self) -> None:
-        """Connect, if this is the first call. Raises DatabaseUnavailable, SchemaMismatch, EmbeddedUnavailable."""
-        if self._opened is None:
-            self._opened = await Opened.at(self.database, self.settings)
+        """Connect, if nobody has: however many ask at once, one opening serves them all. Raises DatabaseUnavailable,
+        SchemaMismatch, EmbeddedUnavailable."""
         self._users += 1
+        try:
+            while self._opened is None:
+                await asyncio.shield(self._begun())
+        except BaseException:
+            self._users -= 1
+            if not self._users and self._opening is not None:
+                # The last one who wanted it was cancelled. It undoes what it has done.
+                self._opening.cancel()
+            raise
+
+    def _begun(self) -> asyncio.Task[None]:
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open(), name="opening")
+            # Where everyone who wanted it was cancelled, nobody else asks what became of it.
+            self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if self._opening.get_loop() is not asyncio.get_running_loop():
+            raise ConfigError("This App is being opened on another event loop. Open another one here.")
+        return self._opening
+
+    async def _open(self) -> None:
+        try:
+            opened = await Opened.at(self.database, self.settings)
+        finally:
+            self._opening = None
+        if self._users:
+            self._opened = opened
+        else:
+            await opened.close()
 
     async def close(self) -> None:
-        """Let go of the connections and of the embedded cluster, once this was called as often as `open`."""
-        self._users -= 1
-        if self._users <= 0 and self._opened is not None:
-            opened, self._opened, self._users = self._opened, None, 0
-            await opened.close()
+        """Let go of the connections and of the embedded cluster, once this was called as often as `open`; to the end, even
+        if this is cancelled meanwhile."""
+        self._users = max(0, self._users - 1)
+        if not self._users and self._opened is not None:
+            opened, self._opened = self._opened, None
+            await to_its_end(opened.close())
 
     @property
     def is_open(self) -> bool:

@@ -24,6 +24,7 @@ from queue_service.services.notifier import Notifier
 from queue_service.services.outcomes import Outcomes
 from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
+from queue_service.waiting import to_its_end
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ class Opened:
     @classmethod
     async def at(cls, database: Server | EmbeddedCluster, settings: Settings) -> Opened:
         """Connect and check the schema. Blocking work (starting a server, migrating) is done in a thread."""
-        conninfo, cluster = await asyncio.to_thread(embedded.reach, database)
+        conninfo, cluster = await _reached(database)
         try:
             opened = cls(conninfo, settings, cluster)
             conn = await connect(conninfo)
@@ -76,10 +77,14 @@ class Opened:
                 await revision.require(conn)
             finally:
                 await conn.close()
-            await opened.pool.open()
+            try:
+                await opened.pool.open()
+            except BaseException:
+                await to_its_end(opened.pool.close())
+                raise
         except BaseException:
             if cluster is not None:
-                await asyncio.to_thread(cluster.leave)
+                await to_its_end(asyncio.to_thread(cluster.leave))
             raise
         return opened
 
@@ -131,3 +136,16 @@ class Opened:
             raise ConfigError(
                 "This App was opened on another event loop. Open another one here, or use `app.sync` from threads."
             )
+
+
+async def _reached(database: Server | EmbeddedCluster) -> tuple[str, Cluster | None]:
+    """As `embedded.reach`, in a thread. Where we are cancelled meanwhile, what was started is left again."""
+    reaching = asyncio.ensure_future(asyncio.to_thread(embedded.reach, database))
+    try:
+        return await to_its_end(reaching)
+    except asyncio.CancelledError:
+        if reaching.done() and not reaching.cancelled() and reaching.exception() is None:
+            _, cluster = reaching.result()
+            if cluster is not None:
+                await to_its_end(asyncio.to_thread(cluster.leave))
+        raise

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from queue_service.errors import DatabaseUnavailable
+from queue_service.db.execute import NOT_EXECUTED
 from queue_service.logs import get_logger
 from queue_service.runs.model import Progress, Run
 
@@ -27,7 +27,7 @@ async def watching(
     try:
         await asyncio.wait((waiting, watch), return_when=asyncio.FIRST_COMPLETED)
         if watch.done():
-            await watch
+            raise await watch
         return await waiting
     finally:
         waiting.cancel()
@@ -37,16 +37,19 @@ async def watching(
 
 async def _watch(
     look: Callable[[], Awaitable[Run | None]], on_progress: Callable[[Progress], object], poll_interval: float
-) -> None:
-    """For ever."""
+) -> BaseException:
+    """For ever; or until the callback raises, which is what comes back."""
     last: Progress | None = None
     while True:
         try:
             run = await look()
-        except DatabaseUnavailable as lost:
+        except NOT_EXECUTED as lost:
             log.debug("cannot look for progress; trying again", why=str(lost))
         else:
             if run is not None and run.reported not in {None, last}:
                 last = run.reported
-                on_progress(run.reported)
+                try:
+                    on_progress(run.reported)
+                except BaseException as error:  # noqa: BLE001 - SystemExit would end the loop before it is raised to its caller
+                    return error
         await asyncio.sleep(poll_interval)

@@ -18,12 +18,19 @@ from queue_service.app.history import Retried
 from queue_service.app.progress import watching
 from queue_service.db import channels
 from queue_service.db.borrowed import borrow
+from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.steps import Steps, drive, drive_any
 from queue_service.errors import DuplicateRun, RunUnknown
+from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Progress, Run
 from queue_service.services.combiner import Combiner
 from queue_service.tasks import duration
+
+log = get_logger(__name__)
+
+# Seconds between two tries to read what has ended.
+READ_PAUSE = 0.1
 
 T = TypeVar("T")
 
@@ -105,8 +112,9 @@ class Runs:
         return run
 
     async def wait_many(self, run_ids: Iterable[int], *, timeout: timedelta | float | None = None) -> list[Run]:
-        """Wait until all of these runs have ended, and return them in the order asked for. Raises TimeoutError after
-        `timeout`, RunUnknown for an id nobody has. One look serves them all, however many they are."""
+        """Wait until all of these runs have ended, and return them in the order asked for; also through an outage of the
+        database. Raises TimeoutError after `timeout`, RunUnknown for an id nobody has, DatabaseUnavailable where the App is
+        closed meanwhile. One look serves them all, however many they are."""
         asked = list(run_ids)
         seconds = None if timeout is None else duration(timeout, "timeout").total_seconds()
         ended: dict[int, Run] = {}
@@ -117,8 +125,13 @@ class Runs:
                         states = await self._core.opened.endings.wait(left)
                         if unknown := [run_id for run_id, state in states.items() if state is None]:
                             raise RunUnknown(min(unknown))
+                        try:
+                            found = await self._core.fetch(queries.get_many(left))
+                        except NOT_EXECUTED as lost:
+                            log.debug("cannot read runs that have ended; trying again", why=str(lost))
+                            await asyncio.sleep(READ_PAUSE)
+                            continue
                         # One that is missing or live was deleted, or queued again from history, between the two looks.
-                        found = await self._core.fetch(queries.get_many(left))
                         ended |= {run.id: run for run in found if run.state.finished}
         except TimeoutError:
             who = f"Run {asked[0]}" if len(asked) == 1 else f"One of {len(asked):,} runs"

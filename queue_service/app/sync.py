@@ -6,7 +6,9 @@ A call with `conn=` runs in the calling thread instead, on the caller's connecti
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError
@@ -34,6 +36,7 @@ class Loop:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
         # What is submitted under it comes before the loop's stop, and so is run or cancelled. Later, nobody would answer.
         self._submitting = threading.Lock()
 
@@ -41,16 +44,21 @@ class Loop:
         """Start the thread. ConfigError if it runs already."""
         if self._loop is not None:
             raise ConfigError("This is open already. Take another `app.sync` for a second use at the same time.")
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="queue_service sync", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Cancel what is still going on there, and end the thread. One that was not started is left as it is."""
+        if self._is_forked:
+            self._loop = None
+            return
         with self._submitting:
             loop, self._loop = self._loop, None
             if loop is not None:
-                loop.call_soon_threadsafe(loop.stop)
+                # A closed loop: a callback has ended the thread.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(loop.stop)
         if loop is not None and self._thread is not None:
             self._thread.join()
 
@@ -60,8 +68,14 @@ class Loop:
         return self._loop is not None
 
     def call(self, call: Coroutine[Any, Any, T]) -> T:
-        """The result of the coroutine, run in the thread. ConfigError if there is none, or this is that thread;
-        DatabaseUnavailable where another thread stops it meanwhile."""
+        """The result of the coroutine, run in the thread. ConfigError if there is none, if it was left behind by a fork, or
+        this is that thread; DatabaseUnavailable where another thread stops it meanwhile."""
+        if self._is_forked:
+            call.close()
+            raise ConfigError(
+                "This `app.sync` was opened before a fork, and its thread is in the parent process. Open another one here: "
+                "`with app.sync as q:`."
+            )
         if threading.current_thread() is self._thread:
             call.close()
             raise ConfigError("A callback (`on_progress`) cannot call its own App: it would wait for itself.")
@@ -69,11 +83,28 @@ class Loop:
             if self._loop is None:
                 call.close()
                 raise ConfigError("This App is not connected. Use it inside `with app.sync as q:`.")
-            submitted = asyncio.run_coroutine_threadsafe(call, self._loop)
+            submitted = asyncio.run_coroutine_threadsafe(_outcome(call), self._loop)
         try:
-            return submitted.result()
+            result, error = submitted.result()
         except CancelledError:
             raise DatabaseUnavailable("This App was closed while a call of another thread waited for it.") from None
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    @property
+    def _is_forked(self) -> bool:
+        return self._loop is not None and os.getpid() != self._pid
+
+
+async def _outcome(call: Coroutine[Any, Any, T]) -> tuple[T | None, BaseException | None]:
+    """As values: SystemExit, say, that a callback raises is for its caller, and would end the loop for all."""
+    try:
+        return await call, None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        return None, error
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

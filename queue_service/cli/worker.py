@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import signal
 from collections import Counter
 from typing import Any
@@ -12,6 +11,7 @@ from queue_service.cli.options import app_option, command, load_app, run, settin
 from queue_service.errors import ConfigError
 from queue_service.worker.dump import on_signal
 from queue_service.worker.finisher import Tally
+from queue_service.worker.signals import StoppedBySignals
 from queue_service.worker.worker import Worker
 
 DEFAULT_CONCURRENCY = 10
@@ -82,28 +82,22 @@ def worker(
         sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
     )
     made = Worker(app, wanted, name=name, processes=processes, health_port=health_port, health_host=health_host)
-    with on_signal(signal.SIGUSR1, made.dump):
-        tally = run(_work(made, once=once))
-    if once and tally.failed:
-        raise click.exceptions.Exit(RUNS_FAILED)
+    with on_signal(signal.SIGUSR1, made.dump), StoppedBySignals(made) as stopped:
+        tally = run(_work(made, stopped, once=once))
+    if code := _exit_code(tally, once=once):
+        raise click.exceptions.Exit(code)
 
 
-async def _work(worker: Worker, *, once: bool) -> Tally:
-    loop = asyncio.get_running_loop()
-    signals = 0
-
-    def stop() -> None:
-        nonlocal signals
-        signals += 1
-        again = "Signal again to cancel what is running." if signals == 1 else "Cancelling what is running."
-        render.echo(f"Stopping. {again}", err=True)
-        worker.stop(now=signals > 1)
-
-    for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, stop)
+async def _work(worker: Worker, stopped: StoppedBySignals, *, once: bool) -> Tally:
     shown = ", ".join(f"{queue} ({concurrency} at once)" for queue, concurrency in worker.queues.items())
     render.echo(f"working on {shown}. Ctrl-C stops.", err=True)
-    return await worker.run(once=once)
+    tally = await worker.run(once=once)
+    stopped.has_stopped(_exit_code(tally, once=once))
+    return tally
+
+
+def _exit_code(tally: Tally, *, once: bool) -> int:
+    return RUNS_FAILED if once and tally.failed else 0
 
 
 def _queues(texts: tuple[str, ...]) -> dict[str, int]:

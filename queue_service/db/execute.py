@@ -7,6 +7,9 @@ Every call has a deadline on this side as well as the server's `statement_timeou
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -44,21 +47,46 @@ def cancellable() -> Iterator[None]:
 
 async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline: float = DEADLINE) -> T:
     """Run the query and decode its rows. On DatabaseUnavailable from a passed deadline the connection is closed."""
+    deadline_timer = _Deadline(conn, deadline)
     with translated(), cancellable():
         try:
-            async with asyncio.timeout(deadline):
-                # Not conn.cursor(): a caller's connection may make cursors and rows of other kinds.
-                cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
-                await cursor.execute(query.text.encode(), query.params, binary=True)
-                try:
-                    rows: Rows = await cursor.fetchall() if cursor.description else []
-                except Exception:  # noqa: BLE001 - each type has its own errors
-                    rows = salvaged(cursor)
-        except TimeoutError:
+            # Not conn.cursor(): a caller's connection may make cursors and rows of other kinds.
+            cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
+            await cursor.execute(query.text.encode(), query.params, binary=True)
+            try:
+                rows: Rows = await cursor.fetchall() if cursor.description else []
+            except Exception:  # noqa: BLE001 - each type has its own errors
+                rows = salvaged(cursor)
+        except psycopg.OperationalError:
+            if not deadline_timer.has_passed:
+                raise
             # Whether the statement ran is not known; the connection's state is not either. It must not be used again.
             await conn.close()
             raise DatabaseUnavailable(f"The database did not answer within {deadline:g} s.") from None
+        finally:
+            deadline_timer.cancel()
     return query.decode(rows)
+
+
+class _Deadline:
+    """Hangs up when it passes: whoever waits on the connection then hears that it has ended. To be cancelled would take
+    longer: psycopg then has the statement cancelled on the server, and waits 5 s for one that does not answer."""
+
+    def __init__(self, conn: psycopg.AsyncConnection[Any], seconds: float) -> None:
+        self.has_passed = False
+        self._conn = conn
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._hang_up)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _hang_up(self) -> None:
+        self.has_passed = True
+        with (
+            contextlib.suppress(OSError, psycopg.Error),
+            socket.socket(fileno=os.dup(self._conn.pgconn.socket)) as line,
+        ):
+            line.shutdown(socket.SHUT_RDWR)
 
 
 def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:

@@ -39,7 +39,7 @@ _TCP = {
 # enable_*: every statement of ours is shaped for an ordered walk along one index, and the statistics of a queue's tables
 # are always out of date, so the planner would now and then talk itself into reading the whole table first.
 # synchronous_commit: durability is promised, so `off` is not accepted; every other setting is left alone.
-_SESSION = """
+SESSION = """
 select set_config('statement_timeout', '30s', false),
        set_config('lock_timeout', '10s', false),
        set_config('idle_in_transaction_session_timeout', '60s', false),
@@ -91,7 +91,7 @@ def options(conninfo: str, application: str = "queue_service") -> str:
 
 
 async def _configure(conn: Connection) -> None:
-    await conn.execute(_SESSION)
+    await conn.execute(SESSION)
 
 
 async def _set(conn: Connection, setting: str, duration: timedelta) -> None:
@@ -213,6 +213,8 @@ class Pool:
             return await self._pool.getconn()
         except psycopg_pool.PoolTimeout:
             raise none_free() from None
+        except psycopg_pool.PoolClosed:
+            raise DatabaseUnavailable("The connections of this App were closed.") from None
 
     async def _give(self, conn: Connection) -> None:
         idle = not conn.closed and conn.info.transaction_status is TransactionStatus.IDLE

@@ -127,7 +127,9 @@ class Services:
         """Cancel them all, and wait for their end."""
         self._running.clear()
         for task in self._tasks:
-            task.cancel()
+            # Once: psycopg has a statement cancelled on the server, and a second time leaves that undone.
+            if not task.cancelling():
+                task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 

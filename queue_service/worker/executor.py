@@ -175,6 +175,13 @@ class Executor:
             self._finisher.put(execution.held, self._drained(execution, task))
         return len(given_up)
 
+    def unended(self) -> list[tuple[Held, Settlement | None]]:
+        """What would become of each run here if the worker ended now. May be called from any thread, while nothing else
+        goes on here."""
+        running = [execution for execution in list(self._running.values()) if execution.give_up()]
+        drained = [(each.held, self._drained(each, self._tasks[each.held.run.task])) for each in running]
+        return [*drained, *((held, Return(held.run.claim)) for held in list(self._waiting))]
+
     def executing(self) -> list[tuple[Held, asyncio.Task[Any]]]:
         """The runs whose handlers go on, and the slot of each. May be called from any thread."""
         return [(each.held, each.task) for each in list(self._running.values())]

@@ -199,6 +199,11 @@ class Finisher:
                 if 1 < len(taken) < FEW:
                     await self._rest()
 
+    def unwritten(self) -> list[Entry]:
+        """What was not written yet. May be called from any thread, while nothing else goes on here."""
+        groups = [entry for group in self._groups for entry in group.entries]
+        return [*groups, *self._pending, *self._locked.entries, *self._refused.entries]
+
     async def flush(self) -> None:
         """Write all that can be written, beside nobody: `run` has ended."""
         taken, self._pending = self._pending, []

@@ -13,13 +13,17 @@ from collections.abc import Collection, Coroutine, Mapping
 from datetime import timedelta
 from typing import Any
 
+import psycopg
+
 from queue_service.app import App
 from queue_service.db import channels
+from queue_service.db.execute import fetch_sync, translated
 from queue_service.db.listener import Listener, NoticesMissed
-from queue_service.db.pool import OwnConnection
+from queue_service.db.pool import SESSION, OwnConnection, options
 from queue_service.exceptions import message
 from queue_service.logs import get_logger
-from queue_service.runs.model import Run
+from queue_service.runs import queries
+from queue_service.runs.model import Ending, Return, Run
 from queue_service.runs.queries import Claimant
 from queue_service.services.loop import Service, Services, Work
 from queue_service.settings import Settings
@@ -62,6 +66,7 @@ class Parts:
         endpoint: Endpoint | None,
     ) -> None:
         self._settings = settings
+        self._worker_id = worker_id
         self.services = Services()
         self._life = asyncio.current_task()
         self._threads = Threads(on_change=self._threads_changed)
@@ -143,6 +148,21 @@ class Parts:
         for name, work in works.items():
             self.services.ensure(name, work)
         return self.services.ensure("claimer", functools.partial(self.claimer.run, once=once))
+
+    def abandon(self, conninfo: str) -> None:
+        """As Worker says."""
+        entries = self.finisher.unwritten()
+        for executor in self.executors.values():
+            entries += executor.unended()
+        outcomes = [outcome for _, outcome in entries if outcome is not None]
+        leases = sorted({held.lease.id for held, _ in entries})
+        log.error("this worker ends though handlers go on; their runs are given up", runs=len(outcomes))
+        endings = [outcome for outcome in outcomes if isinstance(outcome, Ending)]
+        returns = [outcome for outcome in outcomes if isinstance(outcome, Return)]
+        with translated(), psycopg.connect(options(conninfo, "queue_service leaving"), autocommit=True) as conn:
+            conn.execute(SESSION)
+            fetch_sync(conn, queries.give_back(returns, worker_id=self._worker_id))
+            fetch_sync(conn, queries.finish(endings, worker_id=self._worker_id, freed=leases))
 
     async def _close(self) -> None:
         for executor in self.executors.values():

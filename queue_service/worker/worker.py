@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
+import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -77,7 +80,8 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         life = asyncio.create_task(self._live(once=once), name="worker")
         try:
-            return await asyncio.shield(life)
+            with self._stopped_by_ctrl_c():
+                return await asyncio.shield(life)
         except asyncio.CancelledError:
             self.stop(now=True)
             await _ended_in_time(life)
@@ -85,6 +89,31 @@ class Worker:
         finally:
             self._loop = None
             self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
+
+    @contextlib.contextmanager
+    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+        """Where the whole program is this worker, as in `asyncio.run(worker.run())`, Ctrl-C lets handlers end, and the
+        second one cancels them. A program that does more has Ctrl-C for itself."""
+        before = signal.getsignal(signal.SIGINT)
+        # How asyncio's runner has its main task cancelled.
+        main_task = before.keywords.get("main_task") if isinstance(before, functools.partial) else None
+        if main_task is None or main_task is not asyncio.current_task():
+            yield
+            return
+        signals = 0
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal signals
+            signals += 1
+            self.stop(now=signals > 1)
+            if signals > 2 and callable(before):
+                before(number, frame)
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     async def _live(self, *, once: bool) -> Tally:
         endpoint = None
@@ -133,6 +162,12 @@ class Worker:
                 # A closed loop: nobody is left to be stopped.
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(event.set)
+
+    def abandon(self) -> None:
+        """Hand back every run that is here, on a connection of its own, for a process that is about to end: may be called
+        from any thread, also while the event loop is blocked. Raises DatabaseUnavailable."""
+        if self._parts is not None:
+            self._parts.abandon(self.app.conninfo)
 
     def dump(self) -> None:
         """Log what runs here and where it is: each run with its stack, and the other threads and tasks. May be called from

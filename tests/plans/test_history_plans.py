@@ -65,7 +65,7 @@ STATEMENTS: dict[str, tuple[Query[Any], int]] = {
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_history_plans", {"runs", "finished_runs_default"}) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         for day in range(1, DAYS + 1):
             conn.execute(ENDED.partition(";")[0].format(day=day, next=day + 1).encode())
         for number, (query, _) in enumerate(STATEMENTS.values()):

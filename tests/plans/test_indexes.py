@@ -31,7 +31,7 @@ select 'default', 'noop', '{}', clock_timestamp() - interval '1 hour' + n * inte
 def filled(request: pytest.FixtureRequest, server: str, template: str) -> Iterator[tuple[Sync, int]]:
     """A database with so many queued runs, whose statistics say that there are none."""
     with believed_empty(server, template, f"queue_service_plans_{request.param}", {"runs"}) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         conn.execute(FILL.encode(), [request.param])
         yield conn, request.param
 
@@ -128,7 +128,7 @@ def test_what_finds_nothing_touches_next_to_nothing(filled: tuple[Sync, int], na
 
 def test_claiming_changes_no_index(database: str) -> None:
     with psycopg.connect(database) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         conn.execute(FILL.encode(), [1_000])
         taken = claim(limit=500)
         conn.execute(taken.text.encode(), taken.params)

@@ -58,7 +58,7 @@ STATEMENTS = {
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_lane_plans", {"runs", "lanes"}) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         for number, (query, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", query)
         conn.execute("set statement_timeout = 0")

@@ -62,7 +62,7 @@ def stage(request: pytest.FixtureRequest, database_of_plans: Sync) -> Stage:
         conn.execute("analyze queue_service.runs")
     if have > want:
         conn.execute("delete from queue_service.runs")
-    conn.execute(pool._SESSION.encode())
+    conn.execute(pool.SESSION.encode())
     return Stage(conn, want)
 
 
@@ -279,7 +279,7 @@ class TestHeapOnly:
 
     def test_reports_of_progress_are_heap_only_updates(self, database: str) -> None:
         with psycopg.connect(database, autocommit=True) as conn:
-            conn.execute(pool._SESSION.encode())
+            conn.execute(pool.SESSION.encode())
             conn.execute(FILL.encode(), [100])
             claims, _ = claims_of(conn, 10)
             for _ in range(3):
@@ -288,7 +288,7 @@ class TestHeapOnly:
 
     def test_claims_of_a_backlog_are_heap_only_updates(self, database: str) -> None:
         with psycopg.connect(database, autocommit=True) as conn:
-            conn.execute(pool._SESSION.encode())
+            conn.execute(pool.SESSION.encode())
             conn.execute(FILL.encode(), [2_000])
             for _ in range(4):
                 assert len(fetch_sync(conn, claim(limit=250, priorities=(1, 0)))) == 250

@@ -61,7 +61,7 @@ def fire(count: int) -> Query[Any]:
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_schedule_plans", TABLES) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         for number, (make, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", make())
         conn.execute(FILL.encode())
@@ -74,7 +74,7 @@ def stage(request: pytest.FixtureRequest, filled: Sync) -> str:
     if request.param == "believed full":
         filled.execute("reset all")
         filled.execute("analyze")
-        filled.execute(pool._SESSION.encode())
+        filled.execute(pool.SESSION.encode())
     return str(request.param)
 
 

@@ -52,7 +52,7 @@ class Stage(NamedTuple):
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_turn_plans", TABLES) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         for number, (make, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", make())
         conn.execute(FILL.encode())
@@ -65,7 +65,7 @@ def stage(request: pytest.FixtureRequest, filled: Sync) -> Stage:
     if "full" in request.param:
         filled.execute("reset all")
         filled.execute("analyze")
-        filled.execute(pool._SESSION.encode())
+        filled.execute(pool.SESSION.encode())
     if request.param == "believed full, empty":
         for table in sorted(TABLES - {"runs", "connections"}):
             filled.execute(f"delete from queue_service.{table}".encode())

@@ -198,7 +198,7 @@ class Lifecycle(RuleBasedStateMachine):
 @pytest.fixture
 def machine(database: str) -> Iterator[type[Lifecycle]]:
     with psycopg.connect(database, autocommit=True) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         Lifecycle.conn = conn
         yield Lifecycle
 

@@ -313,7 +313,7 @@ class Runs(RuleBasedStateMachine):
 @pytest.fixture
 def machine(database: str) -> Iterator[type[Runs]]:
     with psycopg.connect(database, autocommit=True) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         Runs.conn = conn
         yield Runs
 

@@ -341,7 +341,7 @@ class Turns(RuleBasedStateMachine):
 @pytest.fixture
 def machine(database: str) -> Iterator[type[Turns]]:
     with psycopg.connect(database, autocommit=True) as conn:
-        conn.execute(pool._SESSION.encode())
+        conn.execute(pool.SESSION.encode())
         Turns.conn = conn
         yield Turns
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -225,3 +227,28 @@ def _append(path: Path, line: str) -> None:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
+
+
+@app.task
+async def swallow(path: str) -> None:
+    """Ends for nobody."""
+    _append(Path(path), "")
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+
+@app.task
+async def block(path: str) -> None:
+    """Lets nothing else run on its event loop."""
+    _append(Path(path), "")
+    while True:
+        time.sleep(0.1)  # noqa: ASYNC251 - what is tested
+
+
+@app.task
+def thread(path: str) -> None:
+    """Leaves a thread behind for which Python waits."""
+    threading.Thread(target=time.sleep, args=[3_600]).start()
+    Path(path).touch()
+    time.sleep(3_600)  # what is tested

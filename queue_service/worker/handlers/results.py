@@ -47,6 +47,7 @@ def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) 
         return Return(run.claim)
     delay = _delay(run, retry, error, alone=alone)
     described = _described(error)
+    exceptions.release(error)
     if delay is None:
         return Ending(run.claim, RunState.FAILED, error=described)
     return Return(run.claim, delay=delay, failed=True, error=described)

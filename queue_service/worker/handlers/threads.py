@@ -70,9 +70,13 @@ class Threads:
         except BaseException:
             self._abandon(run, job, pooled)
             raise
-        if error is not None:
+        if error is None:
+            return value
+        try:
             raise error
-        return value
+        finally:
+            # Or it would hold this frame, and this frame it.
+            del error
 
     def close(self) -> None:
         """Let the idle threads end, and the others once they are done."""
@@ -118,6 +122,8 @@ class Threads:
             except RuntimeError:
                 # The loop is closed: this thread was given up long ago.
                 return
+            # An idle thread keeps nothing of its last run.
+            del job, outcome
 
     def _done(self, pooled: _PooledThread, job: _Job, outcome: tuple[Any, BaseException | None]) -> None:
         if not job.answer.done():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -25,6 +25,7 @@ from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.claim import hold
 from queue_service.runs.model import Ending, Run, RunState
+from queue_service.waiting import to_its_end
 
 log = get_logger(__name__)
 
@@ -69,7 +70,7 @@ class Transaction(Generic[A, S]):
         if kind is not None:
             return await self._async_stack.__aexit__(kind, error, trace)
         try:
-            await _to_its_end(self._commit())
+            await to_its_end(self._commit())
         except Exception:
             if self._in_doubt is None or not await self._was_committed():
                 raise
@@ -184,19 +185,3 @@ def _check_begun(*, in_transaction: bool) -> None:
             "There is no transaction: this connection commits each statement by itself, or has committed or rolled back in "
             "the block. Give one that is not in autocommit mode, and let the block do both."
         )
-
-
-async def _to_its_end(call: Coroutine[Any, Any, None]) -> None:
-    """`await call`, to its end even if we are cancelled meanwhile. That cancellation comes after it."""
-    task = asyncio.ensure_future(call)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as asked:
-            cancelled = asked
-    if cancelled is not None:
-        # Looked at, or it would be reported as never retrieved.
-        task.exception()
-        raise cancelled
-    task.result()
