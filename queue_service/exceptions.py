@@ -9,6 +9,7 @@ exception has a million notes.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 from collections.abc import Iterator
 from itertools import islice
@@ -23,6 +24,8 @@ _cause = BaseException.__dict__["__cause__"].__get__
 _context = BaseException.__dict__["__context__"].__get__
 _hides_context = BaseException.__dict__["__suppress_context__"].__get__
 _members = BaseExceptionGroup.__dict__["exceptions"].__get__
+
+_MAY_GO_ON = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
 
 # Of an exception so many others are shown, which led to it or are in its group, and so many notes; of each the innermost
 # frames.
@@ -56,11 +59,16 @@ def rendered(error: BaseException) -> str:
 
 
 def release(error: BaseException) -> None:
-    """Let go of what the frames hold that it went through, and what led to it: otherwise all of it lives on until the next
-    cyclic garbage collection."""
+    """Let go of what the functions hold that it, and what led to it, went through: it would live on until the next cyclic
+    garbage collection. Coroutines and generators are left alone: one may only wait, and would be closed by this."""
     for each in _chain(error, iter(range(EXCEPTIONS))):
-        with contextlib.suppress(BaseException):
-            traceback.clear_frames(_traceback(each))
+        trace = _traceback(each)
+        while trace is not None:
+            if not trace.tb_frame.f_code.co_flags & _MAY_GO_ON:
+                # A RuntimeError: it is executed at this moment. What it held may raise whatever it likes when it goes.
+                with contextlib.suppress(BaseException):
+                    trace.tb_frame.clear()
+            trace = trace.tb_next
 
 
 def _lines(error: BaseException, budget: Iterator[int]) -> Iterator[str]:

@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors as pg
+from psycopg.pq.abc import PGcancel
 from psycopg.rows import tuple_row
 
 from queue_service.db.meaning import meaning
@@ -82,11 +84,17 @@ class _Deadline:
 
     def _hang_up(self) -> None:
         self.has_passed = True
-        with (
-            contextlib.suppress(OSError, psycopg.Error),
-            socket.socket(fileno=os.dup(self._conn.pgconn.socket)) as line,
-        ):
-            line.shutdown(socket.SHUT_RDWR)
+        # Or the server, which does not look who listens, would go on with the statement. Nobody waits for this.
+        with contextlib.suppress(OSError, psycopg.Error):
+            cancel = self._conn.pgconn.get_cancel()
+            threading.Thread(target=_cancelled_there, args=[cancel], name="queue_service cancel", daemon=True).start()
+            with socket.socket(fileno=os.dup(self._conn.pgconn.socket)) as line:
+                line.shutdown(socket.SHUT_RDWR)
+
+
+def _cancelled_there(cancel: PGcancel) -> None:
+    with contextlib.suppress(psycopg.Error):
+        cancel.cancel()
 
 
 def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:

@@ -200,50 +200,8 @@ def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[in
 
 def sweep(*, limit: int, max_losses: int, excluding: Collection[int] = ()) -> Query[list[SweptRun]]:
     """What was taken from lapsed leases, `excluding` these. `limit` counts leases; each holds what one claim took."""
-    return SQL.query("sweep", _swept, limit=limit, max_losses=max_losses, excluding=array_literal(sorted(excluding)))
-
-
-def release_unheard(worker_id: int, *, known: Collection[int]) -> Query[list[int]]:
-    """The runs that went back: those under leases of this worker that it does not know."""
-    return SQL.query("release_unheard", column, worker_id=worker_id, known=array_literal(sorted(known)))
-
-
-def sweep_lease(lease_id: int, *, max_losses: int) -> Query[list[SweptRun]]:
-    """As `sweep`, of one lease, if it has lapsed."""
-    return SQL.query("sweep_lease", _swept, lease_id=lease_id, max_losses=max_losses)
-
-
-def sweep_run(lease_id: int, run_id: int, *, max_losses: int) -> Query[list[SweptRun]]:
-    """As `sweep`, of one run of a lease, if that has lapsed."""
-    return SQL.query("sweep_run", _swept, lease_id=lease_id, run_id=run_id, max_losses=max_losses)
-
-
-def lapsed(*, limit: int) -> Query[list[tuple[int, list[int]]]]:
-    """Leases that have lapsed, with the ids of what they held."""
-    return SQL.query("lapsed", lambda rows: [(row[0], row[1]) for row in rows], limit=limit)
-
-
-class Orphans(NamedTuple):
-    """The last run that was looked at, None where there was none; and those that run under a lease that does not exist."""
-
-    looked_at: int | None
-    run_ids: list[int]
-
-
-def orphans(*, after: int, scan_limit: int) -> Query[Orphans]:
-    return SQL.query("orphans", lambda rows: Orphans(*rows[0]), after=after, scan_limit=scan_limit)
-
-
-def sweep_orphans(
-    run_ids: Collection[int], *, max_losses: int, final_tasks: Sequence[str] = ()
-) -> Query[list[SweptRun]]:
-    """As `sweep`, of such runs. `final_tasks` are not begun twice, as far as is known: their lease said so."""
     return SQL.query(
-        "sweep_orphans",
-        _swept,
-        ids=array_literal(sorted(run_ids)),
-        max_losses=max_losses,
-        final_tasks=list(final_tasks) or None,
+        "sweep", read_swept, limit=limit, max_losses=max_losses, excluding=array_literal(sorted(excluding))
     )
 
 
@@ -397,7 +355,7 @@ def _id_set(rows: Rows) -> set[int]:
     return {row[0] for row in rows}
 
 
-def _swept(rows: Rows) -> list[SweptRun]:
+def read_swept(rows: Rows) -> list[SweptRun]:
     return [SweptRun(run_id, RunState(state), queue, priority) for run_id, state, queue, priority in rows]
 
 

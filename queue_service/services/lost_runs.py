@@ -17,7 +17,7 @@ from queue_service.db.meaning import is_about_a_row
 from queue_service.db.query import Fetch, Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
-from queue_service.runs import queries
+from queue_service.runs import lost, queries
 from queue_service.runs.queries import SweptRun
 from queue_service.services.refusals import Refusals
 
@@ -59,10 +59,10 @@ class LostRuns:
         except REFUSED as refused:
             if not is_about_a_row(refused):
                 raise
-            swept = await self._take_singly(await self._fetch(queries.lapsed(limit=BUSY_LIMIT)))
+            swept = await self._take_singly(await self._fetch(lost.lapsed(limit=BUSY_LIMIT)))
         if not swept and time.monotonic() >= self._retry_at and any(self._leases):
             self._retry_at = time.monotonic() + AGAIN
-            lapsed = await self._fetch(queries.lapsed(limit=BUSY_LIMIT))
+            lapsed = await self._fetch(lost.lapsed(limit=BUSY_LIMIT))
             known = {lease_id for lease_id, _ in lapsed}
             for gone in set(self._leases) - known:
                 self._leases.forget(gone)
@@ -71,7 +71,7 @@ class LostRuns:
 
     async def take_orphans(self) -> list[SweptRun]:
         """Look at some more runs, and take those that have lost their lease."""
-        look = await self._fetch(queries.orphans(after=self._looked_at, scan_limit=SCAN_LIMIT))
+        look = await self._fetch(lost.orphans(after=self._looked_at, scan_limit=SCAN_LIMIT))
         self._looked_at = look.looked_at or 0
         if not look.run_ids:
             return []
@@ -79,7 +79,7 @@ class LostRuns:
         return await self._each(
             look.run_ids,
             [
-                queries.sweep_orphans([run_id], max_losses=self._max_losses, final_tasks=self._final_tasks)
+                lost.sweep_orphans([run_id], max_losses=self._max_losses, final_tasks=self._final_tasks)
                 for run_id in look.run_ids
             ],
         )
@@ -87,8 +87,8 @@ class LostRuns:
     async def _take_many(self) -> list[SweptRun]:
         try:
             return await self._fetch(self._sweep())  # type: ignore[no-any-return]
-        except DatabaseUnavailable as lost:
-            if not isinstance(lost.__cause__, pg.LockNotAvailable):
+        except DatabaseUnavailable as waited:
+            if not isinstance(waited.__cause__, pg.LockNotAvailable):
                 raise
         self._busy = await self._fetch(queries.busy_leases(limit=BUSY_LIMIT))
         log.warning(
@@ -108,13 +108,13 @@ class LostRuns:
             if lease_id in self._busy:
                 continue
             try:
-                swept += await self._fetch(queries.sweep_lease(lease_id, max_losses=self._max_losses))
+                swept += await self._fetch(lost.sweep_lease(lease_id, max_losses=self._max_losses))
                 self._leases.forget(lease_id)
             except REFUSED as refused:
                 self._leases.note(lease_id, refused, lease_id=lease_id, runs=len(run_ids))
                 swept += await self._each(
                     run_ids,
-                    [queries.sweep_run(lease_id, run_id, max_losses=self._max_losses) for run_id in run_ids],
+                    [lost.sweep_run(lease_id, run_id, max_losses=self._max_losses) for run_id in run_ids],
                 )
         return swept
 

@@ -14,10 +14,10 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Refusals(Generic[K]):
-    """`event` is what is logged. Iterating gives the items that are refused."""
+    """`what` they are, as in "a turn cannot be ended". Iterating gives the items that are refused."""
 
-    def __init__(self, event: str) -> None:
-        self._event = event
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._reasons: dict[K, str] = {}
 
     def __contains__(self, item: K) -> bool:
@@ -30,7 +30,7 @@ class Refusals(Generic[K]):
         # Without the lines that follow: they show the row, which is another one each time.
         why = message(refused).partition("\n")[0]
         if self._reasons.get(item) != why:
-            log.error(self._event, why=why, **fields)
+            log.error("the database refuses one of many; it is tried again", what=self._what, why=why, **fields)
         self._reasons[item] = why
 
     def forget(self, item: K) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from queue_service.db.pool import OwnConnection
 from queue_service.logs import get_logger
-from queue_service.runs import queries
+from queue_service.runs import lost, queries
 from queue_service.runs.model import Run
 from queue_service.runs.queries import Claimant, DuePriority, Wanted
 from queue_service.worker.executor import Executor
@@ -146,9 +146,7 @@ class Claims:
         if self._unheard_until is None:
             return
         is_last = time.monotonic() > self._unheard_until
-        released = await self._connection.fetch(
-            queries.release_unheard(self._claimant.worker_id, known=self._leases.ids)
-        )
+        released = await self._connection.fetch(lost.release_unheard(self._claimant.worker_id, known=self._leases.ids))
         if released:
             log.warning("what was claimed by a statement that was not answered goes back unbegun", runs=len(released))
         if is_last:

@@ -287,14 +287,13 @@ class Finisher:
         leases = Counter(held.lease for held, _ in group.entries)
         # Those that hold nothing more once this is written go with it.
         freed = [lease.id for lease, runs in leases.items() if lease.outstanding == runs]
-        if not outcomes and not freed:
-            return
-        began = time.monotonic()
-        write: Callable[..., Any] = (
-            queries.give_back if outcomes and isinstance(outcomes[0], Return) else queries.finish
-        )
-        done = await self._connection.fetch(write(outcomes, worker_id=self._worker_id, freed=freed))
-        self._adapt(time.monotonic() - began)
+        done: Collection[queries.Done] = ()
+        if outcomes or freed:
+            is_return = bool(outcomes) and isinstance(outcomes[0], Return)
+            write: Callable[..., Any] = queries.give_back if is_return else queries.finish
+            began = time.monotonic()
+            done = await self._connection.fetch(write(outcomes, worker_id=self._worker_id, freed=freed))
+            self._adapt(time.monotonic() - began)
         for lease, runs in leases.items():
             lease.outstanding -= runs
         self._leases.release(freed)

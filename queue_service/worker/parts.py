@@ -67,6 +67,7 @@ class Parts:
     ) -> None:
         self._settings = settings
         self._worker_id = worker_id
+        self._conninfo = app.conninfo
         self.services = Services()
         self._life = asyncio.current_task()
         self._threads = Threads(on_change=self._threads_changed)
@@ -76,14 +77,7 @@ class Parts:
         # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
         self._claimable = sorted(app.tasks)
         self._claiming = OwnConnection(app.conninfo, application="queue_service claimer")
-        # The keeper waits for it, and must come in time.
-        lock_wait = min(MAX_LOCK_WAIT, settings.lease / 6)
-        self._finishing = OwnConnection(
-            app.conninfo,
-            application="queue_service finisher",
-            lock_timeout=lock_wait,
-            statement_timeout=min(MAX_WRITE, settings.lease / 3),
-        )
+        self._finishing = _for_endings(app.conninfo, settings.lease)
         leases = Leases()
         self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free)
         self._app = app
@@ -149,7 +143,7 @@ class Parts:
             self.services.ensure(name, work)
         return self.services.ensure("claimer", functools.partial(self.claimer.run, once=once))
 
-    def abandon(self, conninfo: str) -> None:
+    def abandon(self) -> None:
         """As Worker says."""
         entries = self.finisher.unwritten()
         for executor in self.executors.values():
@@ -159,7 +153,7 @@ class Parts:
         log.error("this worker ends though handlers go on; their runs are given up", runs=len(outcomes))
         endings = [outcome for outcome in outcomes if isinstance(outcome, Ending)]
         returns = [outcome for outcome in outcomes if isinstance(outcome, Return)]
-        with translated(), psycopg.connect(options(conninfo, "queue_service leaving"), autocommit=True) as conn:
+        with translated(), psycopg.connect(options(self._conninfo, "queue_service leaving"), autocommit=True) as conn:
             conn.execute(SESSION)
             fetch_sync(conn, queries.give_back(returns, worker_id=self._worker_id))
             fetch_sync(conn, queries.finish(endings, worker_id=self._worker_id, freed=leases))
@@ -292,6 +286,16 @@ class Parts:
 
     def _all_services(self) -> list[Service]:
         return [*self.services, *self._app.opened.services]
+
+
+def _for_endings(conninfo: str, lease: timedelta) -> OwnConnection:
+    """The keeper may wait for what a statement here has locked, and must come in time."""
+    return OwnConnection(
+        conninfo,
+        application="queue_service finisher",
+        lock_timeout=min(MAX_LOCK_WAIT, lease / 6),
+        statement_timeout=min(MAX_WRITE, lease / 3),
+    )
 
 
 async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:

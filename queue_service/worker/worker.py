@@ -167,7 +167,7 @@ class Worker:
         """Hand back every run that is here, on a connection of its own, for a process that is about to end: may be called
         from any thread, also while the event loop is blocked. Raises DatabaseUnavailable."""
         if self._parts is not None:
-            self._parts.abandon(self.app.conninfo)
+            self._parts.abandon()
 
     def dump(self) -> None:
         """Log what runs here and where it is: each run with its stack, and the other threads and tasks. May be called from

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from queue_service import App, RunState, Worker
+from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
 from queue_service.worker.worker import CANCELLED_SECONDS
 from tests.support import enqueued, eventually, one, rows
@@ -74,11 +74,17 @@ WAYS: list[Cancels] = [by_its_task, by_a_timeout, by_a_sibling, with_all_that_th
 
 @pytest.mark.parametrize("cancel", WAYS, ids=lambda way: way.__name__)
 async def test_a_cancelled_worker_hands_back_and_nothing_is_lost(app: App, conn: Connection, cancel: Cancels) -> None:
-    begun = asyncio.Event()
+    begun, loop = asyncio.Event(), asyncio.get_running_loop()
+    at_work: list[str] = []
+
+    def begins(name: str) -> None:
+        at_work.append(name)
+        if len(at_work) == 5:
+            loop.call_soon_threadsafe(begun.set)
 
     @app.task
     async def wait() -> None:
-        begun.set()
+        begins("wait")
         await asyncio.Event().wait()
 
     @app.task(on_lost="fail")
@@ -86,8 +92,10 @@ async def test_a_cancelled_worker_hands_back_and_nothing_is_lost(app: App, conn:
         await wait()
 
     @app.task
-    def in_a_thread() -> None:
-        time.sleep(0.5)  # the handler's work
+    def in_a_thread(run: Run) -> None:
+        begins("in a thread")
+        while not run.cancelled:
+            time.sleep(0.01)  # the handler's work
 
     waiting = await app.enqueue_many("wait", [{}] * 3)
     final, threaded = await app.enqueue("once", {}), await app.enqueue("in_a_thread", {})
@@ -194,7 +202,7 @@ app = App(sys.argv[1])
 @app.task
 async def hold(path: str) -> str:
     open(path, "w").close()
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # the handler's work
     return "ended"
 
 @app.task

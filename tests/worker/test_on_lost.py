@@ -189,7 +189,7 @@ async def test_a_run_that_waits_for_a_process_is_handed_back_and_the_one_that_ha
     assert len(path.read_text().splitlines()) == 1
 
 
-async def test_a_worker_that_is_cancelled_leaves_the_ending_to_the_sweep(app: App) -> None:
+async def test_a_worker_that_is_cancelled_interrupts_its_run(app: App) -> None:
     begun = asyncio.Event()
 
     @app.task(on_lost="fail")
@@ -205,7 +205,7 @@ async def test_a_worker_that_is_cancelled_leaves_the_ending_to_the_sweep(app: Ap
         await asyncio.wait_for(running, 10)
     async with working(app):
         run = await app.wait(run_id, timeout=15)
-    assert (run.state, reason(run), run.attempt) == (RunState.FAILED, "worker_lost", 1)
+    assert (run.state, reason(run), run.attempt) == (RunState.FAILED, "interrupted", 1)
 
 
 async def test_of_a_batch_each_run_is_ended_by_a_drain(app: App) -> None:
