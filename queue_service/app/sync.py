@@ -64,8 +64,8 @@ class Loop:
 
     @property
     def is_running(self) -> bool:
-        """Whether there is a thread."""
-        return self._loop is not None
+        """Whether there is a thread. After a fork there is none."""
+        return self._loop is not None and not self._is_forked
 
     def call(self, call: Coroutine[Any, Any, T]) -> T:
         """The result of the coroutine, run in the thread. ConfigError if there is none, if it was left behind by a fork, or
@@ -267,6 +267,8 @@ class SyncApp(Blocking[Runs]):
                 self._loop.call(self._core.close())
             finally:
                 self._loop.stop()
+        else:
+            self._loop.stop()
 
     def fetch(self, query: Query[T]) -> T:
         """Run one query on a connection of the pool, and return its result."""
