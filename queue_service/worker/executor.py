@@ -239,6 +239,10 @@ class Executor:
             free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._idle.append(free)
             await free
+        if self._finisher.is_full:
+            await self._finisher.room()
+            if not self._waiting:
+                return
         held = self._waiting.popleft()
         task = self._tasks[held.run.task]
         if task.batch is not None:

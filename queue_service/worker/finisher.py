@@ -44,6 +44,9 @@ FEW, REST = 50, 0.005
 FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
 # Seconds until what was set aside is looked at again.
 AGAIN = 1.0
+# No handler is begun while so many endings, or so many bytes of results, are not written yet: they would be executed once
+# more if this process died.
+MAX_UNWRITTEN, MAX_BYTES = 2_000, 16 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -145,11 +148,16 @@ class Finisher:
         self._locked = _Aside(Pauses(AGAIN, AGAIN), self._wake.set)
         self._refused = _Aside(Pauses(AGAIN, 60 * AGAIN), self._wake.set)
         self._at_once = ENDINGS_AT_ONCE
+        self._unwritten = self._bytes = 0
+        self._has_room = asyncio.Event()
         self._closing = False
         self._is_resting = False
 
     def put(self, held: Held, outcome: Settlement) -> None:
         self._pending.append((held, outcome))
+        self._unwritten += 1
+        if type(outcome) is Ending:
+            self._bytes += len(outcome.result)
         self._wake.set()
         if self._is_resting and (held.lease.limited or held.run.ordering_key is not None):
             # Others may begin when this is written.
@@ -165,7 +173,19 @@ class Finisher:
         self.tally.add([ending])
         self._announce([ending.claim.run_id])
         self._pending.append((held, None))
+        self._unwritten += 1
         self._wake.set()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether handlers are to wait until some of what has ended is written."""
+        return self._unwritten >= MAX_UNWRITTEN or self._bytes >= MAX_BYTES
+
+    async def room(self) -> None:
+        """Wait until it is not full."""
+        while self.is_full:
+            self._has_room.clear()
+            await self._has_room.wait()
 
     def close(self) -> None:
         self._closing = True
@@ -192,7 +212,10 @@ class Finisher:
             await self._write(service)
             for aside in (self._locked, self._refused):
                 if aside.is_due:
-                    await self._write(service, aside.take(self._at_once), is_doubtful=True)
+                    taken = aside.take(self._at_once)
+                    self._unwritten += len(taken)
+                    self._bytes += sum(len(outcome.result) for _, outcome in taken if type(outcome) is Ending)
+                    await self._write(service, taken, is_doubtful=True)
             while self._pending:
                 taken, self._pending = self._pending[: self._at_once], self._pending[self._at_once :]
                 await self._write(service, taken, is_doubtful=bool(self._locked.entries))
@@ -251,9 +274,17 @@ class Finisher:
                 group.uncertain = True
                 raise
             else:
-                self._groups.pop(0)
+                self._forget(self._groups.pop(0).entries)
                 pauses.reset()
                 service.well()
+
+    def _forget(self, entries: Sequence[Entry]) -> None:
+        """These are written, or set aside: a transaction that stays open must not keep handlers from being begun."""
+        self._unwritten -= len(entries)
+        if self._bytes:
+            self._bytes -= sum(len(outcome.result) for _, outcome in entries if type(outcome) is Ending)
+        if not self.is_full:
+            self._has_room.set()
 
     def _take_apart(self, refused: Exception) -> None:
         """The first group was not written, and the cause is in one of its entries, or in how many they are."""
@@ -273,13 +304,15 @@ class Finisher:
         else:
             log.error("the database refused an ending, which is tried again", run_id=held.run.id, why=message(refused))
             self._refused.add((held, outcome))
+            self._forget(group.entries)
 
     async def _set_locked_aside(self, group: _Group) -> None:
         """What another session keeps from being written. Its leases stay, too."""
         busy = await self._connection.fetch(queries.busy([each.claim for each in group.outcomes]))
-        for held, outcome in group.entries:
-            if held.run.claim in busy:
-                self._locked.add((held, outcome))
+        aside = [(held, outcome) for held, outcome in group.entries if held.run.claim in busy]
+        for entry in aside:
+            self._locked.add(entry)
+        self._forget(aside)
         group.entries = [(held, outcome) for held, outcome in group.entries if held.run.claim not in busy]
 
     async def _write_group(self, group: _Group) -> None:

@@ -52,6 +52,8 @@ class Bench:
         self.app = App("postgresql://nobody@localhost/nothing")
         self.outcomes: dict[int, Settlement] = {}
         self._slots: list[asyncio.Task[None]] = []
+        # As the finisher's.
+        self.is_full = False
 
     @asynccontextmanager
     async def executing(self, concurrency: int = 1) -> AsyncIterator[Executor]:
