@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, OwnConnection
+from queue_service.db.query import Query
+from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import queries
 from queue_service.runs.claim import hold
 from queue_service.runs.model import Ending, NewRun, Return, RunState
@@ -18,7 +21,7 @@ from queue_service.services.loop import Service
 from queue_service.worker import finisher
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.leases import Held, Leases
-from tests.support import claimed, enqueued, eventually, one, rows
+from tests.support import claimed, enqueued, eventually, one, refusing, rows
 
 
 class Desk:
@@ -28,6 +31,8 @@ class Desk:
         self._conn = conn
         self._leases = Leases()
         self.finisher = Finisher(connection, self._leases, 1)
+        self.service = Service("finisher", self.finisher.run)
+        self.running: asyncio.Task[None]
 
     async def held(self, count: int, *, key: str | None = None, limited: bool = False) -> list[Held]:
         for number in range(count):
@@ -51,12 +56,17 @@ async def desk(conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch)
     """One that would let others come for an hour."""
     monkeypatch.setattr(finisher, "REST", 3_600.0)
     monkeypatch.setattr(finisher, "AGAIN", 0.05)
-    connection = OwnConnection(database, application="test", lock_timeout=timedelta(milliseconds=100))
+    connection = OwnConnection(
+        database,
+        application="test",
+        lock_timeout=timedelta(milliseconds=100),
+        statement_timeout=timedelta(milliseconds=500),
+    )
     made = Desk(conn, connection)
-    running = asyncio.create_task(Service("finisher", made.finisher.run).run())
+    made.running = asyncio.create_task(made.service.run())
     yield made
     made.finisher.close()
-    await running
+    await made.running
     await connection.close()
 
 
@@ -171,3 +181,139 @@ async def test_a_claim_that_is_lost_while_it_is_set_aside_is_reported(
     await other.execute("commit")
     await eventually(lambda: desk.finisher.is_idle)
     assert (desk.finisher.tally.succeeded, desk.finisher.tally.lost) == (0, 1)
+
+
+# What the database refuses, or is slow to take
+
+
+@pytest.mark.parametrize("how", ["ends", "goes back"])
+async def test_a_run_that_is_refused_holds_up_no_other_and_keeps_its_lease(
+    desk: Desk, conn: Connection, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(finisher, "REST", 0.0)
+    held = await desk.held(8)
+    bad = held[5]
+    table, what = ("finished_runs", "") if how == "ends" else ("runs", "and state = 'queued'")
+    async with refusing(conn, table, f"id = {bad.run.id} {what}"):
+        for each in held:
+            ending = Ending(each.run.claim, RunState.SUCCEEDED)
+            desk.finisher.put(each, Return(each.run.claim) if each is bad and how == "goes back" else ending)
+        await desk.written(7)
+        assert await rows(conn, "select id from queue_service.runs") == [(bad.run.id,)]
+        # With the lease it would be given to another worker, while this one still tries.
+        assert await rows(conn, "select id from queue_service.leases") == [(bad.lease.id,)]
+        desk.end(*await desk.held(3))
+        await desk.written(10)
+        said = [record for record in caplog.records if getattr(record, "run_id", None) == bad.run.id]
+        assert len(said) == 1
+    await eventually(lambda: desk.finisher.is_idle)
+    assert desk.finisher.tally.lost == 0
+    assert await one(conn, "select count(*) from queue_service.runs where state = 'running'") == 0
+    assert await one(conn, "select count(*) from queue_service.leases") == 0
+
+
+async def test_a_worker_that_stops_does_not_wait_for_what_is_refused(
+    desk: Desk, conn: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    (held,) = await desk.held(1)
+    async with refusing(conn, "finished_runs", f"id = {held.run.id}"):
+        desk.end(held)
+        await eventually(lambda: desk.finisher._refused.entries)
+        desk.finisher.close()
+        await asyncio.wait_for(asyncio.shield(desk.running), 5)
+    assert any("refuses these endings" in record.message for record in caplog.records)
+
+
+async def test_what_nobody_may_write_is_not_taken_apart(desk: Desk, conn: Connection) -> None:
+    """It is no fault of any of them, and each is written when it may be again."""
+    await conn.execute("alter table queue_service.finished_runs rename to elsewhere")
+    desk.end(*await desk.held(100))
+    await eventually(lambda: desk.service.why is not None)
+    assert len(desk.finisher._groups) == 1
+    await conn.execute("alter table queue_service.elsewhere rename to finished_runs")
+    await desk.written(100)
+
+
+async def test_a_batch_that_is_too_slow_is_written_in_parts(desk: Desk, conn: Connection) -> None:
+    await conn.execute(
+        "create function queue_service.slow() returns trigger language plpgsql as "
+        "$$begin perform pg_sleep(0.02); return new; end$$"
+    )
+    await conn.execute(
+        "create trigger slow before insert on queue_service.finished_runs for each row execute function queue_service.slow()"
+    )
+    desk.end(*await desk.held(120))
+    await eventually(lambda: desk.finisher.tally.succeeded == 120, within=30)
+    assert desk.finisher._at_once < finisher.ENDINGS_AT_ONCE
+    assert desk.finisher.tally.lost == 0
+    await conn.execute("drop trigger slow on queue_service.finished_runs")
+    for number in range(10):
+        desk.end(*await desk.held(1))
+        await desk.written(121 + number)
+    assert desk.finisher._at_once == finisher.ENDINGS_AT_ONCE
+
+
+@pytest.mark.parametrize("how", ["ends", "goes back"])
+async def test_a_write_whose_answer_was_lost_is_no_lost_claim(
+    desk: Desk, conn: Connection, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(finisher, "FIRST_PAUSE", 0.01)
+    fetch_, cuts = OwnConnection.fetch, 0
+
+    async def cut(self: OwnConnection, query: Query[Any], **options: Any) -> Any:
+        nonlocal cuts
+        answer = await fetch_(self, query, **options)
+        if not cuts:
+            cuts += 1
+            raise DatabaseUnavailable("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(OwnConnection, "fetch", cut)
+    held = await desk.held(5)
+    for each in held:
+        ending = Ending(each.run.claim, RunState.SUCCEEDED)
+        desk.finisher.put(each, Return(each.run.claim) if how == "goes back" else ending)
+    await eventually(lambda: desk.finisher.is_idle)
+    tally = desk.finisher.tally
+    assert (tally.succeeded, tally.returned, tally.lost) == ((5, 0, 0) if how == "ends" else (0, 5, 0))
+
+
+async def test_one_that_certainly_was_not_written_may_be_a_lost_claim(
+    desk: Desk, conn: Connection, session: Callable[[], Awaitable[Connection]]
+) -> None:
+    """A statement that waited for a lock in vain has changed nothing."""
+    (held,) = await desk.held(1)
+    other = await session()
+    await other.execute("begin")
+    await other.execute("lock table queue_service.runs")
+    desk.end(held)
+    await eventually(lambda: desk.service.why is not None or desk.finisher._locked.entries)
+    await other.execute("delete from queue_service.runs")
+    await other.execute("commit")
+    await eventually(lambda: desk.finisher.is_idle)
+    assert (desk.finisher.tally.succeeded, desk.finisher.tally.lost) == (0, 1)
+
+
+async def test_handlers_wait_while_too_much_is_unwritten(
+    desk: Desk, conn: Connection, session: Callable[[], Awaitable[Connection]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finisher, "REST", 0.0)
+    monkeypatch.setattr(finisher, "MAX_UNWRITTEN", 5)
+    monkeypatch.setattr(finisher, "MAX_BYTES", 1_000)
+    held, large = await desk.held(5), await desk.held(1)
+    other = await session()
+    await other.execute("begin")
+    await other.execute("lock table queue_service.finished_runs")
+    desk.end(*held[:4])
+    assert not desk.finisher.is_full
+    desk.end(held[4])
+    assert desk.finisher.is_full
+    waiting = asyncio.create_task(desk.finisher.room())
+    await eventually(lambda: desk.finisher._groups)
+    assert not waiting.done()
+    await other.execute("commit")
+    await asyncio.wait_for(waiting, 10)
+    desk.finisher.put(large[0], Ending(large[0].run.claim, RunState.SUCCEEDED, '"' + "x" * 1_000 + '"'))
+    assert desk.finisher.is_full
+    await asyncio.wait_for(desk.finisher.room(), 10)
+    assert (desk.finisher._unwritten, desk.finisher._bytes) == (0, 0)
