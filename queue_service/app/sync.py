@@ -87,6 +87,8 @@ class Loop:
         try:
             result, error = submitted.result()
         except CancelledError:
+            # It may not have begun.
+            call.close()
             raise DatabaseUnavailable("This App was closed while a call of another thread waited for it.") from None
         if error is not None:
             raise error

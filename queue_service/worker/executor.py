@@ -166,21 +166,11 @@ class Executor:
             execution.interrupt(Cause.DRAINED)
         return len(self._running)
 
-    def give_up_all(self) -> int:
+    def give_up(self) -> list[tuple[Held, Settlement]]:
         """Let go of the runs whose handlers go on although they were cancelled: what they still do does not count. Returns
-        how many there were."""
-        given_up = [execution for execution in self._running.values() if execution.give_up()]
-        for execution in given_up:
-            task = self._tasks[execution.held.run.task]
-            self._finisher.put(execution.held, self._drained(execution, task))
-        return len(given_up)
-
-    def unended(self) -> list[tuple[Held, Settlement | None]]:
-        """What would become of each run here if the worker ended now. May be called from any thread, while nothing else
-        goes on here."""
-        running = [execution for execution in list(self._running.values()) if execution.give_up()]
-        drained = [(each.held, self._drained(each, self._tasks[each.held.run.task])) for each in running]
-        return [*drained, *((held, Return(held.run.claim)) for held in list(self._waiting))]
+        what becomes of each. May be called from any thread, while nothing else goes on here."""
+        given_up = [execution for execution in list(self._running.values()) if execution.give_up()]
+        return [(each.held, self._drained(each, self._tasks[each.held.run.task])) for each in given_up]
 
     def executing(self) -> list[tuple[Held, asyncio.Task[Any]]]:
         """The runs whose handlers go on, and the slot of each. May be called from any thread."""

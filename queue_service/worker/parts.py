@@ -147,7 +147,8 @@ class Parts:
         """As Worker says."""
         entries = self.finisher.unwritten()
         for executor in self.executors.values():
-            entries += executor.unended()
+            entries += executor.give_up()
+            entries += [(held, Return(held.run.claim)) for held in executor.take_back()]
         outcomes = [outcome for _, outcome in entries if outcome is not None]
         leases = sorted({held.lease.id for held, _ in entries})
         log.error("this worker ends though handlers go on; their runs are given up", runs=len(outcomes))
@@ -206,11 +207,14 @@ class Parts:
         self._give_up()
 
     def _give_up(self) -> None:
-        if given_up := sum(executor.give_up_all() for executor in self.executors.values()):
+        given_up = [each for executor in self.executors.values() for each in executor.give_up()]
+        for held, outcome in given_up:
+            self.finisher.put(held, outcome)
+        if given_up:
             log.error(
                 "handlers go on although they were cancelled; their runs are given up. Let a cancellation pass, and wait "
                 "for nothing in `finally` that may not come",
-                runs=given_up,
+                runs=len(given_up),
             )
 
     async def _leave_at_once(self) -> None:
