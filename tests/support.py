@@ -68,7 +68,8 @@ def claim(
     """A claim from the front, or of the heads of lanes."""
     by = Claimant(tasks, worker_id, lease, final_tasks=final_tasks)
     if laned:
-        return queries.claim_lanes([(queue, limit)], by)
+        lanes = queries.claim_lanes([(queue, limit)], by)
+        return Query(lanes.text, lambda rows: lanes.decode(rows).runs, lanes.params)
     return queries.claim([Wanted(queue, limit, dict.fromkeys(priorities, FRONT))], by)
 
 

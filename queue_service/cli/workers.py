@@ -22,12 +22,13 @@ def list_(as_json: bool, database_url: str | None) -> None:
         render.as_json([worker._asdict() for worker in found])
         return
     render.table(
-        ("id", "name", "alive", "holds", "queues", "started", "seen", "version"),
+        ("id", "name", "alive", "failing", "holds", "queues", "started", "seen", "version"),
         [
             (
                 worker.id,
                 worker.name,
                 "yes" if worker.is_alive else "NO",
+                ", ".join(worker.failing) or "-",
                 worker.holds,
                 ", ".join(f"{queue}:{concurrency}" for queue, concurrency in worker.queues.items()),
                 worker.started_at,

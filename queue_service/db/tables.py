@@ -93,13 +93,13 @@ lanes = Table(
     metadata,
     Column("queue", Text, nullable=False),
     Column("ordering_key", Text, nullable=False),
-    Column("pending", BigInteger, nullable=False, server_default=text("1")),
     Column("next_at", _TIMESTAMPTZ, nullable=False),
     Column("running", Integer, nullable=False, server_default=text("0")),
     Column("width", Integer, nullable=False, server_default=text("1")),
+    Column("task", Text, nullable=False, server_default=text("''")),
     PrimaryKeyConstraint("queue", "ordering_key", name="lanes_pkey"),
 )
-Index("lanes_claim_idx", lanes.c.queue, lanes.c.next_at, postgresql_where=text("running < width"))
+Index("lanes_claim_idx", lanes.c.queue, lanes.c.task, lanes.c.next_at, postgresql_where=text("running < width"))
 
 leases = Table(
     "leases",
@@ -184,6 +184,7 @@ workers = Table(
     Column("queues", JSONB, nullable=False),
     Column("started_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
     Column("seen_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("failing", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     PrimaryKeyConstraint("id", name="workers_pkey"),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ SQL = Statements("queue_service.roster")
 
 
 class WorkerRow(NamedTuple):
-    """`queues` maps a queue to its concurrency; `holds` counts the runs under its leases."""
+    """`queues` maps a queue to its concurrency; `holds` counts the runs under its leases; `failing` are those of its
+    services that are failing, as it said last."""
 
     id: int
     name: str
@@ -24,6 +25,7 @@ class WorkerRow(NamedTuple):
     seen_at: datetime
     holds: int
     is_alive: bool
+    failing: list[str]
 
 
 def join(name: str, version: str, queues: str) -> Query[int]:
@@ -31,8 +33,9 @@ def join(name: str, version: str, queues: str) -> Query[int]:
     return SQL.query("join", scalar, name=name, version=version, queues=queues)
 
 
-def beat(worker_id: int) -> Query[None]:
-    return SQL.query("beat", nothing, worker_id=worker_id)
+def beat(worker_id: int, failing: Sequence[str] = ()) -> Query[None]:
+    """Say that this worker lives, and which of its services are failing."""
+    return SQL.query("beat", nothing, worker_id=worker_id, failing=list(failing))
 
 
 def leave(worker_id: int) -> Query[None]:
@@ -41,9 +44,7 @@ def leave(worker_id: int) -> Query[None]:
 
 def listed(silence: timedelta) -> Query[list[WorkerRow]]:
     def decode(rows: Rows) -> list[WorkerRow]:
-        return [
-            WorkerRow(row[0], row[1], row[2], read_object(row[3]).value, row[4], row[5], row[6], row[7]) for row in rows
-        ]
+        return [WorkerRow(row[0], row[1], row[2], read_object(row[3]).value, *row[4:]) for row in rows]
 
     return SQL.query("listed", decode, silence=silence)
 

@@ -7,9 +7,10 @@
 insert into queue_service.workers (name, version, queues) values (%(name)s, %(version)s, %(queues)s::jsonb) returning id
 
 -- name: beat
--- Say that the worker is alive, unless another session has its row locked: a worker that waited here would lose its leases.
+-- Say that the worker is alive, and which of its services are failing, unless another session has its row locked: a worker
+-- that waited here would lose its leases.
 -- writes: workers
-update queue_service.workers set seen_at = clock_timestamp()
+update queue_service.workers set seen_at = clock_timestamp(), failing = %(failing)s::text[]
  where id = any(array(select id from queue_service.workers where id = %(worker_id)s for update skip locked))
 
 -- name: leave
@@ -23,7 +24,7 @@ select workers.id, workers.name, workers.version, workers.queues::text, workers.
        (select count(*) from queue_service.runs
          where id = any(array(select unnest(run_ids) from queue_service.leases where worker_id = workers.id))
            and lease_id = any(array(select leases.id from queue_service.leases where worker_id = workers.id))),
-       workers.seen_at > clock_timestamp() - %(silence)s::interval
+       workers.seen_at > clock_timestamp() - %(silence)s::interval, workers.failing
   from queue_service.workers
  order by workers.id
 

@@ -14,7 +14,7 @@ with target as materialized (
     delete from queue_service.runs
      where id = %(run_id)s and (select target.state from target) = 'queued'
     returning runs.*
-), ended as (
+), {leave_lanes}, ended as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
@@ -28,7 +28,8 @@ with target as materialized (
      where id = %(run_id)s and (select target.state from target) = 'running'
     returning id
 )
-select 'cancelled' from ended union all select 'requested' from asked
+select 'cancelled' from ended where (select count(*) from lanes_left) >= 0
+union all select 'requested' from asked
 
 -- define: end_late
 -- Ends those of the runs `passable` whose time to start has passed. The guard is spelt with coalesce, or the index on
@@ -38,12 +39,12 @@ gone as (
      where id = any(array(select passable.id from passable))
        and state = 'queued' and coalesce(expires_at, 'infinity') < clock_timestamp()
     returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
-              priority, 'expired', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
+              priority, 'expired' as state, queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
               timeout, metadata, null::jsonb,
               coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.')), attempts
-)
+), {leave_lanes}
 insert into queue_service.finished_runs ({history_columns})
-select * from gone
+select * from gone where (select count(*) from lanes_left) >= 0
 returning id
 
 -- name: expire
@@ -139,7 +140,7 @@ with {stretch}, taken as materialized (
                select {attempts_and_this}
                  from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
       from taken
-     order by id
+     order by queue, ordering_key, id
         on conflict (queue, singleton_key) where singleton_key is not null do nothing
     returning id, queue, priority
 ), gone as (
@@ -170,12 +171,12 @@ select moment.until, stretch.last,
 -- name: delete
 -- Forget a run that is queued or finished. Row: its id; none if it is running or unknown.
 -- writes: runs, finished_runs
-with live as (
-    delete from queue_service.runs where id = %(run_id)s and state = 'queued' returning id
-), finished as (
+with gone as (
+    delete from queue_service.runs where id = %(run_id)s and state = 'queued' returning id, queue, ordering_key, state
+), {leave_lanes}, finished as (
     delete from queue_service.finished_runs where id = %(run_id)s returning id
 )
-select id from live union all select id from finished
+select id from gone where (select count(*) from lanes_left) >= 0 union all select id from finished
 
 -- name: purge
 -- Forget queued runs of a queue, at most `limit` of them. Row: how many went.
@@ -189,6 +190,6 @@ with gone as (
                               where queue = %(queue)s and state = 'queued' and ordering_key is not null
                               order by queue, ordering_key, id limit %(limit)s for update skip locked))
        and state = 'queued'
-    returning id
-)
-select count(*) from gone
+    returning queue, ordering_key, state
+), {leave_lanes}
+select count(*) from gone where (select count(*) from lanes_left) >= 0

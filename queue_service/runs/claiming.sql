@@ -7,10 +7,13 @@
 -- subquery: a volatile function cannot bound an index scan.
 --
 -- Runs with an ordering key are in no claim index: they stand in the lane of their queue and key, and `lanes` has a
--- row for each, kept by a trigger. A lane is claimed from while no run of it is running; what is taken is its head,
--- the oldest run that may run. Not yet in the lane is what was enqueued for later and never begun, no longer in it
--- what has expired; a head that was begun and waits for its next attempt keeps its place, and the lane waits with it.
--- Locks: a lane before its queued runs, a running run before its lane.
+-- row for each, kept by triggers. A lane is claimed from while fewer of its runs are running than it is wide, which is one
+-- unless its queue says otherwise; what is taken is its head, the oldest run that may run. Not yet in the lane is what was
+-- enqueued for later and never begun, no longer in it what has expired; a head that was begun and waits for its next attempt
+-- keeps its place, and the lane waits with it. The row says which task is next, so that lanes which a worker cannot go on
+-- with cost it nothing; where a claim finds that this is not so, or that nothing is due, the lane is tended.
+-- Locks: a claim takes lanes, then their queued runs, and waits for neither. All others take runs by id, then lanes by queue
+-- and key.
 --
 -- A queue may have a limit: how many of its runs go on at once, or how many may begin in a time. Such a queue is
 -- passed over by the claims of the others, which then pay nothing for it, and has claims of its own. What runs is
@@ -44,6 +47,10 @@ case when queues.max_running is not null then queues.max_running - (
 -- define: is_for_us
 (runs.reserved_for is null or runs.reserved_for = %(owner)s::text
                 or runs.run_at < (select clock_timestamp()) - interval '1 second')
+
+-- define: known
+-- The tasks by which lanes are looked for: the claimant's, and that of a lane whose head nobody has looked at.
+unnest(%(tasks)s::text[] || '{""}'::text[]) as known (task)
 
 -- define: is_claimable
 runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.losses = 0
@@ -93,9 +100,15 @@ select moment.now, due.queue, due.priority, due.run_at, due.id,
     select asked.queue, null, null, null
       from asked
      cross join lateral (
-        select true from queue_service.lanes
-         where lanes.queue = asked.queue and lanes.running < lanes.width and lanes.next_at <= (select clock_timestamp())
-         order by lanes.queue, lanes.next_at limit 1
+        select true
+          from {known}
+         cross join lateral (
+            select from queue_service.lanes
+             where lanes.queue = asked.queue and lanes.task = known.task and lanes.running < lanes.width
+               and lanes.next_at <= (select clock_timestamp())
+             order by lanes.queue, lanes.task, lanes.next_at limit 1
+         ) as each
+         limit 1
      ) as lane
   ) as due on true
 
@@ -151,62 +164,84 @@ with asked as materialized (
 {take_picked}
 
 -- define: from_lanes
--- Makes `picked`, the heads of free lanes of the queues `asked` for, and puts off the lanes that gave none.
-free as materialized (
-    select chosen.*
+-- Makes `picked`, the runs that may begin of free lanes of the queues `asked` for. What is wanted is shared out among the
+-- tasks that lanes wait with, so that none waits for another, and then among the lanes, of which each gives at most what its
+-- width leaves.
+due as materialized (
+    select asked.queue, asked.wanted, asked.width, known.task,
+           ceil(asked.wanted::float8 / count(*) over (partition by asked.queue))::integer as share
       from asked
+     cross join {known}
      cross join lateral (
-        select lanes.ctid as place, lanes.queue, lanes.ordering_key from queue_service.lanes
-         where lanes.queue = asked.queue and lanes.running < lanes.width and lanes.running < asked.width
-           and lanes.next_at <= (select clock_timestamp())
-         order by lanes.queue, lanes.next_at
-         limit asked.wanted
+        select from queue_service.lanes
+         where lanes.queue = asked.queue and lanes.task = known.task and lanes.running < lanes.width
+           and lanes.running < asked.width and lanes.next_at <= (select clock_timestamp())
+         order by lanes.queue, lanes.task, lanes.next_at limit 1
+     ) as lane
+     where asked.wanted > 0
+), free as materialized (
+    -- The row of a lane that has changed since this statement began does not show by its new place. What is seen of such a
+    -- lane may not be its order now; it is left for the next claim.
+    select locked.*, due.wanted, ceil(due.wanted::float8 / count(*) over (partition by due.queue))::integer as share,
+           due.share < due.wanted and count(*) over (partition by due.queue, due.task) = due.share as has_more_beside,
+           -- (As `exists`, it might be answered from a table of all lanes.)
+           (select true from queue_service.lanes where lanes.ctid = locked.place) is not null as is_unchanged
+      from due
+     cross join lateral (
+        select lanes.ctid as place, lanes.queue, lanes.ordering_key, least(lanes.width, due.width) - lanes.running as room
+          from queue_service.lanes
+         where lanes.queue = due.queue and lanes.task = due.task and lanes.running < lanes.width
+           and lanes.running < due.width and lanes.next_at <= (select clock_timestamp())
+         order by lanes.queue, lanes.task, lanes.next_at
+         limit due.share
            for update skip locked
-     ) as chosen
+     ) as locked
 ), heads as materialized (
-    select free.place, free.queue, free.ordering_key, head.id, head.run_at,
-           head.run_at <= (select clock_timestamp()) as is_due, head.is_ours
+    -- One that waits for its next attempt has a place; behind one that is due and for another worker, none begins.
+    select free.place, free.queue, free.ordering_key, free.wanted, head.id, head.is_due,
+           row_number() over of_lane as rank, bool_and(head.is_ours or not head.is_due) over of_lane as is_reached
       from free
-      left join lateral (
-        select runs.id, runs.run_at, runs.task = any(%(tasks)s::text[]) and {is_for_us} as is_ours
+     cross join lateral (
+        select runs.id, runs.run_at <= (select clock_timestamp()) as is_due,
+               runs.task = any(%(tasks)s::text[]) and {is_for_us} as is_ours
           from queue_service.runs
          where runs.queue = free.queue and runs.ordering_key = free.ordering_key
            and runs.state = 'queued' and coalesce(runs.expires_at, 'infinity') > (select clock_timestamp())
            and (runs.attempt > 0 or runs.run_at <= (select clock_timestamp()))
-         order by runs.queue, runs.ordering_key, runs.id limit 1
-      ) as head on true
+         order by runs.queue, runs.ordering_key, runs.id limit least(free.room, free.share)
+     ) as head
+     where free.is_unchanged
+    window of_lane as (partition by free.place order by head.id)
+), candidates as materialized (
+    -- The first of each lane before the second of any.
+    select heads.*, row_number() over (partition by heads.queue order by heads.rank, heads.id) as number
+      from heads where heads.is_due and heads.is_reached
 ), picked as materialized (
-    select locked.id, heads.queue
-      from heads
-     cross join lateral (
-        -- It may have been replaced since. That it was claimed and put off would show in the row of its lane.
-        select runs.id from queue_service.runs
-         where runs.id = heads.id and runs.state = 'queued' and runs.run_at <= (select clock_timestamp())
-           and runs.task = any(%(tasks)s::text[])
-           and (runs.queue, runs.ordering_key) is not distinct from (heads.queue, heads.ordering_key)
-         limit 1 for update skip locked
-     ) as locked
-     where heads.is_due and heads.is_ours
-), later as (
-    -- By their places: the rows are locked. One that this statement's snapshot does not show is looked at once more.
-    update queue_service.lanes
-       set next_at = (
-            select case when heads.is_due then clock_timestamp() + interval '1 second'
-                        else coalesce(heads.run_at, (
-                            select min(runs.run_at) from queue_service.runs
-                             where runs.queue = heads.queue and runs.ordering_key = heads.ordering_key
-                               and runs.state = 'queued' and runs.attempt = 0
-                               and runs.run_at > (select clock_timestamp())), 'infinity') end
-              from heads where heads.place = lanes.ctid)
-     where lanes.ctid = any(array(
-            select heads.place from heads where (heads.is_due and heads.is_ours) is not true))
+    select held.id, held.queue, held.place
+      from (
+        -- Nor does one begin behind one that somebody has locked, to cancel it, say.
+        select locked.id, candidates.queue, candidates.place,
+               bool_and(locked.id is not null) over (partition by candidates.place order by candidates.rank) as is_reached
+          from candidates
+          left join lateral (
+            -- It may have been replaced since. That it was claimed and put off would show in the row of its lane.
+            select runs.id from queue_service.runs
+             where runs.id = candidates.id and runs.state = 'queued' and runs.run_at <= (select clock_timestamp())
+               and runs.task = any(%(tasks)s::text[])
+               and (runs.queue, runs.ordering_key) is not distinct from (candidates.queue, candidates.ordering_key)
+             limit 1 for update skip locked
+          ) as locked on true
+         where candidates.number <= candidates.wanted
+      ) as held
+     where held.is_reached
 )
 
 -- name: claim_lanes
--- Take the heads of lanes that are free, from each queue at most as many as are `wanted`, and from each lane one. A lane
--- whose head is not due yet is looked at again when it is, and one whose head is for another worker in a second: it must
--- not stand before the others. A head that somebody holds (to cancel it, say) is left alone, and so is its lane.
--- writes: runs, leases, lanes
+-- Take runs of lanes that are free, from each queue at most as many as are `wanted`: from each lane its head, and as many
+-- behind it as its width leaves. A run that somebody holds (to cancel it, say) is left alone, and so are those behind it.
+-- Rows: for each queue a null, whether free lanes of it gave nothing (and are to be tended), and whether a claim may get more
+-- though it did not get all that was wanted; with each run that was taken.
+-- writes: runs, leases
 with asked as materialized (
     select asked.queue, asked.wanted, coalesce((select queues.max_running_per_key from queue_service.queues
                                                  where queues.name = asked.queue), 1) as width
@@ -214,8 +249,16 @@ with asked as materialized (
      where asked.queue not in (select queues.name from queue_service.queues where {is_paused} or {is_limited})
 ), {from_lanes}, lease as (
     {new_lease}
+), taken as (
+    {take_picked}
 )
-{take_picked}
+select taken.*, asked.queue, null::float8, exists (select from free where free.queue = asked.queue and free.is_unchanged
+                           and free.place not in (select picked.place from picked)),
+       exists (select from free where free.queue = asked.queue and (
+                    not free.is_unchanged
+                    or (free.has_more_beside or free.share < free.room)
+                       and free.queue in (select picked.queue from picked)))
+  from asked left join taken on taken.queue = asked.queue
 
 -- define: within_limits
 -- Makes `asked` of `given`: the queues that are not being claimed from by another session, and how many may begin of each.
@@ -279,12 +322,13 @@ with given as materialized (
 select taken.*, asked.queue,
        case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
             then extract(epoch from asked.period)::float8 / asked.rate
-                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end
+                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
+       false, false
   from asked left join taken on taken.queue = asked.queue
 
 -- name: claim_limited_lanes
--- As `claim_lanes`, of queues that have a limit, and within it. Rows as of `claim_limited`.
--- writes: runs, leases, lanes, queues
+-- As `claim_lanes`, of queues that have a limit, and within it. Rows as of `claim_limited` and `claim_lanes`.
+-- writes: runs, leases, queues
 with given as materialized (
     select given.queue, given.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
 ), {within_limits}, {from_lanes}, {counted_in}, lease as (
@@ -295,7 +339,13 @@ with given as materialized (
 select taken.*, asked.queue,
        case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
             then extract(epoch from asked.period)::float8 / asked.rate
-                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end
+                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
+       exists (select from free where free.queue = asked.queue and free.is_unchanged
+                           and free.place not in (select picked.place from picked)),
+       exists (select from free where free.queue = asked.queue and (
+                    not free.is_unchanged
+                    or (free.has_more_beside or free.share < free.room)
+                       and free.queue in (select picked.queue from picked)))
   from asked left join taken on taken.queue = asked.queue
 
 -- name: claim_suspect

@@ -1,5 +1,5 @@
 -- What becomes of claimed runs, and of each write whether its claim was still held: `attempt` has moved if it was not.
--- Locks are taken leases first, then runs by ascending id.
+-- Locks are taken leases first, then runs by ascending id, then lanes by queue and key.
 --
 -- The columns of a run that is running or has ended describe its last attempt. Those before it that failed or lost their
 -- worker are in `attempts`, the last twenty, their errors shortened; null where there were none, which costs nothing.
@@ -26,13 +26,14 @@ with freed as (
     delete from queue_service.runs
      where {is_held} and (select count(*) from freed) >= 0
     returning runs.*, (select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1) as outcome
-)
+), {leave_lanes}
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
        least(failures, 2147483646) + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts, priority,
        coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key, organization_id,
        retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error), attempts
   from gone
+ where (select count(*) from lanes_left) >= 0
 returning id, attempt
 
 -- name: give_back
@@ -45,16 +46,16 @@ returning id, attempt
 -- writes: runs, finished_runs, leases
 with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
-), held as materialized (
-    select runs.id, runs.cancel_requested from queue_service.runs
+), moved as materialized (
+    select runs.id, runs.queue, runs.ordering_key, runs.cancel_requested from queue_service.runs
      where {is_held} and (select count(*) from freed) >= 0
      order by runs.id
        for update
-), gone as (
+), {lock_lanes}, gone as (
     delete from queue_service.runs
-     where runs.id = any(array(select held.id from held where held.cancel_requested))
+     where runs.id = any(array(select moved.id from moved where moved.cancel_requested)) and (select count(*) from locked_lanes) >= 0
     returning runs.*, {outcome} as outcome
-), cancelled as (
+), {leave_lanes}, cancelled as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
            least(failures, 2147483646) + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts, priority,
@@ -73,14 +74,15 @@ with freed as (
                select {attempts_and_this}
                  from (select %(worker_id)s::bigint as worker_id, clock_timestamp() as ended_at,
                               {outcome} -> 'error' as error) as this) else attempts end
-     where runs.id = any(array(select held.id from held where not held.cancel_requested))
+     where runs.id = any(array(select moved.id from moved where not moved.cancel_requested))
     returning id, attempt, queue, priority, reserved_for
 ), notified as (
     select pg_notify('queue_service_runs', priority || ' ' || queue)::text from queued where reserved_for is not null
 )
-select id, attempt from queued where (select count(*) from notified) >= 0
+select id, attempt from queued
+ where (select count(*) from notified) >= 0 and (select count(*) from locked_lanes) >= 0
 union all
-select id, attempt from cancelled
+select id, attempt from cancelled where (select count(*) from lanes_left) >= 0
 
 -- name: busy
 -- Of these claims, those that are held, but whose run or lane another session has locked: their endings would wait for it.

@@ -16,6 +16,30 @@ case when jsonb_typeof(attempts) is distinct from 'array' then '[]'
                'message', left(this.error ->> 'message', 1000),
                'traceback', right(this.error ->> 'traceback', 2000))))
 
+-- define: lock_lanes
+-- Locks the lanes of the runs `moved`, in their one order, before the trigger on `runs` comes to them.
+locked_lanes as materialized (
+    select lane.queue
+      from (select distinct moved.queue, moved.ordering_key from moved
+             where moved.ordering_key is not null order by moved.queue, moved.ordering_key) as mine
+     cross join lateral (
+        select lanes.queue from queue_service.lanes
+         where lanes.queue = mine.queue and lanes.ordering_key = mine.ordering_key
+           for update
+     ) as lane
+)
+
+-- define: leave_lanes
+-- Tells their lanes, once each and in their one order, that the runs `gone` have left them. Each statement that deletes runs
+-- does it: a trigger would be called for each run.
+lanes_left as materialized (
+    select queue_service.leave_lanes(array_agg(lane.queue), array_agg(lane.ordering_key), array_agg(lane.ended))
+      from (select gone.queue, gone.ordering_key, count(*) filter (where gone.state = 'running')::integer as ended
+              from gone where gone.ordering_key is not null
+             group by gone.queue, gone.ordering_key order by gone.queue, gone.ordering_key) as lane
+    having count(*) > 0
+)
+
 -- define: unlocked
 -- Which of the runs `mine`, and which of their lanes, no other session has locked.
 unlocked as materialized (

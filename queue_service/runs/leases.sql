@@ -1,5 +1,6 @@
 -- The leases under which workers hold what they claimed: kept up while a worker lives, swept when it does not.
--- A lease lists the runs that one statement claimed. Locks are taken leases first, then runs by ascending id.
+-- A lease lists the runs that one statement claimed. Locks are taken leases first, then runs by ascending id, then lanes by
+-- queue and key.
 
 -- name: extend
 -- Push the deadline of leases. One row for each that is still held; the others were swept, and their runs with them.
@@ -23,23 +24,23 @@ with unheard as materialized (
     delete from queue_service.leases
      where worker_id = %(worker_id)s and id <> all(%(known)s::bigint[])
     returning id, run_ids
-), held as materialized (
-    select id from queue_service.runs
+), moved as materialized (
+    select id, queue, ordering_key from queue_service.runs
      where id = any(array(select unnest(unheard.run_ids) from unheard))
        and lease_id = any(array(select unheard.id from unheard)) and state = 'running'
      order by id
        for update
-)
+), {lock_lanes}
 update queue_service.runs set state = 'queued', lease_id = null, claimed_at = null
- where id = any(array(select held.id from held))
+ where id = any(array(select moved.id from moved)) and (select count(*) from locked_lanes) >= 0
 returning id
 
 -- define: take_lost
 -- Takes what is left of the runs of `lapsed` (leases with their runs, their worker, and the tasks that are not to be begun
 -- twice). Each goes back to its place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at
 -- `max_losses`, and at the first loss if its task is among those. Rows: run id, its state now, its queue and priority.
-lost as materialized (
-    select id, cancel_requested or least(losses, 2147483646) + 1 >= %(max_losses)s
+moved as materialized (
+    select id, queue, ordering_key, cancel_requested or least(losses, 2147483646) + 1 >= %(max_losses)s
                or coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                as is_over
       from queue_service.runs
@@ -47,11 +48,11 @@ lost as materialized (
        and lease_id = any(array(select lapsed.id from lapsed)) and state = 'running'
      order by id
        for update
-), gone as (
+), {lock_lanes}, gone as (
     delete from queue_service.runs
-     where id = any(array(select lost.id from lost where lost.is_over))
+     where id = any(array(select moved.id from moved where moved.is_over)) and (select count(*) from locked_lanes) >= 0
     returning runs.*
-), ended as (
+), {leave_lanes}, ended as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at,
            (select lapsed.worker_id from lapsed where lapsed.id = gone.lease_id), attempt, failures,
@@ -75,10 +76,12 @@ lost as materialized (
                                    'reason', 'worker_lost', 'message', 'The worker was lost while this run was with it.')
                                    as error
                                  from lapsed where lapsed.id = runs.lease_id) as this)
-     where id = any(array(select lost.id from lost where not lost.is_over))
+     where id = any(array(select moved.id from moved where not moved.is_over))
     returning id, state, queue, priority
 )
-select id, state, queue, priority from queued union all select id, state, queue, priority from ended
+select id, state, queue, priority from queued where (select count(*) from locked_lanes) >= 0
+union all
+select id, state, queue, priority from ended where (select count(*) from lanes_left) >= 0
 
 -- name: sweep
 -- Take the leases that have lapsed, at most `limit` of them, `excluding` these, and with them the runs they held. The guard
@@ -117,14 +120,26 @@ select id, run_ids from queue_service.leases where expires_at < (select clock_ti
 -- name: orphans
 -- Of the `scan_limit` runs after an id, those that are running under a lease which does not exist (any more), as an
 -- asynchronous failover may leave them. What was claimed in the last minute is left out: its lease may be newer than what
--- this statement sees. Row: the last id that was looked at (null: there was none), and theirs.
+-- this statement sees. Row: the last id that was looked at (null: there was none), theirs, and the lanes of which runs stand
+-- here but no row: queues and keys.
 with looked as materialized (
-    select id, state, lease_id, claimed_at from queue_service.runs where id > %(after)s order by id limit %(scan_limit)s
+    select id, state, lease_id, claimed_at, queue, ordering_key from queue_service.runs
+     where id > %(after)s order by id limit %(scan_limit)s
+), laneless as materialized (
+    select laned.queue, laned.ordering_key
+      from (select distinct looked.queue, looked.ordering_key from looked where looked.ordering_key is not null) as laned
+      left join lateral (
+        select true as is_there from queue_service.lanes
+         where lanes.queue = laned.queue and lanes.ordering_key = laned.ordering_key limit 1
+      ) as lane on true
+     where lane.is_there is null
 )
 select (select max(looked.id) from looked),
        array(select looked.id from looked
               where looked.state = 'running' and looked.claimed_at < (select clock_timestamp()) - interval '1 minute'
-                and looked.lease_id not in (select leases.id from queue_service.leases))
+                and looked.lease_id not in (select leases.id from queue_service.leases)),
+       array(select laneless.queue from laneless order by laneless.queue, laneless.ordering_key),
+       array(select laneless.ordering_key from laneless order by laneless.queue, laneless.ordering_key)
 
 -- name: sweep_orphans
 -- As `sweep`, such runs.

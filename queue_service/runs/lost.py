@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from queue_service.db.query import Query, array_literal, column
+from queue_service.db.query import Query, Rows, array_literal, column
+from queue_service.runs.lanes import Lane
 from queue_service.runs.queries import SweptRun, read_swept
 from queue_service.runs.sql import SQL
 
@@ -32,14 +33,20 @@ def lapsed(*, limit: int) -> Query[list[tuple[int, list[int]]]]:
 
 
 class Orphans(NamedTuple):
-    """The last run that was looked at, None where there was none; and those that run under a lease that does not exist."""
+    """The last run that was looked at, None where there was none; those that run under a lease that does not exist; and the
+    lanes, as queue and key, that have runs but no row."""
 
     looked_at: int | None
     run_ids: list[int]
+    laneless: list[Lane]
 
 
 def orphans(*, after: int, scan_limit: int) -> Query[Orphans]:
-    return SQL.query("orphans", lambda rows: Orphans(*rows[0]), after=after, scan_limit=scan_limit)
+    def decode(rows: Rows) -> Orphans:
+        looked_at, run_ids, queues, keys = rows[0]
+        return Orphans(looked_at, run_ids, [Lane(*each) for each in zip(queues, keys, strict=True)])
+
+    return SQL.query("orphans", decode, after=after, scan_limit=scan_limit)
 
 
 def sweep_orphans(

@@ -121,12 +121,15 @@ class Claimant(NamedTuple):
         return {**self._asdict(), "tasks": list(self.tasks), "final_tasks": list(self.final_tasks) or None}
 
 
-class Allowed(NamedTuple):
-    """What was claimed within limits: the runs, as of `claim`; and for each queue that no other session was claiming from,
-    in how many seconds its rate lets more begin, or None if it is not the rate that forbids it."""
+class Taken(NamedTuple):
+    """What was claimed of lanes, or within limits: the runs, as of `claim`; for each queue that no other session was
+    claiming from, in how many seconds its rate lets more begin, or None if it is not the rate that forbids it; the queues
+    of which lanes are to be tended, and those that may give more although less came than was asked for."""
 
     runs: list[tuple[Run, int]]
     waits: dict[str, float | None]
+    barren: set[str]
+    unfinished: set[str]
 
 
 def claim(asked: Sequence[Wanted], by: Claimant) -> Query[list[tuple[Run, int]]]:
@@ -135,19 +138,20 @@ def claim(asked: Sequence[Wanted], by: Claimant) -> Query[list[tuple[Run, int]]]
     return SQL.query("claim", read_claimed, **_from_floors(asked), **by.params, limited=False)
 
 
-def claim_lanes(asked: Sequence[tuple[str, int]], by: Claimant) -> Query[list[tuple[Run, int]]]:
-    """The heads of free lanes, claimed: of each queue as many as are asked for, of each lane one."""
-    return SQL.query("claim_lanes", read_claimed, **_from_lanes(asked), **by.params, limited=False)
+def claim_lanes(asked: Sequence[tuple[str, int]], by: Claimant) -> Query[Taken]:
+    """The heads of free lanes, claimed: of each queue as many as are asked for, of each lane one, or as many as it is wide.
+    The runs come in the order in which they were enqueued."""
+    return SQL.query("claim_lanes", _taken_of_lanes, **_from_lanes(asked), **by.params, limited=False)
 
 
-def claim_limited(asked: Sequence[Wanted], by: Claimant) -> Query[Allowed]:
+def claim_limited(asked: Sequence[Wanted], by: Claimant) -> Query[Taken]:
     """As `claim`, of queues that have a limit."""
-    return SQL.query("claim_limited", _allowed, **_from_floors(asked), **by.params, limited=True)
+    return SQL.query("claim_limited", _taken, **_from_floors(asked), **by.params, limited=True)
 
 
-def claim_limited_lanes(asked: Sequence[tuple[str, int]], by: Claimant) -> Query[Allowed]:
+def claim_limited_lanes(asked: Sequence[tuple[str, int]], by: Claimant) -> Query[Taken]:
     """As `claim_lanes`, of queues that have a limit."""
-    return SQL.query("claim_limited_lanes", _allowed, **_from_lanes(asked), **by.params, limited=True)
+    return SQL.query("claim_limited_lanes", _taken_of_lanes, **_from_lanes(asked), **by.params, limited=True)
 
 
 def claim_suspect(queues: Collection[str], by: Claimant) -> Query[list[tuple[Run, int]]]:
@@ -367,6 +371,17 @@ def _scan(rows: Rows) -> Scan:
     return Scan(rows[0][0], due, laned, {row[1] for row in rows if row[5]}, max(row[6] for row in rows))
 
 
-def _allowed(rows: Rows) -> Allowed:
-    taken = type(rows)(row for row in rows if row[0] is not None)  # type: ignore[call-arg]
-    return Allowed(read_claimed(taken), {row[-2]: row[-1] for row in rows})
+def _taken(rows: Rows) -> Taken:
+    claimed = type(rows)(row for row in rows if row[0] is not None)  # type: ignore[call-arg]
+    return Taken(
+        read_claimed(claimed),
+        {row[-4]: row[-3] for row in rows},
+        {row[-4] for row in rows if row[-2]},
+        {row[-4] for row in rows if row[-1]},
+    )
+
+
+def _taken_of_lanes(rows: Rows) -> Taken:
+    taken = _taken(rows)
+    taken.runs.sort(key=lambda each: each[0].id)
+    return taken

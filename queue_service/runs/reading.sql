@@ -101,6 +101,16 @@ select (select count(*) from (
        least((select min(run_at) from (select run_at from queue_service.runs where queue = %(queue)s and state = 'queued'
                                           and run_at <= clock_timestamp() and ordering_key is null
                                         order by queue, priority desc, run_at, id + 0 limit 1) as first),
-             (select next_at from queue_service.lanes
-               where queue = %(queue)s and running < width and next_at <= clock_timestamp()
-               order by queue, next_at limit 1))
+             (with recursive waiting (task, next_at) as (
+                    (select task, next_at from queue_service.lanes where queue = %(queue)s and running < width
+                      order by queue, task, next_at limit 1)
+                    union all
+                    select following.task, following.next_at
+                      from waiting
+                     cross join lateral (
+                        select lanes.task, lanes.next_at from queue_service.lanes
+                         where lanes.queue = %(queue)s and lanes.task > waiting.task and lanes.running < lanes.width
+                         order by lanes.queue, lanes.task, lanes.next_at limit 1
+                     ) as following
+              )
+              select min(waiting.next_at) from waiting where waiting.next_at <= clock_timestamp()))

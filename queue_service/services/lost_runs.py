@@ -17,7 +17,7 @@ from queue_service.db.meaning import is_about_a_row
 from queue_service.db.query import Fetch, Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
-from queue_service.runs import lost, queries
+from queue_service.runs import lanes, lost, queries
 from queue_service.runs.queries import SweptRun
 from queue_service.services.refusals import Refusals
 
@@ -70,9 +70,11 @@ class LostRuns:
         return swept
 
     async def take_orphans(self) -> list[SweptRun]:
-        """Look at some more runs, and take those that have lost their lease."""
+        """Look at some more runs, and take those that have lost their lease. Those whose lane does not exist get it."""
         look = await self._fetch(lost.orphans(after=self._looked_at, scan_limit=SCAN_LIMIT))
         self._looked_at = look.looked_at or 0
+        if look.laneless and (made := await self._fetch(lanes.make_lanes(look.laneless))):
+            log.warning("runs were stored while triggers did not fire; their lanes are there now", lanes=len(made))
         if not look.run_ids:
             return []
         log.warning("runs are running without a lease; taking them over", run_ids=look.run_ids[:20])

@@ -21,7 +21,7 @@ from queue_service.db.query import Fetch
 from queue_service.errors import DatabaseUnavailable
 from queue_service.exceptions import message
 from queue_service.logs import get_logger
-from queue_service.runs import queries
+from queue_service.runs import lanes, queries
 from queue_service.services.lost_runs import LostRuns
 from queue_service.services.refusals import Refusals
 from queue_service.turns import queries as turns
@@ -33,6 +33,9 @@ log = get_logger(__name__)
 
 RUN_LIMIT = 1_000
 TURN_LIMIT = 2_000
+# Lanes that are looked at each time, in turn.
+LANE_LIMIT = 100
+FIRST_LANE = lanes.Lane("", "")
 # What is tried one by one where a batch is refused.
 SINGLES = 100
 
@@ -65,6 +68,7 @@ class Sweeper:
         self._resume_at = 0.0
         self._lost_runs = LostRuns(fetch, max_losses=max_losses, final_tasks=final_tasks)
         self._refused_late: Refusals[int] = Refusals("a run that expired cannot be ended")
+        self._lane = FIRST_LANE
         self._refused_turns: Refusals[tuple[str, str]] = Refusals("a turn cannot be ended")
         # For how long the oldest turn was overdue when the last pass was over: None is as it should be.
         self.oldest_overdue: timedelta | None = None
@@ -91,6 +95,7 @@ class Sweeper:
         if time.monotonic() < self._resume_at:
             return SweepCounts(0, 0, expired, 0)
         requeued, ended = await step(self._sweep, (0, 0))
+        await step(self._tend, None)
         counts = SweepCounts(requeued, ended, expired, await step(self.turns, 0))
         if failures:
             raise failures[0]
@@ -143,6 +148,11 @@ class Sweeper:
             back, over = self._announce(swept)
             requeued, ended = requeued + back, ended + over
         return requeued, ended
+
+    async def _tend(self) -> None:
+        """Look at some lanes, for what nobody has told them of."""
+        looked = await self._fetch(lanes.tend_after(self._lane, limit=LANE_LIMIT))
+        self._lane = FIRST_LANE if looked is None else looked[0]
 
     def _announce(self, swept: Sequence[queries.SweptRun]) -> tuple[int, int]:
         """How many went back, and how many ended."""

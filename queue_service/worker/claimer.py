@@ -108,6 +108,9 @@ class Claimer:
                 for asked in per_statement(askable(self.states.values(), source, now, limited=limited)):
                     has_claimed = True
                     await self._claims.claim(source, asked, limited=limited)
+        if self._claims.has_untended_lanes:
+            await self._claims.tend_lanes()
+            return False
         if not has_claimed:
             await self._alarm.sleep(min(longest, self._next_look(now) - now))
         return not has_claimed

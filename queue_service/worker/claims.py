@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from queue_service.db.pool import OwnConnection
 from queue_service.logs import get_logger
-from queue_service.runs import lost, queries
+from queue_service.runs import lanes, lost, queries
 from queue_service.runs.model import Run
-from queue_service.runs.queries import Claimant, DuePriority, Wanted
+from queue_service.runs.queries import Claimant, DuePriority, Taken, Wanted
 from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.handlers import results
@@ -19,6 +19,9 @@ from queue_service.worker.pace import Alarm, Pace
 from queue_service.worker.queue_state import Asked, QueueState, Source
 
 log = get_logger(__name__)
+
+# Lanes of a queue and task that are tended at once.
+TENDED = 1_000
 
 
 class Claims:
@@ -36,6 +39,8 @@ class Claims:
         self._pace = pace
         self._alarm = alarm
         self.order = [Source.LANES, Source.QUEUE]
+        # Queues of which lanes gave nothing.
+        self._untended: set[str] = set()
         # Until when there may be leases of ours that we do not know of.
         self._unheard_until: float | None = None
 
@@ -60,9 +65,14 @@ class Claims:
         for state, _ in asked:
             # Before the claim, for the same reason.
             state.may_give.discard(source)
-        claim = self._claim_within_limits if limited else self._claim_without_limits
+        if source is Source.QUEUE and not limited:
+            claim: Awaitable[list[tuple[Run, int]]] = self._connection.fetch(
+                queries.claim(_from_floors(asked), self._claimant)
+            )
+        else:
+            claim = self._take(source, asked, limited=limited)
         held: defaultdict[str, list[Held]] = defaultdict(list)
-        for each in await self._taken(claim(source, asked), limited=lambda _: limited):
+        for each in await self._taken(claim, limited=lambda _: limited):
             if each.run.unreadable is None:
                 held[each.run.queue].append(each)
             else:
@@ -78,27 +88,45 @@ class Claims:
                 self._pace.scan_soon()
             self._offer(state.executor, got)
 
-    async def _claim_without_limits(self, source: Source, asked: Sequence[Asked]) -> list[tuple[Run, int]]:
-        if source is Source.QUEUE:
-            return await self._connection.fetch(queries.claim(_from_floors(asked), self._claimant))
-        return await self._connection.fetch(queries.claim_lanes(_from_lanes(asked), self._claimant))
-
-    async def _claim_within_limits(self, source: Source, asked: Sequence[Asked]) -> list[tuple[Run, int]]:
+    async def _take(self, source: Source, asked: Sequence[Asked], *, limited: bool) -> list[tuple[Run, int]]:
+        """Claim of lanes, or within limits."""
         for state, _ in asked:
             state.was_freed = False
         if source is Source.QUEUE:
-            allowed = await self._connection.fetch(queries.claim_limited(_from_floors(asked), self._claimant))
+            query = queries.claim_limited(_from_floors(asked), self._claimant)
         else:
-            allowed = await self._connection.fetch(queries.claim_limited_lanes(_from_lanes(asked), self._claimant))
-        gave = {run.queue for run, _ in allowed.runs}
+            claim = queries.claim_limited_lanes if limited else queries.claim_lanes
+            query = claim(_from_lanes(asked), self._claimant)
+        taken = await self._connection.fetch(query)
+        if limited:
+            self._note_limits(source, asked, taken)
+        for state, _ in asked:
+            if state.name in taken.unfinished:
+                state.may_give.add(source)
+        if taken.barren:
+            self._untended |= taken.barren
+        return taken.runs
+
+    def _note_limits(self, source: Source, asked: Sequence[Asked], taken: Taken) -> None:
+        gave = {run.queue for run, _ in taken.runs}
         if gave:
             # The others come first next time.
             self.order.sort(key=lambda each: each is source)
         now = time.monotonic()
         for state, _ in asked:
-            if not state.claimed_within_limit(source, allowed, now, got_some=state.name in gave):
+            if not state.claimed_within_limit(source, taken, now, got_some=state.name in gave):
                 self._pace.scan_soon()
-        return allowed.runs
+
+    @property
+    def has_untended_lanes(self) -> bool:
+        return bool(self._untended)
+
+    async def tend_lanes(self) -> None:
+        """Look at lanes that gave nothing, so that they stand before nobody. If that changes any, others may be behind."""
+        queues, self._untended = sorted(self._untended), set()
+        if await self._connection.fetch(lanes.tend_lanes(queues, self._claimant.tasks, limit=TENDED)):
+            for queue in queues:
+                self._states[queue].lane_freed()
 
     async def suspect_is_due(self, queues: Collection[str]) -> bool:
         """Whether `claim_suspect` would find one."""

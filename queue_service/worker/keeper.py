@@ -28,7 +28,8 @@ log = get_logger(__name__)
 
 
 class Keeper:
-    """Calls, on the worker's loop, `on_lost` with swept leases, and `on_cancel` with runs that someone wants cancelled."""
+    """Calls, on the worker's loop, `on_lost` with swept leases, and `on_cancel` with runs that someone wants cancelled.
+    `failing` is asked, from the keeper's thread, for the services that are."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Keeper:
         poll_interval: timedelta,
         on_lost: Callable[[Collection[int]], None],
         on_cancel: Callable[[Collection[int]], None],
+        failing: Callable[[], list[str]],
     ) -> None:
         self._connection = OwnConnection(conninfo, application="queue_service keeper")
         self._leases = leases
@@ -48,6 +50,7 @@ class Keeper:
         self._poll = poll_interval.total_seconds()
         self._on_lost = on_lost
         self._on_cancel = on_cancel
+        self._failing = failing
 
     async def run(self, service: Service) -> None:
         """Keep leases until cancelled. An error of the thread is raised here."""
@@ -113,7 +116,9 @@ class Keeper:
     async def _beat(self) -> None:
         """Say in the roster that this worker lives, if that can be said at once."""
         try:
-            await self._connection.fetch(roster.beat(self._worker_id), deadline=self._lease.total_seconds() / 12)
+            await self._connection.fetch(
+                roster.beat(self._worker_id, self._failing()), deadline=self._lease.total_seconds() / 12
+            )
         except Exception as refused:  # noqa: BLE001 - as above
             log.debug("cannot write to the roster", why=message(refused))
 

@@ -94,7 +94,7 @@ class Parts:
         )
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
-            on_lost=self._lose, on_cancel=self._cancel,
+            on_lost=self._lose, on_cancel=self._cancel, failing=self._failing,
         )  # fmt: skip
         self.contexts = HandlerContexts(app, self.executors, worker_id=worker_id, settings=settings)
         self._lag = LagWatch(self._run_of)
@@ -287,6 +287,9 @@ class Parts:
 
     def _is_cancelled(self) -> bool:
         return self._life is not None and self._life.cancelling() > 0
+
+    def _failing(self) -> list[str]:
+        return sorted({each.name for each in self._all_services() if not each.condition.is_well})
 
     def _all_services(self) -> list[Service]:
         return [*self.services, *self._app.opened.services]

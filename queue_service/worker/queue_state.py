@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from queue_service.runs.queries import Allowed, DuePriority, Scan
+from queue_service.runs.queries import DuePriority, Scan, Taken
 from queue_service.worker.executor import Executor
 from queue_service.worker.floors import Floors
 
@@ -85,14 +85,14 @@ class QueueState:
         if due or self.name in scan.laned:
             self.has_limit = self.name in scan.limited
 
-    def claimed_within_limit(self, source: Source, allowed: Allowed, now: float, *, got_some: bool) -> bool:
+    def claimed_within_limit(self, source: Source, taken: Taken, now: float, *, got_some: bool) -> bool:
         """Note when a claim makes sense again. False: only a scan can say more."""
-        if self.name not in allowed.waits:
+        if self.name not in taken.waits:
             # Another session is claiming from it at this moment; or it is paused, or has no limit now, as a scan will find.
             self.not_before = now + CONTENDED
             self.may_give.add(source)
             return False
-        wait = allowed.waits[self.name]
+        wait = taken.waits[self.name]
         if wait is not None:
             self.not_before = now + min(wait, LONGEST_WAIT)
             self.may_give.add(source)

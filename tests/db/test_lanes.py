@@ -12,7 +12,7 @@ import pytest
 from queue_service import App, Run, RunState
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import queries
+from queue_service.runs import lanes, queries
 from queue_service.runs.model import Ending, NewRun, Return
 from queue_service.runs.queries import Claimant, Scan
 from tests.support import LEASE, blocked, claim, enqueued, eventually, lapse, one, rows
@@ -26,7 +26,13 @@ async def laned(conn: Connection, key: str = "k", **fields: Any) -> int:
 
 
 async def heads(conn: Connection, **options: Any) -> list[Run]:
-    return [run for run, _ in await fetch(conn, claim(laned=True, **options))]
+    """What a worker gets, which tends what gave it nothing."""
+    tasks = options.pop("tasks", ("noop",))
+    queue, limit = options.pop("queue", "default"), options.pop("limit", 10)
+    taken = await fetch(conn, queries.claim_lanes([(queue, limit)], Claimant(tasks, 1, LEASE)))
+    if taken.barren:
+        await fetch(conn, lanes.tend_lanes(sorted(taken.barren), tasks, limit=100))
+    return [run for run, _ in taken.runs]
 
 
 async def finished(conn: Connection, run: Run, state: RunState = RunState.SUCCEEDED) -> None:
@@ -41,14 +47,22 @@ async def scanned(conn: Connection) -> Scan:
     return await fetch(conn, queries.scan(["default", "other"], ["noop"]))
 
 
+async def tend(conn: Connection) -> int:
+    tended = await fetch(conn, lanes.tend_after(lanes.Lane("", ""), limit=1_000))
+    return 0 if tended is None else tended[1]
+
+
 async def assert_sound(conn: Connection) -> None:
-    """Each lane's row says of its runs what is true, and there is none without runs."""
+    """Each lane's row says of its runs what is true, and there is none without runs, once it is tended."""
     counted = await rows(
         conn,
-        "select queue, ordering_key, count(*), count(*) filter (where state = 'running') from queue_service.runs "
+        "select queue, ordering_key, count(*) filter (where state = 'running') from queue_service.runs "
         "where ordering_key is not null group by queue, ordering_key order by 1, 2",
     )
-    kept = await rows(conn, "select queue, ordering_key, pending, running from queue_service.lanes order by 1, 2")
+    kept = await rows(conn, "select queue, ordering_key, running from queue_service.lanes order by 1, 2")
+    assert [lane for lane in kept if lane in counted] == counted
+    await tend(conn)
+    kept = await rows(conn, "select queue, ordering_key, running from queue_service.lanes order by 1, 2")
     assert kept == counted
     overlaps = await one(
         conn,
@@ -184,13 +198,51 @@ class TestAHead:
         assert await one(conn, "select count(*) from queue_service.lanes") == 0
 
     async def test_for_another_worker_is_left_to_it_and_stands_before_no_other_lane(self, conn: Connection) -> None:
-        await laned(conn, "a", task="theirs")
+        theirs = await laned(conn, "a", task="theirs")
         ours = await laned(conn, "b")
-        assert await heads(conn, limit=1) == []
         assert [run.id for run in await heads(conn, limit=1)] == [ours]
-        await conn.execute("update queue_service.lanes set next_at = now()")
-        (theirs,) = await heads(conn, tasks=("theirs",))
-        assert theirs.ordering_key == "a"
+        assert [run.id for run in await heads(conn, tasks=("theirs",))] == [theirs]
+
+    async def test_for_another_worker_that_was_behind_one_of_ours_is_found_by_it_at_once(
+        self, conn: Connection
+    ) -> None:
+        await laned(conn)
+        second = await laned(conn, task="theirs")
+        (run,) = await heads(conn)
+        await finished(conn, run)
+        assert await heads(conn) == []
+        assert [run.id for run in await heads(conn, tasks=("theirs",))] == [second]
+
+    @pytest.mark.parametrize("way", ["cancel", "delete", "expire", "purge", "replace"])
+    async def test_that_nobody_here_knows_and_that_goes_lets_those_behind_it_begin(
+        self, conn: Connection, way: str
+    ) -> None:
+        first = await laned(conn, task="unknown", singleton_key="s")
+        second: int | None = await laned(conn)
+        assert await heads(conn) == []
+        if way == "cancel":
+            await fetch(conn, queries.cancel(first))
+        elif way == "delete":
+            await fetch(conn, queries.delete(first))
+        elif way == "expire":
+            await conn.execute("update queue_service.runs set expires_at = now() where id = %s", [first])
+            assert await fetch(conn, queries.expire(limit=10)) == [first]
+        elif way == "purge":
+            assert await fetch(conn, queries.purge("default", limit=1)) == 1
+        else:
+            new = NewRun(task="noop", queue="default", payload="{}", singleton_key="s", ordering_key="k")
+            second = await fetch(conn, queries.replace(new))
+        assert [run.id for run in await heads(conn)] == [second]
+
+    async def test_that_was_begun_and_waits_lets_those_behind_it_begin_when_it_is_cancelled(
+        self, conn: Connection
+    ) -> None:
+        first, second = await laned(conn), await laned(conn)
+        (run,) = await heads(conn)
+        await back(conn, run, 60.0, failed=True)
+        assert await heads(conn) == []
+        await fetch(conn, queries.cancel(first))
+        assert [run.id for run in await heads(conn)] == [second]
 
     async def test_may_be_cancelled_or_deleted_and_so_may_those_behind_it(self, conn: Connection) -> None:
         ids = [await laned(conn) for _ in range(5)]
@@ -220,7 +272,7 @@ class TestEveryWayIn:
         await app.enqueue("noop", {}, ordering_key="k", singleton_key="s")
         await asyncio.gather(*(app.enqueue("noop", {}, ordering_key=f"k{n % 3}") for n in range(20)))
         await app.enqueue("noop", {}, ordering_key="k", conn=conn)
-        assert await one(conn, "select pending from queue_service.lanes where ordering_key = 'k'") == 13
+        assert await one(conn, "select count(*) from queue_service.runs where ordering_key = 'k'") == 13
 
     async def test_that_replaces_a_run_moves_it_from_lane_to_lane(self, conn: Connection) -> None:
         def put(key: str | None) -> Any:
@@ -230,7 +282,7 @@ class TestEveryWayIn:
         for key in ("a", "b", None, "c", "c"):
             await put(key)
             await assert_sound(conn)
-        assert await rows(conn, "select ordering_key, pending from queue_service.lanes") == [("c", 1)]
+        assert await rows(conn, "select ordering_key from queue_service.lanes") == [("c",)]
 
     async def test_that_is_rolled_back_leaves_no_lane(self, conn: Connection) -> None:
         await conn.execute("begin")
@@ -309,6 +361,8 @@ class TestRace:
         assert await heads(conn) == []
         await fetch(a, queries.cancel(first))
         await a.execute("commit" if commit else "rollback")
+        # The lane was put off, so as not to stand before others.
+        await conn.execute("update queue_service.lanes set next_at = next_at - interval '1 s'")
         assert [run.id for run in await heads(conn)] == [second if commit else first]
 
     async def test_a_claim_and_a_cancellation_of_the_head(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,7 @@ from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.runs import queries, walks
 from queue_service.runs.model import Ending, Return
-from queue_service.runs.queries import Allowed, Claimant, Wanted
+from queue_service.runs.queries import Claimant, Taken, Wanted
 from queue_service.worker.floors import FRONT
 from tests.support import LEASE, blocked, claimed, enqueued, eventually, lapse, one, rows
 
@@ -31,12 +32,12 @@ def allowed(*names: str, wanted: int = 10, laned: bool = False) -> Any:
 
 
 async def begun(conn: Connection, *names: str, **options: Any) -> list[Run]:
-    answer: Allowed = await fetch(conn, allowed(*names, **options))
+    answer: Taken = await fetch(conn, allowed(*names, **options))
     return [run for run, _ in answer.runs]
 
 
 async def wait_of(conn: Connection, queue: str = "default") -> float | None:
-    answer: Allowed = await fetch(conn, allowed(queue))
+    answer: Taken = await fetch(conn, allowed(queue))
     assert answer.runs == []
     return answer.waits[queue]
 
@@ -170,10 +171,8 @@ class TestMaxRunningPerKey:
         await app.queues.limit("default", max_running_per_key=2)
         ids = [await enqueued(conn, ordering_key="k") for _ in range(4)]
         other = await enqueued(conn, ordering_key="l")
-        # One of each lane in a claim.
-        assert sorted(run.id for run, _ in await claimed(conn, laned=True)) == [ids[0], other]
-        ((second, _),) = await claimed(conn, laned=True)
-        assert second.id == ids[1]
+        (_, _), (second, _), (third, _) = await claimed(conn, laned=True)
+        assert [second.id, third.id] == [ids[1], other]
         assert await claimed(conn, laned=True) == []
         await finished(conn, second)
         ((third, _),) = await claimed(conn, laned=True)
@@ -184,7 +183,7 @@ class TestMaxRunningPerKey:
         await full_of(conn, 5, ordering_key="k")
         ((first, _),) = await claimed(conn, laned=True)
         await app.queues.limit("default", max_running_per_key=3)
-        assert [len(await claimed(conn, laned=True)) for _ in range(3)] == [1, 1, 0]
+        assert [len(await claimed(conn, laned=True)) for _ in range(2)] == [2, 0]
         await app.queues.limit("default")
         await finished(conn, first)
         assert await claimed(conn, laned=True) == []
@@ -193,7 +192,42 @@ class TestMaxRunningPerKey:
         await app.queues.limit("default", max_running=3, max_running_per_key=2)
         await full_of(conn, 5, ordering_key="a")
         await full_of(conn, 5, ordering_key="b")
-        assert [len(await begun(conn, laned=True)) for _ in range(3)] == [2, 1, 0]
+        assert [len(await begun(conn, laned=True)) for _ in range(2)] == [3, 0]
+
+    async def test_is_shared_out_among_lanes_the_first_of_each_before_the_second_of_any(
+        self, app: App, conn: Connection
+    ) -> None:
+        await app.queues.limit("default", max_running_per_key=10)
+        for key, runs in (("a", 20), ("b", 20), ("c", 1)):
+            await full_of(conn, runs, ordering_key=key)
+        claims = [await claimed(conn, laned=True, limit=9) for _ in range(4)]
+        counts = [Counter(run.ordering_key for run, _ in taken) for taken in claims]
+        assert counts == [{"a": 3, "b": 3, "c": 1}, {"a": 5, "b": 4}, {"a": 2, "b": 3}, {}]
+
+    async def test_is_filled_behind_one_that_waits_for_its_next_attempt(self, app: App, conn: Connection) -> None:
+        await app.queues.limit("default", max_running_per_key=3)
+        await full_of(conn, 5, ordering_key="k")
+        (first, _), *_ = await claimed(conn, laned=True)
+        assert await fetch(conn, queries.give_back([Return(first.claim, 60.0, failed=True)], worker_id=1))
+        # It keeps its place, and the others theirs.
+        assert await claimed(conn, laned=True) == []
+        await conn.execute("update queue_service.runs set run_at = now() - interval '1 s' where id = %s", [first.id])
+        assert [run.id for run, _ in await claimed(conn, laned=True)] == [first.id]
+
+    async def test_begins_nothing_behind_a_run_that_is_for_another_worker_or_that_somebody_holds(
+        self, app: App, conn: Connection, session: Session
+    ) -> None:
+        await app.queues.limit("default", max_running_per_key=5)
+        ids = [await enqueued(conn, ordering_key="k", task=task) for task in ("noop", "noop", "theirs", "noop")]
+        user = await session()
+        await user.execute("begin")
+        await user.execute("select from queue_service.runs where id = %s for update", [ids[1]])
+        assert [run.id for run, _ in await claimed(conn, laned=True)] == ids[:1]
+        await user.execute("rollback")
+        assert [run.id for run, _ in await claimed(conn, laned=True)] == ids[1:2]
+        assert await claimed(conn, laned=True) == []
+        assert [run.id for run, _ in await claimed(conn, laned=True, tasks=("theirs",))] == ids[2:3]
+        assert [run.id for run, _ in await claimed(conn, laned=True)] == ids[3:]
 
     async def test_of_a_lane_that_could_not_be_announced_is_kept_by_claims(self, conn: Connection) -> None:
         await full_of(conn, 5, ordering_key="k")

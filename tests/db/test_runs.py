@@ -588,7 +588,7 @@ class TestFinalTasks:
         ("store", "query"),
         [
             (enqueued, queries.claim([Wanted("default", 1, {0: FRONT})], BY)),
-            (functools.partial(enqueued, ordering_key="o"), queries.claim_lanes([("default", 1)], BY)),
+            (functools.partial(enqueued, ordering_key="o"), claim(limit=1, laned=True, final_tasks=("noop", "other"))),
             (suspect, queries.claim_suspect(["default"], BY)),
         ],
         ids=["claim", "claim_lanes", "claim_suspect"],

@@ -173,6 +173,13 @@ def test_a_statement_says_exactly_which_tables_it_writes(found: Found) -> None:
 
 
 @each_statement
+def test_a_statement_that_takes_runs_away_tells_their_lanes(found: Found) -> None:
+    if "delete from queue_service.runs" in found.text:
+        assert "queue_service.leave_lanes(" in found.text
+        assert "select count(*) from lanes_left" in found.text, "a select that nobody reads is not executed"
+
+
+@each_statement
 def test_a_statement_names_tables_with_their_schema(found: Found) -> None:
     tables = r"(?:runs|leases|finished_runs|queues|workers)"
     assert not re.search(rf"\b(?:into|update|from|join)\s+{tables}\b(?!\.)", found.text.lower())

@@ -60,7 +60,7 @@ def run(**fields: Any) -> Run:
 def worker(**fields: Any) -> WorkerRow:
     given: dict[str, Any] = {
             "id": 3, "name": "host:1", "version": "1", "queues": {"mail": 10}, "started_at": since(hours=1),
-            "seen_at": since(seconds=2), "holds": 1, "is_alive": True,
+            "seen_at": since(seconds=2), "holds": 1, "is_alive": True, "failing": [],
     }  # fmt: skip
     return WorkerRow(**given | fields)
 
