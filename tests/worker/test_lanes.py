@@ -10,10 +10,11 @@ from contextlib import AsyncExitStack
 import pytest
 
 from queue_service import App, Retry, Run, RunState, Snooze, Worker
+from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.settings import load
 from queue_service.worker import pace
-from tests.support import eventually, listening, one, working
+from tests.support import claim, eventually, listening, one, working
 
 
 class Witness:
@@ -199,3 +200,79 @@ async def test_an_enqueue_that_is_not_committed_holds_up_its_lane_and_loses_no_o
         await user.execute("commit")
         done = await app.wait(run_id, timeout=8)
     assert (done.state, done.losses) == (RunState.SUCCEEDED, 0)
+
+
+async def test_lanes_that_nobody_here_can_go_on_with_cost_the_others_nothing(app: App, conn: Connection) -> None:
+    begun: list[str] = []
+
+    @app.task
+    async def note(key: str) -> None:
+        begun.append(key)
+
+    async with working(app, {"default": 5}):
+        await conn.execute(
+            "insert into queue_service.runs (queue, task, payload, ordering_key, run_at) "
+            "select 'default', 'unknown', '{}', n::text, now() - interval '1 hour' from generate_series(1, 3000) as n"
+        )
+        # Within one look of the claimer, and not after those that come before it.
+        for n in range(10):
+            await app.enqueue("note", {"key": f"fresh {n}"}, ordering_key=f"fresh {n}")
+            await eventually(lambda: f"fresh {n}" in begun, within=2)  # noqa: B023 - awaited here
+        # Nor if their rows do not say so.
+        await conn.execute("update queue_service.lanes set task = ''")
+        await app.enqueue("note", {"key": "last"}, ordering_key="last")
+        await eventually(lambda: "last" in begun, within=5)
+        marked = "select count(*) = 3000 from queue_service.lanes where task = 'unknown'"
+        await eventually(lambda: one(conn, marked))
+
+
+@pytest.mark.parametrize("width", [4, 10])
+async def test_a_wide_lane_has_as_many_going_on_as_it_may_while_there_is_work(app: App, width: int) -> None:
+    running, most, go = 0, 0, asyncio.Event()
+
+    @app.task
+    async def hold(n: int) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await go.wait()
+        running -= 1
+
+    await app.queues.limit("default", max_running_per_key=width)
+    await app.enqueue_many("hold", [{"n": n} for n in range(3 * width)], ordering_key="k")
+    async with working(app, {"default": 50}):
+        await eventually(lambda: running == width)
+        go.set()
+        await eventually(lambda: nothing_is_held(app))
+    assert most == width
+
+
+async def test_a_run_that_was_stored_while_triggers_did_not_fire_is_found(app: App, conn: Connection) -> None:
+    begun: list[int] = []
+
+    @app.task
+    async def note(n: int) -> None:
+        begun.append(n)
+
+    await conn.execute("set session_replication_role = replica")
+    for n in range(3):
+        await app.enqueue("note", {"n": n}, ordering_key="k", conn=conn)
+    await conn.execute("set session_replication_role = origin")
+    assert await one(conn, "select count(*) from queue_service.lanes") == 0
+    async with working(app):
+        await eventually(lambda: begun == [0, 1, 2], within=30)
+
+
+async def test_a_lane_goes_on_after_its_running_run_was_deleted_by_hand(app: App, conn: Connection) -> None:
+    begun: list[int] = []
+
+    @app.task
+    async def note(n: int) -> None:
+        begun.append(n)
+
+    ids = await app.enqueue_many("note", [{"n": n} for n in range(2)], ordering_key="k")
+    assert [run.id for run, _ in await fetch(conn, claim(tasks=("note",), laned=True))] == ids[:1]
+    await conn.execute("delete from queue_service.runs where id = %s", [ids[0]])
+    assert await one(conn, "select running from queue_service.lanes") == 1
+    async with working(app):
+        await eventually(lambda: begun == [1], within=30)
