@@ -58,44 +58,50 @@ runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.los
                and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
 
 -- name: scan
--- For each priority of each queue where something is due: the first run that a claim could take, which is where claims
--- may start to look. Paused queues are left out. Distinct priorities are found by hopping along the index, one descent
--- each. A row without a priority says that a lane of the queue is to be looked at. The first column is the time of the scan;
+-- For each priority of each queue where something is due, and of each queue for the highest `most` of them: the first run
+-- that a claim could take, which is where claims may start to look. Paused queues are left out. Distinct priorities are found
+-- by hopping along the index, two descents each. A row without a priority says that a lane of the queue is to be looked at. The first column is the time of the scan;
 -- it comes even where nothing is due. The last two say whether the queue has a limit, and how many seconds the look has
 -- taken so far: what it waited for before it began, as a lock on the table, is not in it.
 with recursive asked (queue) as materialized (
     select each.queue from unnest(%(queues)s::text[]) as each (queue)
      where not exists (select from queue_service.queues where queues.name = each.queue and {is_paused})
-), level (queue, priority) as (
-    select asked.queue, top.priority
+), level (queue, priority, run_at, id, found) as (
+    select asked.queue, top.priority, first.run_at, first.id, (first.id is not null)::integer
       from asked
      cross join lateral (
         select runs.priority from queue_service.runs
          where runs.queue = asked.queue and runs.ordering_key is null
          order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as top
+      left join lateral (
+        select runs.run_at, runs.id from queue_service.runs
+         where runs.queue = asked.queue and runs.priority = top.priority and runs.ordering_key is null
+           and {is_claimable} and {is_for_us}
+         order by runs.run_at, runs.id + 0 limit 1
+      ) as first on true
     union all
-    select level.queue, below.priority
+    select level.queue, below.priority, first.run_at, first.id, level.found + (first.id is not null)::integer
       from level
      cross join lateral (
         select runs.priority from queue_service.runs
          where runs.queue = level.queue and runs.priority < level.priority and runs.ordering_key is null
          order by runs.queue, runs.priority desc, runs.run_at, runs.id + 0 limit 1
      ) as below
+      left join lateral (
+        select runs.run_at, runs.id from queue_service.runs
+         where runs.queue = level.queue and runs.priority = below.priority and runs.ordering_key is null
+           and {is_claimable} and {is_for_us}
+         order by runs.run_at, runs.id + 0 limit 1
+      ) as first on true
+     where level.found < %(most)s
 )
 select moment.now, due.queue, due.priority, due.run_at, due.id,
        exists (select from queue_service.queues where queues.name = due.queue and {is_limited}),
        extract(epoch from clock_timestamp() - moment.now)::float8
   from (select clock_timestamp() as now) as moment
   left join (
-    select level.queue, level.priority, first.run_at, first.id
-      from level
-     cross join lateral (
-        select runs.run_at, runs.id from queue_service.runs
-         where runs.queue = level.queue and runs.priority = level.priority and runs.ordering_key is null
-           and {is_claimable} and {is_for_us}
-         order by runs.run_at, runs.id + 0 limit 1
-     ) as first
+    select level.queue, level.priority, level.run_at, level.id from level where level.id is not null
     union all
     select asked.queue, null, null, null
       from asked

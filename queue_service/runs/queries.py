@@ -17,6 +17,9 @@ from queue_service.runs.model import Ending, Floor, NewRun, Return, Run, RunStat
 from queue_service.runs.rows import read_claimed, read_runs
 from queue_service.runs.sql import SQL
 
+# Of a queue, a scan lists so many priorities where something is due: the highest.
+MAX_PRIORITIES = 64
+
 # Above this, a count is shown as "this many or more": counting a backlog is work nobody asked for.
 COUNT_LIMIT = 50_001
 
@@ -94,8 +97,9 @@ def reserve(
 
 
 def scan(queues: Sequence[str], tasks: Sequence[str], *, owner: str | None = None) -> Query[Scan]:
-    """What claims by this owner could take, if limits allow; without one, what is reserved for nobody."""
-    return SQL.query("scan", _scan, queues=list(queues), tasks=list(tasks), owner=owner)
+    """What claims by this owner could take, if limits allow; without one, what is reserved for nobody. Of a queue, the
+    highest MAX_PRIORITIES priorities."""
+    return SQL.query("scan", _scan, queues=list(queues), tasks=list(tasks), owner=owner, most=MAX_PRIORITIES)
 
 
 class Wanted(NamedTuple):

@@ -46,7 +46,7 @@ class Claims:
 
     async def scan(self) -> float:
         """Look from the front of every queue, and note what a claim could get. Returns what that cost, in seconds of the
-        database's."""
+        database's, where it cost more than it gives."""
         # Forgotten before the look: a notice that comes while it is under way is about something it may not see.
         for state in self._states.values():
             state.may_give.clear()
@@ -58,7 +58,8 @@ class Claims:
             due[each.queue].append(each)
         for name, state in self._states.items():
             state.scanned(scan, due[name])
-        return scan.cost
+        # A list that was cut short is used up soon, and then it is the next scan that finds more.
+        return 0.0 if any(state.floors.is_cut for state in self._states.values()) else scan.cost
 
     async def claim(self, source: Source, asked: Sequence[Asked], *, limited: bool) -> None:
         """Take runs from one source of these queues, and give them to the executors."""

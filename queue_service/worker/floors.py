@@ -11,36 +11,45 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from queue_service.runs.model import Floor, Run
-from queue_service.runs.queries import DuePriority
+from queue_service.runs.queries import MAX_PRIORITIES, DuePriority
 
 FRONT = Floor(datetime.min.replace(tzinfo=UTC), 0)
 
 # An enqueue takes its time before it commits. A floor raised over an empty stretch stays this far behind the clock, so
 # that such a run is met by the next claim and need not wait for a scan.
 COMMIT_LAG = timedelta(seconds=1)
-# A queue with more priorities than this starts over at each scan, with those where something is due.
-MAX_PRIORITIES = 64
 
 
 class Floors:
-    """Those of one queue."""
+    """Those of one queue, for its highest MAX_PRIORITIES. What is below them has its turn when a claim has come back short,
+    and the next scan lists others."""
 
     def __init__(self) -> None:
         self.by_priority: dict[int, Floor] = {}
+        # Whether there may be something due below them.
+        self.is_cut = False
 
     def hint(self, priority: int) -> None:
         """Something was enqueued. A priority that is new is looked at from the front."""
-        self.by_priority.setdefault(priority, FRONT)
+        if priority in self.by_priority:
+            return
+        if len(self.by_priority) >= MAX_PRIORITIES:
+            self.is_cut = True
+        if self.is_cut and self.by_priority:
+            lowest = min(self.by_priority)
+            if priority < lowest:
+                return
+            if len(self.by_priority) >= MAX_PRIORITIES:
+                del self.by_priority[lowest]
+        self.by_priority[priority] = FRONT
 
     def scanned(self, at: datetime, due: Sequence[DuePriority]) -> None:
         """Take over what a scan of this queue found at that time."""
-        if len(self.by_priority) > MAX_PRIORITIES:
-            self.by_priority.clear()
         empty = Floor(at - COMMIT_LAG, 0)
-        for priority, floor in self.by_priority.items():
-            self.by_priority[priority] = max(floor, empty)
-        for each in due:
-            self.by_priority[each.priority] = each.first
+        kept = {priority: max(floor, empty) for priority, floor in self.by_priority.items()}
+        found = {each.priority: each.first for each in due}
+        self.is_cut = len(found) >= MAX_PRIORITIES
+        self.by_priority = found if len(kept | found) > MAX_PRIORITIES or self.is_cut else kept | found
 
     def claimed(self, runs: Sequence[Run]) -> None:
         """Move the floors past what was just claimed."""

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from queue_service import Run, RunState
 from queue_service.runs.model import Floor
-from queue_service.runs.queries import DuePriority
-from queue_service.worker.floors import COMMIT_LAG, FRONT, MAX_PRIORITIES, Floors
+from queue_service.runs.queries import MAX_PRIORITIES, DuePriority
+from queue_service.worker.floors import COMMIT_LAG, FRONT, Floors
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -92,15 +92,38 @@ def test_a_scan_of_an_empty_stretch_does_not_lower_a_floor() -> None:
     assert floors.by_priority == {0: Floor(at(59.5), 8)}
 
 
-def test_a_queue_of_many_priorities_starts_over_at_a_scan() -> None:
+def test_a_queue_of_many_priorities_keeps_the_highest() -> None:
     floors = Floors()
     for priority in range(MAX_PRIORITIES):
         floors.hint(priority)
-    floors.scanned(at(60), [DuePriority("q", 3, Floor(at(1), 1))])
-    assert len(floors.by_priority) == MAX_PRIORITIES
+    floors.hint(-1)
     floors.hint(MAX_PRIORITIES)
-    floors.scanned(at(61), [DuePriority("q", 3, Floor(at(1), 1)), DuePriority("q", 9, Floor(at(2), 2))])
-    assert floors.by_priority == {3: Floor(at(1), 1), 9: Floor(at(2), 2)}
+    assert sorted(floors.by_priority) == list(range(1, MAX_PRIORITIES + 1))
+    floors.scanned(at(61), [DuePriority("q", -3, Floor(at(1), 1))])
+    assert floors.by_priority == {-3: Floor(at(1), 1)}
+
+
+def test_what_is_below_a_list_that_was_cut_waits_for_the_next_scan() -> None:
+    floors = Floors()
+    floors.scanned(at(60), [DuePriority("q", priority, Floor(at(1), 1)) for priority in range(MAX_PRIORITIES)])
+    floors.hint(-5)
+    assert -5 not in floors.by_priority
+    floors.scanned(at(61), [])
+    floors.hint(-5)
+    assert len(floors.by_priority) <= MAX_PRIORITIES
+
+
+@given(st.lists(st.integers(-500, 500), min_size=100, max_size=300), st.integers(1, 100))
+def test_any_number_of_priorities_is_claimed_the_highest_first(priorities: list[int], limit: int) -> None:
+    queue = Queue()
+    for priority in priorities:
+        queue.enqueue(priority, 0)
+    for _ in range(4 * len(priorities)):
+        queue.now += 1
+        queue.scan()
+        queue.claim(limit)
+        assert len(queue.floors.by_priority) <= MAX_PRIORITIES
+    assert [priority for _, priority in queue.out] == sorted(priorities, reverse=True)
 
 
 class Queue:
@@ -147,7 +170,8 @@ class Queue:
         for place, priority in sorted(self.waiting.items()):
             if place.run_at <= at(self.now):
                 due.setdefault(priority, place)
-        self.floors.scanned(at(self.now), [DuePriority("q", priority, first) for priority, first in due.items()])
+        highest = sorted(due, reverse=True)[:MAX_PRIORITIES]
+        self.floors.scanned(at(self.now), [DuePriority("q", priority, due[priority]) for priority in highest])
 
 
 def run_of(place: Floor, priority: int) -> Run:
