@@ -5,6 +5,7 @@
     ├── PayloadRefused           a payload, a result or metadata cannot be stored as it is
     ├── DatabaseUnavailable      the server cannot be reached, or a deadline passed; trying again may help
     ├── DatabaseRefused          the database said no to a statement, and would again; its own words say why
+    ├── Deadlock                 two transactions waited for each other, and the database ended the caller's
     ├── SchemaMismatch           the database has another revision than this code was built for
     ├── EmbeddedUnavailable      the bundled Postgres is not installed, or did not start
     ├── TaskUnknown              no task of that name is registered here
@@ -55,6 +56,17 @@ class DatabaseRefused(QueueServiceError):
 
 class ValueRefused(DatabaseRefused, PayloadRefused):
     """A PayloadRefused that only the database could find."""
+
+
+class Deadlock(QueueServiceError):
+    """On a caller's own connection. The driver's error, or that of its library, is the `__cause__`."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This transaction and another one waited for each other, each for a row that the other had locked, and the "
+            "database has ended this one: nothing of it is stored. Roll it back, and begin it again. It does not come to "
+            "that where all transactions store runs with an ordering_key in the same order of queue and key."
+        )
 
 
 class EmbeddedUnavailable(QueueServiceError):

@@ -9,15 +9,17 @@ autocommit, and what it is sent first begins the transaction.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from typing import Any, Literal, Protocol, TypeVar
 
 import psycopg
+from psycopg import errors as pg
 from psycopg.pq import TransactionStatus
 
 from queue_service.db.execute import fetch, fetch_sync, translated
 from queue_service.db.query import Query
-from queue_service.errors import ConfigError
+from queue_service.errors import ConfigError, Deadlock
 
 T = TypeVar("T")
 
@@ -76,10 +78,16 @@ class _Psycopg:
         self._conn = conn
 
     def fetch(self, query: Query[T]) -> T:
-        return fetch_sync(self._conn, query)
+        with _deadlock_told():
+            return fetch_sync(self._conn, query)
 
     def copy(self, statement: str, data: str) -> None:
-        with translated(), psycopg.Cursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
+        with (
+            _deadlock_told(),
+            translated(),
+            psycopg.Cursor(self._conn) as cursor,
+            cursor.copy(statement.encode()) as copy,
+        ):
             copy.write(data)
 
     def begin(self) -> AbstractContextManager[Any]:
@@ -97,10 +105,11 @@ class _AsyncPsycopg:
         self._conn = conn
 
     async def fetch(self, query: Query[T]) -> T:
-        return await fetch(self._conn, query)
+        with _deadlock_told():
+            return await fetch(self._conn, query)
 
     async def copy(self, statement: str, data: str) -> None:
-        with translated():
+        with _deadlock_told(), translated():
             async with psycopg.AsyncCursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
                 await copy.write(data)
 
@@ -137,7 +146,8 @@ class _Alchemy:
         self._conn = conn
 
     def fetch(self, query: Query[T]) -> T:
-        return query.decode(_rows(self._connection().exec_driver_sql(query.text, dict(query.params))))
+        with _deadlock_told():
+            return query.decode(_rows(self._connection().exec_driver_sql(query.text, dict(query.params))))
 
     def copy(self, statement: str, data: str) -> None:
         self._connection().exec_driver_sql("select 1")  # begins the transaction as SQLAlchemy sees it
@@ -167,7 +177,8 @@ class _AsyncAlchemy:
 
     async def fetch(self, query: Query[T]) -> T:
         conn = await self._connection()
-        return query.decode(_rows(await conn.exec_driver_sql(query.text, dict(query.params))))
+        with _deadlock_told():
+            return query.decode(_rows(await conn.exec_driver_sql(query.text, dict(query.params))))
 
     async def copy(self, statement: str, data: str) -> None:
         conn = await self._connection()
@@ -232,6 +243,17 @@ def _django(conn: Any) -> SyncBorrowed:
             "Use django.db.backends.postgresql, and install psycopg instead of psycopg2."
         )
     return _Django(conn)
+
+
+@contextmanager
+def _deadlock_told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # SQLAlchemy's errors hold the driver's.
+        if isinstance(getattr(error, "orig", error), pg.DeadlockDetected):
+            raise Deadlock from error
+        raise
 
 
 def _has_begun(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:

@@ -7,12 +7,16 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
+from sqlalchemy import Engine
 
 from queue_service import App, Run, RunState
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import lanes, queries
+from queue_service.db.query import Query
+from queue_service.errors import Deadlock
+from queue_service.runs import lanes, lost, queries, walks
 from queue_service.runs.model import Ending, NewRun, Return
 from queue_service.runs.queries import Claimant, Scan
 from tests.support import LEASE, blocked, claim, enqueued, eventually, lapse, one, rows
@@ -422,3 +426,59 @@ async def test_a_head_that_was_replaced_since_a_claim_began_to_look_is_left_alon
     assert await claiming == []
     # One of a task that nobody here knows keeps its place.
     assert [run.id for run in await heads(conn)] == ([] if "task" in by else [second])
+
+
+@pytest.mark.parametrize("what", ["finish", "give_back", "sweep", "release_unheard", "purge", "retry_many"])
+async def test_all_statements_lock_the_lanes_they_share_in_one_order(
+    conn: Connection, session: Session, what: str
+) -> None:
+    a, b, c = await session(), await session(), await session()
+    # Their ids ascend, their keys descend.
+    for key in "zma":
+        await laned(conn, key)
+    runs = [] if what == "purge" else await heads(conn)
+    query: Query[Any]
+    if what == "finish":
+        query = queries.finish([Ending(run.claim, RunState.SUCCEEDED) for run in runs], worker_id=1)
+    elif what == "give_back":
+        # One ends, and two go back.
+        await fetch(conn, queries.cancel(runs[0].id))
+        query = queries.give_back([Return(run.claim) for run in runs], worker_id=1)
+    elif what == "sweep":
+        await lapse(conn)
+        query = queries.sweep(limit=10, max_losses=3)
+    elif what == "release_unheard":
+        query = lost.release_unheard(1, known=[])
+    elif what == "purge":
+        query = queries.purge("default", limit=10)
+    else:
+        await fetch(conn, queries.finish([Ending(run.claim, RunState.FAILED) for run in runs], worker_id=1))
+        query = walks.retry_many(walks.Filter(RunState.FAILED), walks.Place(), limit=10)
+    await a.execute("begin")
+    await laned(a, "m")
+    there = asyncio.create_task(fetch(b, query))
+    await eventually(lambda: blocked(conn, b))
+    news = [NewRun("noop", "default", "{}", ordering_key=key) for key in "amz"]
+    and_back = asyncio.create_task(fetch(c, queries.enqueue_all(news)))
+    await eventually(lambda: blocked(conn, c))
+    await a.execute("commit")
+    # The server notices a deadlock after a second, and ends one of them.
+    await there
+    await and_back
+    await assert_sound(conn)
+
+
+async def test_a_transaction_of_the_caller_that_meets_a_deadlock_is_told_so(
+    app: App, database: str, engine: Engine
+) -> None:
+    with app.sync as q, psycopg.connect(database) as there, engine.connect() as and_back:
+        q.enqueue("noop", {}, ordering_key="x", conn=there)
+        q.enqueue("noop", {}, ordering_key="y", conn=and_back)
+        calls = [
+            asyncio.to_thread(q.enqueue, "noop", {}, ordering_key=key, conn=mine)
+            for mine, key in ((there, "y"), (and_back, "x"))
+        ]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        (told,) = [each for each in outcomes if isinstance(each, BaseException)]
+        assert isinstance(told, Deadlock)
+        assert "nothing of it is stored" in str(told)
