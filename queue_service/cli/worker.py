@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import signal
+import socket
 from collections import Counter
 from typing import Any
 
@@ -12,6 +14,7 @@ from queue_service.errors import ConfigError
 from queue_service.worker.dump import on_signal
 from queue_service.worker.finisher import Tally
 from queue_service.worker.signals import StoppedBySignals
+from queue_service.worker.suspect_process import own_command, stop_with_parent
 from queue_service.worker.worker import Worker
 
 DEFAULT_CONCURRENCY = 10
@@ -49,6 +52,7 @@ RUNS_FAILED = 5
     show_envvar=True,
     help="Address for them; 0.0.0.0 for probes from outside.",
 )
+@click.option("--only-suspects", is_flag=True, hidden=True)
 @click.option("--name", default=None, show_envvar=True, help="Name in the roster; HOST:PID otherwise.")
 @setting("drain_timeout")
 @setting("lease")
@@ -63,6 +67,7 @@ def worker(
     processes: int | None,
     health_port: int | None,
     health_host: str,
+    only_suspects: bool,
     name: str | None,
     database_url: str | None,
     **settings: Any,
@@ -71,6 +76,8 @@ def worker(
 
     SIGTERM or Ctrl-C stops claiming and lets handlers end within --drain-timeout; a second one cancels them. What was
     not finished goes back to its queue, and no attempt is charged for it. SIGUSR1 logs what runs, with its stacks.
+
+    Runs that lost a worker before run in a process of their own, which this one starts while there are any.
     """
     if app_path is None:
         raise ConfigError("A worker needs the App that defines its tasks: `-a module:app`, or QUEUE_SERVICE_APP.")
@@ -81,16 +88,26 @@ def worker(
     wanted = _queues(queues) or dict.fromkeys(
         sorted({task.queue for task in app.tasks.values()}) or ["default"], DEFAULT_CONCURRENCY
     )
-    made = Worker(app, wanted, name=name, processes=processes, health_port=health_port, health_host=health_host)
+    if only_suspects:
+        once, health_port, name = True, None, f"{name or socket.gethostname()}:suspects:{os.getpid()}"
+    made = Worker(
+        app, wanted, name=name, processes=processes, health_port=health_port, health_host=health_host,
+        only_suspects=only_suspects, suspect_command=own_command("--only-suspects"),
+    )  # fmt: skip
     with on_signal(signal.SIGUSR1, made.dump), StoppedBySignals(made) as stopped:
+        if only_suspects:
+            stop_with_parent()
+        else:
+            shown = ", ".join(f"{queue} ({concurrency} at once)" for queue, concurrency in made.queues.items())
+            render.echo(f"working on {shown}. Ctrl-C stops.", err=True)
         tally = run(_work(made, stopped, once=once))
+    if only_suspects:
+        return
     if code := _exit_code(tally, once=once):
         raise click.exceptions.Exit(code)
 
 
 async def _work(worker: Worker, stopped: StoppedBySignals, *, once: bool) -> Tally:
-    shown = ", ".join(f"{queue} ({concurrency} at once)" for queue, concurrency in worker.queues.items())
-    render.echo(f"working on {shown}. Ctrl-C stops.", err=True)
     tally = await worker.run(once=once)
     stopped.has_stopped(_exit_code(tally, once=once))
     return tally

@@ -7,7 +7,7 @@ from every queue that may give something and has room; or it sleeps until one of
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 
 from queue_service.backoff import Pauses
@@ -32,7 +32,8 @@ class Claimer:
 
     def __init__(
         self, connection: OwnConnection, executors: Mapping[str, Executor], leases: Leases, finisher: Finisher,
-        claimant: Claimant, *, poll_interval: timedelta,
+        claimant: Claimant, *, poll_interval: timedelta, only_suspects: bool = False,
+        suspects_elsewhere: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
         self._finisher = finisher
         self._poll = poll_interval.total_seconds()
@@ -40,7 +41,11 @@ class Claimer:
         self._alarm = Alarm()
         self._pace = Pace(self._poll)
         self._claims = Claims(connection, self.states, leases, finisher, claimant, self._pace, self._alarm)
-        self._suspects = Suspects(self.states, self._claims, self._alarm, passed=self._passed, poll_interval=self._poll)
+        self._only_suspects = only_suspects
+        self._suspects = Suspects(
+            self.states, self._claims, self._alarm, passed=self._passed, poll_interval=self._poll,
+            elsewhere=suspects_elsewhere,
+        )  # fmt: skip
         self.last_pass = time.monotonic()
 
     # What others report
@@ -82,7 +87,8 @@ class Claimer:
         pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
         while not self.is_stopping:
             try:
-                has_only_slept = await self._pass(ONCE_PAUSE if once else self._poll)
+                step = self._pass_of_suspects if self._only_suspects else self._pass
+                has_only_slept = await step(ONCE_PAUSE if once else self._poll)
                 if has_only_slept and once and await self._is_drained():
                     return
                 if not has_only_slept:
@@ -115,6 +121,13 @@ class Claimer:
             await self._alarm.sleep(min(longest, self._next_look(now) - now))
         return not has_claimed
 
+    async def _pass_of_suspects(self, longest: float) -> bool:
+        """As `_pass`, where nothing else is claimed."""
+        if await self._suspects.run_one():
+            return False
+        await self._alarm.sleep(longest)
+        return True
+
     def _passed(self) -> float:
         self.last_pass = time.monotonic()
         return self.last_pass
@@ -135,10 +148,15 @@ class Claimer:
     async def _is_drained(self) -> bool:
         """Nothing runs, nothing is being written, and a look from the front finds nothing that is due."""
         executors_are_idle = all(state.executor.is_idle for state in self.states.values())
-        if self._may_have_more() or not self._finisher.is_idle or not executors_are_idle:
+        if not self._finisher.is_idle or not executors_are_idle:
             return False
-        await self._claims.scan()
-        return not self._may_have_more() and not await self._claims.suspect_is_due(self.states.keys())
+        if not self._only_suspects:
+            if self._may_have_more():
+                return False
+            await self._claims.scan()
+            if self._may_have_more():
+                return False
+        return not await self._claims.suspect_is_due(self.states.keys())
 
     def _may_have_more(self) -> bool:
         return any(state.may_give for state in self.states.values())

@@ -51,6 +51,8 @@ class Keeper:
         self._on_lost = on_lost
         self._on_cancel = on_cancel
         self._failing = failing
+        # Why the roster does not know that we live; None: it does.
+        self._unsaid: str | None = None
 
     async def run(self, service: Service) -> None:
         """Keep leases until cancelled. An error of the thread is raised here."""
@@ -120,7 +122,12 @@ class Keeper:
                 roster.beat(self._worker_id, self._failing()), deadline=self._lease.total_seconds() / 12
             )
         except Exception as refused:  # noqa: BLE001 - as above
-            log.debug("cannot write to the roster", why=message(refused))
+            why = message(refused)
+            if why != self._unsaid:
+                log.warning("cannot write to the roster that this worker lives", why=why)
+            self._unsaid = why
+        else:
+            self._unsaid = None
 
     async def _cancel_requests(self) -> list[int]:
         ids = [lease.id for lease in self._leases.due(0)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +40,7 @@ from queue_service.worker.keeper import Keeper
 from queue_service.worker.lag import LagWatch
 from queue_service.worker.leases import Leases
 from queue_service.worker.maintenance import Maintenance
+from queue_service.worker.suspect_process import SuspectProcess
 
 log = get_logger(__name__)
 
@@ -64,11 +65,15 @@ class Parts:
         processes: int,
         name: str,
         endpoint: Endpoint | None,
+        suspect_command: Sequence[str] | None,
+        only_suspects: bool,
     ) -> None:
         self._settings = settings
         self._worker_id = worker_id
         self._conninfo = app.conninfo
         self.services = Services()
+        # Asked for here: from the keeper's thread the App is not to be reached.
+        self._app_services = app.opened.services
         self._life = asyncio.current_task()
         self._threads = Threads(on_change=self._threads_changed)
         self._processes = Processes(
@@ -83,6 +88,7 @@ class Parts:
         self._app = app
         self._leases = leases
         self.executors = {queue: self._executor(queue, concurrency) for queue, concurrency in queues.items()}
+        self._suspect_process = None if suspect_command is None else SuspectProcess(suspect_command)
         final = sorted(name for name, task in app.tasks.items() if task.on_lost == "fail")
         self.claimer = Claimer(
             self._claiming,
@@ -91,6 +97,8 @@ class Parts:
             self.finisher,
             Claimant(self._claimable, worker_id, settings.lease, app.identity, final),
             poll_interval=settings.poll_interval,
+            only_suspects=only_suspects,
+            suspects_elsewhere=None if self._suspect_process is None else self._suspect_process.need,
         )
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
@@ -139,6 +147,8 @@ class Parts:
         if self._endpoint is not None:
             endpoint = self._endpoint
             works["health"] = lambda _: self._health.run(endpoint)
+        if self._suspect_process is not None:
+            works["suspects"] = self._suspect_process.run
         for name, work in works.items():
             self.services.ensure(name, work)
         return self.services.ensure("claimer", functools.partial(self.claimer.run, once=once))
@@ -164,6 +174,8 @@ class Parts:
             executor.closing = True
         for slot in self._slots:
             slot.cancel()
+        if self._suspect_process is not None:
+            await self._suspect_process.close()
         await self.services.close()
         if self._slots:
             # One whose handler does not end is left to itself.
@@ -192,12 +204,16 @@ class Parts:
     async def _drain(self, stop_now: asyncio.Event) -> None:
         """Stop claiming, hand back what was not begun, wait for the handlers, then cancel those that are left."""
         self.claimer.stop()
+        if self._suspect_process is not None:
+            self._suspect_process.stop()
         for executor in self.executors.values():
             self.finisher.hand_back(executor.take_back())
         grace = self._settings.drain_timeout.total_seconds()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await _first(self._until_idle(), stop_now.wait())
+        if self._suspect_process is not None and self._suspect_process.is_running:
+            self._suspect_process.stop()
         interrupted = sum(executor.interrupt_all() for executor in self.executors.values())
         if interrupted:
             log.warning("handlers cancelled, since their time to end is over", runs=interrupted)
@@ -230,7 +246,11 @@ class Parts:
                 await self.finisher.flush()
 
     async def _until_idle(self) -> None:
-        while not all(executor.is_idle for executor in self.executors.values()):  # noqa: ASYNC110 - an event would cost each run
+        def is_idle() -> bool:
+            has_process = self._suspect_process is not None and self._suspect_process.is_running
+            return not has_process and all(executor.is_idle for executor in self.executors.values())
+
+        while not is_idle():  # noqa: ASYNC110 - an event would cost each run
             await asyncio.sleep(0.005)
 
     async def _listen(self, service: Service) -> None:
@@ -292,7 +312,7 @@ class Parts:
         return sorted({each.name for each in self._all_services() if not each.condition.is_well})
 
     def _all_services(self) -> list[Service]:
-        return [*self.services, *self._app.opened.services]
+        return [*self.services, *self._app_services]
 
 
 def _for_endings(conninfo: str, lease: timedelta) -> OwnConnection:

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -43,7 +43,11 @@ LEAVE_DEADLINE = 2.0
 class Worker:
     """Works on queues: `{"name": concurrency}`. `settings` overrides those of the App. Runs of tasks with `process=True`
     have at most so many `processes` at once; without a number, as many as there are processors. With a `health_port`
-    (0: a free one) it answers probes at `/livez` and `/readyz`; `health_url` says where."""
+    (0: a free one) it answers probes at `/livez` and `/readyz`; `health_url` says where.
+
+    Runs that lost their worker run in a process of their own, which `suspect_command` starts while there are any: a worker
+    like this one, with `only_suspects`, that runs once. Without such a command they get a tenth of this worker's time, in
+    which it begins nothing else."""
 
     def __init__(
         self,
@@ -55,12 +59,16 @@ class Worker:
         processes: int | None = None,
         health_port: int | None = None,
         health_host: str = "127.0.0.1",
+        suspect_command: Sequence[str] | None = None,
+        only_suspects: bool = False,
     ) -> None:
         self.app = app
         self.queues = _checked(queues or {"default": 10})
         self.processes = _processes(processes)
         self.settings = settings or app.settings
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
+        self._suspect_command = suspect_command
+        self._only_suspects = only_suspects
         self._health = None if health_port is None else (health_host, _port(health_port))
         self.health_url: str | None = None
         self.id: int | None = None
@@ -131,7 +139,8 @@ class Worker:
                 )  # fmt: skip
                 parts = self._parts = Parts(
                     self.app, self.settings, self.id, queues=self.queues, processes=self.processes, name=self.name,
-                    endpoint=endpoint,
+                    endpoint=endpoint, suspect_command=None if once else self._suspect_command,
+                    only_suspects=self._only_suspects,
                 )  # fmt: skip
                 try:
                     with context.registered(parts.contexts.find):

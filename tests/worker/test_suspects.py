@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
+from queue_service.settings import load
 from queue_service.worker import suspects as suspects_module
 from tests.support import enqueued, eventually, one, rows, working
+from tests.worker.conftest import Observe
 
 
-async def suspects(conn: Connection, task: str, count: int) -> list[int]:
+async def suspects(conn: Connection, task: str, count: int, **fields: Any) -> list[int]:
     """Runs that lost a worker before."""
-    ids = [await enqueued(conn, task) for _ in range(count)]
+    ids = [await enqueued(conn, task, **fields) for _ in range(count)]
     await conn.execute("update queue_service.runs set losses = 1 where id = any(%s)", [ids])
     return ids
 
@@ -179,7 +184,7 @@ async def test_suspects_of_a_paused_queue_and_of_unknown_tasks_are_left_alone(ap
 async def test_a_run_that_kills_its_worker_ends_failed_and_takes_nobody_with_it(
     database: str, conn: Connection, tmp_path: Path
 ) -> None:
-    """Worker processes die of it one after another, until it has lost three."""
+    """The worker dies of it once, and then two processes of their own, of the worker after it."""
     path = tmp_path / "witness"
     poison = await enqueued(conn, "poison", payload=f'{{"path": "{path}"}}')
     for _ in range(60):
@@ -200,7 +205,7 @@ async def test_a_run_that_kills_its_worker_ends_failed_and_takes_nobody_with_it(
     finally:
         process.kill()
         process.wait()
-    assert deaths == 3
+    assert deaths == 1
     ((state, error, losses, failures),) = await rows(
         conn, "select state, error, losses, failures from queue_service.finished_runs where id = %s", poison
     )
@@ -212,7 +217,7 @@ async def test_a_run_that_kills_its_worker_ends_failed_and_takes_nobody_with_it(
     lines = [line.split() for line in path.read_text().splitlines()]
     unfinished = _unfinished_at_deaths(lines)
     assert len(unfinished) == 3
-    # Nothing but the poison was running when it struck for the second and the third time.
+    # Nothing but the poison was running where it struck for the second and the third time.
     assert unfinished[1:] == [0, 0]
 
 
@@ -273,3 +278,84 @@ async def test_a_suspect_that_waits_for_a_slot_of_its_queue_holds_up_no_other_qu
     assert run.claimed_at is not None
     assert behind.claimed_at is not None
     assert run.claimed_at < behind.claimed_at
+
+
+BESIDE = "runs that lost their worker run in a process of their own"
+
+
+class TestOfTheCommandLine:
+    async def test_suspects_run_in_a_process_of_their_own_and_hold_up_nobody(
+        self, app: App, database: str, conn: Connection, tmp_path: Path, observe: Observe
+    ) -> None:
+        ids = await suspects(conn, "hold", 6, payload=f'{{"directory": "{tmp_path}"}}')
+        process = await observe(database, "-q", "default:10", "-q", "other:1")
+        began = tmp_path / "started"
+        await eventually(began.exists, within=30)
+        for n in range(20):
+            run_id = await app.enqueue("double", {"n": n}, queue="other")
+            # In far less than the 1.5 s that each of them has for itself.
+            assert (await app.wait(run_id, timeout=1)).result == 2 * n
+        names = [name for (name,) in await rows(conn, "select name from queue_service.workers")]
+        assert len([name for name in names if ":suspects:" in name]) == 1
+        await eventually(lambda: len(began.read_text().splitlines()) >= 2)
+        (tmp_path / "release").touch()
+        runs = await app.wait_many(ids, timeout=30)
+        assert {(run.state, run.losses) for run in runs} == {(RunState.SUCCEEDED, 1)}
+        # It ends when there are no more.
+        (beside,) = process.events(BESIDE)
+        await eventually(lambda: not Path(f"/proc/{beside['pid']}").exists())
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    async def test_their_process_ends_with_the_worker_and_hands_them_back(
+        self, app: App, database: str, conn: Connection, tmp_path: Path, observe: Observe, number: signal.Signals
+    ) -> None:
+        (run_id,) = await suspects(conn, "hold", 1, payload=f'{{"directory": "{tmp_path}"}}')
+        process = await observe(database, "--drain-timeout", "200ms", "--lease", "1h")
+        await eventually((tmp_path / "started").exists, within=30)
+        (beside,) = process.events(BESIDE)
+        process.signal(number)
+        await eventually(lambda: not Path(f"/proc/{beside['pid']}").exists())
+        run = await app.get(run_id)
+        assert run is not None
+        assert (run.state, run.losses) == (RunState.QUEUED, 1)
+
+    async def test_a_process_of_theirs_that_does_not_start_shows_in_the_roster_and_holds_up_nobody(
+        self, app: App, conn: Connection
+    ) -> None:
+        @app.task
+        async def ordinary() -> None: ...
+
+        await suspects(conn, "ordinary", 1)
+        quick = load({"QUEUE_SERVICE_LEASE": "1s"})
+        async with working(app, settings=quick, suspect_command=[sys.executable, "-c", "raise SystemExit(7)"]):
+            await eventually(lambda: one(conn, "select failing = array['suspects'] from queue_service.workers"))
+            await app.wait(await app.enqueue("ordinary", {}), timeout=5)
+
+
+async def test_in_a_program_they_get_a_tenth_of_its_time_and_never_many_in_a_row(app: App, conn: Connection) -> None:
+    order: list[str] = []
+    delays: list[float] = []
+
+    @app.task
+    async def suspect() -> None:
+        order.append("suspect")
+        await asyncio.Event().wait()
+
+    @app.task
+    async def short() -> None:
+        order.append("suspect")
+
+    @app.task(queue="other")
+    async def ping() -> None:
+        order.append("ping")
+
+    await suspects(conn, "suspect", 30)
+    await suspects(conn, "short", 100)
+    async with working(app, {"default": 10, "other": 1}) as worker:
+        while "suspect" not in order or len(delays) < 30:
+            began = time.monotonic()
+            await app.wait(await app.enqueue("ping", {}), timeout=10)
+            delays.append(time.monotonic() - began)
+        worker.stop(now=True)
+    assert max(delays) <= 2.5
+    assert max(len(together) for together in "".join(each[0] for each in order).split("p")) <= suspects_module.IN_A_ROW
