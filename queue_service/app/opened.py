@@ -7,6 +7,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 from queue_service.db import channels, embedded, revision, schema
@@ -17,6 +18,7 @@ from queue_service.db.pool import Pool, connect
 from queue_service.db.query import Query
 from queue_service.db.url import EmbeddedCluster, Server
 from queue_service.errors import ConfigError
+from queue_service.logs import get_logger
 from queue_service.services.endings import Endings
 from queue_service.services.fanout import Fanout
 from queue_service.services.loop import Services, every
@@ -27,6 +29,11 @@ from queue_service.settings import Settings
 from queue_service.waiting import to_its_end
 
 T = TypeVar("T")
+
+log = get_logger(__name__)
+
+# How often we look whether the embedded server is there.
+SERVER_LOOK = timedelta(seconds=1)
 
 
 class Opened:
@@ -82,6 +89,8 @@ class Opened:
             except BaseException:
                 await to_its_end(opened.pool.close())
                 raise
+            if cluster is not None:
+                opened.services.ensure("embedded server", every(SERVER_LOOK, opened._keep_server))
         except BaseException:
             if cluster is not None:
                 await to_its_end(asyncio.to_thread(cluster.leave))
@@ -98,6 +107,12 @@ class Opened:
         await self.pool.close()
         if self._cluster is not None:
             await asyncio.to_thread(self._cluster.leave)
+
+    async def _keep_server(self) -> None:
+        """Start it again if it has crashed, or was killed. One that somebody has stopped stays so."""
+        if self._cluster is not None and self._cluster.has_crashed():
+            log.error("the embedded Postgres is gone; starting it again", path=str(self._cluster.path))
+            await asyncio.to_thread(self._cluster.start)
 
     async def sweep_turns(self) -> int:
         """End the turns whose deadline has passed. Returns how many."""

@@ -118,6 +118,16 @@ class Cluster:
     def is_running(self) -> bool:
         return self.data.is_dir() and self._run("pg_ctl", "-D", str(self.data), "status").returncode == 0
 
+    def has_crashed(self) -> bool:
+        """Whether the server is gone without having been stopped: then it has left its process id behind. Quick."""
+        try:
+            os.kill(int((self.data / "postmaster.pid").read_text().split()[0]), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, ValueError, IndexError):
+            return False
+        return False
+
     def psql(self) -> list[str]:
         """The command of an interactive session."""
         return [str(self._programs / "psql"), self.conninfo]

@@ -168,6 +168,9 @@ class Gateway:
             raise Refused(503, "This replica is stopping. Connect again.", retry_after=self._pause())
         if cursors and await self._are_over(cursors):
             return Response(status_code=204)
+        if request.method == "HEAD":
+            # What GET would begin with; there is nobody to be held.
+            return Response(media_type="text/event-stream")
         with ExitStack() as stack:
             stack.enter_context(self._access.connected(principal))
             # Begun anew for each who comes, should it have failed since.

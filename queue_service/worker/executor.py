@@ -24,6 +24,7 @@ from queue_service.exceptions import is_a
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
+from queue_service.worker.ahead import MAX_RUNS, Ahead
 from queue_service.worker.execution import Cause, Execution, outcome_to_write
 from queue_service.worker.finisher import Finisher, Settlement
 from queue_service.worker.handlers import batches, results
@@ -35,11 +36,6 @@ from queue_service.worker.leases import Held, Lease
 
 log = get_logger(__name__)
 
-# Claimed ahead of free slots: what the queue was last seen to work off in this time, and no more.
-SECONDS_AHEAD = 0.05
-MAX_AHEAD = 4_000
-# How long the speed of a queue is observed at least, where its slots are worked over quickly and where they are not.
-BRISK, SLOW = 0.005, 0.2
 # Runs claimed ahead are handed back when none has come or ended for this long.
 STALLED = 1.0
 # Handlers that never wait would keep the loop from everything else; after this many, a slot lets others go first.
@@ -87,8 +83,7 @@ class Executor:
         self._is_cancelled = is_cancelled
         self._since_yield = 0
         self.completed = 0
-        self._ahead = 0
-        self._measured = (time.monotonic(), 0)
+        self._ahead = Ahead()
         # How many runs one call takes, of each task that has this queue or was seen in it, judged by its runs that came
         # last. The least of them counts: runs that go one at a time must not be held by the hundred because others do not.
         self._sizes = {task.name: task.batch or 1 for task in tasks.values() if task.queue == queue}
@@ -107,27 +102,23 @@ class Executor:
     def wants(self, *, ahead: bool = True) -> int:
         """How many runs to claim now: what free slots take, and `ahead` of them only what will be begun within moments."""
         # In whole batches: what is less would be begun as a smaller batch than could be claimed a moment later.
-        beyond = self._ahead // self._a_call * self._a_call if ahead else 0
+        beyond = self._ahead.runs // self._a_call * self._a_call if ahead else 0
         if len(self._waiting) > beyond // 2:
             return 0
         free = self.concurrency - len(self._running) + self._beside
-        return max(0, min(free * self._a_call, max(free, MAX_AHEAD)) + beyond - len(self._waiting))
+        return max(0, min(free * self._a_call, max(free, MAX_RUNS)) + beyond - len(self._waiting))
 
     def measure_speed(self) -> None:
         """Follow the speed at which this queue is worked off: it decides how far to claim ahead."""
-        then, completed = self._measured
-        now, ended = time.monotonic(), self.completed - completed
-        # Two slow handlers that end together are no speed: either each slot was worked twice over, or some time passed.
-        if now - then < (BRISK if ended > 2 * self.concurrency * self._a_call + 20 else SLOW):
-            return
-        self._measured = (now, self.completed)
-        self._ahead = (self._ahead + min(MAX_AHEAD, int(ended / (now - then) * SECONDS_AHEAD))) // 2
+        self._ahead.measure(self.completed, places=self.concurrency * self._a_call)
 
     def offer(self, claimed: list[Held]) -> None:
         self._waiting.extend(claimed)
-        if self._has_batches and claimed:
-            self._sizes |= batches.most(claimed, self._tasks)
-            self._a_call = min(self._sizes.values())
+        if claimed:
+            self._ahead.claimed(claimed)
+            if self._has_batches:
+                self._sizes |= batches.most(claimed, self._tasks)
+                self._a_call = min(self._sizes.values())
         self._progress_at = time.monotonic()
         self._rouse()
 
@@ -246,7 +237,7 @@ class Executor:
             self.completed += 1
             if slot.cancelling():
                 await self._absorb(slot)
-        if len(self._waiting) <= self._ahead // 2:
+        if len(self._waiting) <= self._ahead.runs // 2:
             self._room()
         self._since_yield += 1
         if self._since_yield >= YIELD_EVERY:
@@ -277,7 +268,7 @@ class Executor:
 
     async def _handle_batch(self, first: Held, task: Task[..., Any], slot: asyncio.Task[Any]) -> None:
         taken = batches.taken(first, task, self._waiting)
-        if len(self._waiting) <= self._ahead // 2:
+        if len(self._waiting) <= self._ahead.runs // 2:
             # One call may have taken all that was claimed for many slots.
             self._room()
         batch = [held for held in taken if not held.lease.lost]

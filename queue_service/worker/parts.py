@@ -89,17 +89,7 @@ class Parts:
         self._leases = leases
         self.executors = {queue: self._executor(queue, concurrency) for queue, concurrency in queues.items()}
         self._suspect_process = None if suspect_command is None else SuspectProcess(suspect_command)
-        final = sorted(name for name, task in app.tasks.items() if task.on_lost == "fail")
-        self.claimer = Claimer(
-            self._claiming,
-            self.executors,
-            leases,
-            self.finisher,
-            Claimant(self._claimable, worker_id, settings.lease, app.identity, final),
-            poll_interval=settings.poll_interval,
-            only_suspects=only_suspects,
-            suspects_elsewhere=None if self._suspect_process is None else self._suspect_process.need,
-        )
+        self.claimer = self._make_claimer(only_suspects=only_suspects)
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
             on_lost=self._lose, on_cancel=self._cancel, failing=self._failing,
@@ -199,6 +189,19 @@ class Parts:
             spawn=self._spawn,
             room=self._wake_claimer,
             is_cancelled=self._is_cancelled,
+        )
+
+    def _make_claimer(self, *, only_suspects: bool) -> Claimer:
+        final = sorted(name for name, task in self._app.tasks.items() if task.on_lost == "fail")
+        return Claimer(
+            self._claiming,
+            self.executors,
+            self._leases,
+            self.finisher,
+            Claimant(self._claimable, self._worker_id, self._settings.lease, self._app.identity, final),
+            poll_interval=self._settings.poll_interval,
+            only_suspects=only_suspects,
+            suspects_elsewhere=None if self._suspect_process is None else self._suspect_process.need,
         )
 
     async def _drain(self, stop_now: asyncio.Event) -> None:

@@ -88,6 +88,11 @@ class TestAConnection:
         await eventually(lambda: served.gateway.connections == 0)
         await eventually(lambda: not app.opened.fanout._tails)
 
+    async def test_is_not_made_by_who_only_asks_for_the_headers(self, served: Served, ann: Client) -> None:
+        answer = await ann.http.head("/api/chat/events?stream=ann/a", headers=ann.headers)
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert served.gateway.connections == 0
+
     @pytest.mark.parametrize(
         ("name", "body"),
         [("reconnect", {"streams": {"a": 0}}), ("watch", {"stream": "a"}), ("switch", {"stream": "a"})],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -17,9 +18,10 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 
+from queue_service import App, Worker
 from queue_service.db import embedded
 from queue_service.db.cluster import Cluster
-from queue_service.errors import EmbeddedUnavailable
+from queue_service.errors import DatabaseUnavailable, EmbeddedUnavailable
 from queue_service.testing.databases import FAST
 from tests.support import eventually, is_gone
 
@@ -265,6 +267,48 @@ def test_a_server_that_was_killed_is_started_again(make: Callable[..., Cluster],
     psutil.wait_procs(family, timeout=10)
     assert ask(make().use(), "select n from kept") == 7
     assert server(place / "c") != before.pid
+
+
+async def test_a_server_that_was_killed_is_started_again_by_an_app_that_holds_it(
+    make: Callable[..., Cluster], place: Path
+) -> None:
+    make().leave()
+    async with App(f"file:{place / 'c'}") as app:
+
+        @app.task
+        async def double(n: int) -> int:
+            return 2 * n
+
+        working = asyncio.create_task(Worker(app).run())
+        try:
+            assert (await app.wait(await app.enqueue("double", {"n": 2}), timeout=30)).result == 4
+            before = psutil.Process(server(place / "c"))
+            family = [before, *before.children()]
+            before.send_signal(signal.SIGKILL)
+            await asyncio.to_thread(psutil.wait_procs, family, timeout=10)
+
+            async def enqueued() -> int | None:
+                try:
+                    return await app.enqueue("double", {"n": 3})
+                except DatabaseUnavailable:
+                    return None
+
+            run_id = await eventually(enqueued, within=60)
+            assert (await app.wait(run_id, timeout=60)).result == 6
+            assert server(place / "c") != before.pid
+        finally:
+            working.cancel()
+            await asyncio.wait([working])
+
+
+async def test_a_server_that_somebody_has_stopped_is_left_so_by_who_holds_it(
+    make: Callable[..., Cluster], place: Path
+) -> None:
+    cluster = make()
+    cluster.use()
+    assert not cluster.has_crashed()
+    make().stop()
+    assert not cluster.has_crashed()
 
 
 @pytest.mark.parametrize("stage", ["base", "global/pg_control"])

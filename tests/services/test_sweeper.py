@@ -17,7 +17,7 @@ from queue_service.runs import queries
 from queue_service.runs.claim import hold
 from queue_service.runs.model import NewRun
 from queue_service.services.lost_runs import LEASE_LIMIT
-from queue_service.services.sweeper import RUN_LIMIT, TURN_LIMIT, SweepCounts, Sweeper
+from queue_service.services.sweeper import LANE_LIMIT, RUN_LIMIT, TURN_LIMIT, SweepCounts, Sweeper
 from tests.support import claimed, enqueued, lapse, one, rows
 
 
@@ -93,7 +93,7 @@ async def test_leases_are_taken_in_bounded_passes_until_none_is_left(recorded: R
     await lapse(conn)
     assert await recorded.sweeper.once() == SweepCounts(count, 0, 0)
     limits = [query.params["limit"] for query in recorded.asked if "limit" in query.params]
-    assert limits == [RUN_LIMIT] + 4 * [LEASE_LIMIT] + [TURN_LIMIT]
+    assert limits == [RUN_LIMIT] + 4 * [LEASE_LIMIT] + [LANE_LIMIT, TURN_LIMIT]
     assert await one(conn, "select count(*) from queue_service.leases") == 0
 
 

@@ -69,10 +69,10 @@ class Bench:
                 slot.cancel()
             await asyncio.gather(*self._slots, return_exceptions=True)
 
-    def held(self, lease: Lease, task: str, n: int) -> Held:
+    def held(self, lease: Lease, task: str, n: int, **payload: Any) -> Held:
         now = datetime.now(UTC)
         run = Run(
-            id=n, queue="default", task=task, state=RunState.RUNNING, payload={"n": n}, attempt=1, failures=0, losses=0,
+            id=n, queue="default", task=task, state=RunState.RUNNING, payload=payload or {"n": n}, attempt=1, failures=0, losses=0,
             priority=0, created_at=now, run_at=now,
         )  # fmt: skip
         return Held(run, lease)
@@ -260,7 +260,7 @@ async def test_what_is_claimed_follows_the_slots_and_comes_in_whole_batches() ->
 
     async with bench.executing(concurrency=3) as executor:
         # Its speed is not to be looked at while this lasts.
-        executor._measured = (time.monotonic() + 3_600, 0)
+        executor._ahead._measured = (time.monotonic() + 3_600, 0)
         assert executor.wants() == 30
         lease = Lease(1, 0)
         executor.offer([bench.held(lease, "index", n) for n in range(14)])
@@ -270,8 +270,24 @@ async def test_what_is_claimed_follows_the_slots_and_comes_in_whole_batches() ->
         release.set()
         await eventually(lambda: len(bench.outcomes) == 14)
         assert executor.wants() == 30
-        executor._ahead = 29
+        executor._ahead._by_speed = 29
         assert executor.wants() == 50
+
+
+async def test_large_payloads_are_not_claimed_far_ahead() -> None:
+    bench = Bench()
+
+    @bench.app.task
+    async def store(data: str) -> None: ...
+
+    async with bench.executing(concurrency=10) as executor:
+        executor._ahead._by_speed, executor._ahead._measured = 4_000, (time.monotonic() + 3_600, 0)
+        assert executor.wants() == 4_010
+        for size, ahead in ((200_000, 83), (20, 4_000)):
+            bench.outcomes.clear()
+            executor.offer([bench.held(Lease(1, 0), "store", n, data="x" * size) for n in range(10)])
+            await eventually(lambda: len(bench.outcomes) == 10)
+            assert executor.wants() == 10 + ahead
 
 
 async def test_a_batch_that_ends_is_not_taken_for_a_speed() -> None:
@@ -283,10 +299,10 @@ async def test_a_batch_that_ends_is_not_taken_for_a_speed() -> None:
     async with bench.executing() as executor:
         executor.offer([bench.held(Lease(1, 0), "index", n) for n in range(100)])
         await eventually(lambda: len(bench.outcomes) == 100)
-        executor._measured = (time.monotonic() - 0.01, 0)
+        executor._ahead._measured = (time.monotonic() - 0.01, 0)
         executor.measure_speed()
         assert executor.wants() == 100
-        assert executor._ahead == 0
+        assert executor._ahead.runs == 0
 
 
 async def test_batches_that_never_wait_leave_the_loop_its_turns() -> None:
