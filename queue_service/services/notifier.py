@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Collection
 from queue_service.db.channels import Notice, notify
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
+from queue_service.exceptions import message
 from queue_service.logs import get_logger
 
 log = get_logger(__name__)
@@ -85,6 +86,10 @@ class _Channel:
                     await self._fetch(notify(notices, alone=True))
                 except DatabaseUnavailable as lost:
                     log.debug("notices not sent; polling will find what they announce", why=str(lost))
+                except Exception as refused:  # noqa: BLE001 - whatever it is, the next ones may go out
+                    log.error(
+                        "the database refuses notices; polling will find what they announce", why=message(refused)
+                    )
             self._heard = 0
             await asyncio.sleep(self._moment)
             self._moment = min(max(self._heard * EACH, SHORTEST), LONGEST)

@@ -1,4 +1,5 @@
-"""How far to claim ahead of the free slots of a queue: what it works off within moments, as long as that is small."""
+"""How far to claim ahead of the free slots of a queue, and how much at once: what it works off within moments, as long as
+that is small."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from queue_service.worker.leases import Held
 
 # Claimed ahead is what the queue was last seen to work off in this time, and no more.
 SECONDS = 0.05
-MAX_RUNS, MAX_BYTES = 4_000, 16 * 1024 * 1024
+MAX_RUNS, MAX_BYTES = 4_000, 8 * 1024 * 1024
 # How long the speed of a queue is observed at least, where its slots are worked over quickly and where they are not.
 BRISK, SLOW = 0.005, 0.2
 # Payloads of a claim whose size is looked at.
@@ -19,16 +20,17 @@ SAMPLES = 8
 
 
 class Ahead:
-    """`runs` is how many."""
+    """`runs` is how many, and `at_once` how many runs one claim may take at most: while they are read, they are there three
+    times."""
 
     def __init__(self) -> None:
         self._by_speed = 0
-        self._by_size = MAX_RUNS
+        self.at_once = MAX_RUNS
         self._measured = (time.monotonic(), 0)
 
     @property
     def runs(self) -> int:
-        return min(self._by_speed, self._by_size)
+        return min(self._by_speed, self.at_once)
 
     def measure(self, completed: int, *, places: int) -> None:
         """Follow the speed at which the queue is worked off: so many runs have been, on so many places."""
@@ -44,4 +46,4 @@ class Ahead:
         """What comes next is taken to be as large as this."""
         sample = held[:: max(1, len(held) // SAMPLES)]
         size = sum(len(msgspec.json.encode(each.run.payload)) for each in sample) // len(sample)
-        self._by_size = MAX_BYTES // max(size, 1)
+        self.at_once = max(1, MAX_BYTES // max(size, 1))

@@ -106,7 +106,8 @@ class Executor:
         if len(self._waiting) > beyond // 2:
             return 0
         free = self.concurrency - len(self._running) + self._beside
-        return max(0, min(free * self._a_call, max(free, MAX_RUNS)) + beyond - len(self._waiting))
+        wanted = min(free * self._a_call, max(free, MAX_RUNS)) + beyond - len(self._waiting)
+        return max(0, min(wanted, max(self._ahead.at_once, self._a_call)))
 
     def measure_speed(self) -> None:
         """Follow the speed at which this queue is worked off: it decides how far to claim ahead."""
