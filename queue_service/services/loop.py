@@ -15,7 +15,7 @@ import msgspec
 from queue_service.backoff import Pauses
 from queue_service.db.execute import cancellable
 from queue_service.errors import DatabaseUnavailable
-from queue_service.exceptions import message, type_name
+from queue_service.exceptions import is_a, message, rendered, type_name
 from queue_service.logs import get_logger
 
 log = get_logger(__name__)
@@ -83,10 +83,10 @@ class Service:
         if self.failing_since is None:
             self.failing_since = time.monotonic()
         if why != self.why:
-            if isinstance(error, DatabaseUnavailable):
+            if is_a(error, DatabaseUnavailable):
                 log.warning("the database is lost; trying again", service=self.name, why=message(error))
             else:
-                log.error("this has failed, and is tried again", service=self.name, why=why, exc_info=error)
+                log.error("this has failed, and is tried again", service=self.name, why=why, exception=rendered(error))
         self.why = why
 
 

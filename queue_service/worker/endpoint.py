@@ -70,7 +70,11 @@ class Endpoint:
                 self._open[task] = None
                 task.add_done_callback(ended)
 
-            server = await asyncio.start_server(accept, sock=self._socket, limit=MAX_HEAD)
+            # Another handle, which ends with the server: we may be called again.
+            with contextlib.ExitStack() as unserved:
+                listening = unserved.enter_context(self._socket.dup())
+                server = await asyncio.start_server(accept, sock=listening, limit=MAX_HEAD)
+                unserved.pop_all()
             try:
                 # Not serve_forever, whose end waits for every connection's.
                 await asyncio.get_running_loop().create_future()
@@ -81,13 +85,18 @@ class Endpoint:
 
 
 async def _serve(paths: Paths, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(TimeoutError, OSError, EOFError):
+    try:
         async with asyncio.timeout(CONNECTION_SECONDS):
             verb, answer = await _answer(paths, reader)
             writer.write(_head(answer) + (b"" if verb == "HEAD" else answer.body))
             await writer.drain()
             writer.close()
             await writer.wait_closed()
+    except (TimeoutError, OSError, EOFError):
+        pass
+    except Exception:
+        # Whatever it is, the others are answered.
+        log.exception("a connection of a probe has failed")
 
 
 async def _answer(paths: Paths, reader: asyncio.StreamReader) -> tuple[str, HttpAnswer]:

@@ -65,14 +65,14 @@ class Health:
         self._services = services
         self._poll = poll_interval
         self._worker = worker
-        self._group = asyncio.TaskGroup()
+        self._group: asyncio.TaskGroup
         self._look: asyncio.Task[Finding] | None = None
         self._looked_at = 0.0
         self._lost = False
 
     async def run(self, endpoint: Endpoint) -> None:
         """Answer probes until cancelled."""
-        async with self._group:
+        async with asyncio.TaskGroup() as self._group:
             await endpoint.run({"/livez": self.live, "/readyz": self.ready})
 
     async def live(self) -> HttpAnswer:

@@ -20,7 +20,7 @@ from queue_service.db import channels
 from queue_service.db.execute import fetch_sync, translated
 from queue_service.db.listener import Listener, NoticesMissed
 from queue_service.db.pool import SESSION, OwnConnection, options
-from queue_service.exceptions import message
+from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import Ending, Return, Run
@@ -306,7 +306,7 @@ class Parts:
     def _slot_ended(self, slot: asyncio.Task[None]) -> None:
         self._slots.discard(slot)
         if not slot.cancelled() and (broken := slot.exception()) is not None:
-            log.error("a slot has failed, and is replaced", why=message(broken), exc_info=broken)
+            log.error("a slot has failed, and is replaced", why=message(broken), exception=rendered(broken))
 
     def _is_cancelled(self) -> bool:
         return self._life is not None and self._life.cancelling() > 0

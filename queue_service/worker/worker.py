@@ -20,7 +20,7 @@ import msgspec
 
 from queue_service.app import App
 from queue_service.errors import ConfigError, DatabaseUnavailable
-from queue_service.exceptions import message
+from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
 from queue_service.runs import context
@@ -197,7 +197,7 @@ async def _ended_in_time(life: asyncio.Task[Any]) -> None:
     if not life.done():
         life.cancel()
     elif not life.cancelled() and (broken := life.exception()) is not None:
-        log.error("the worker could not stop as it should", why=message(broken), exc_info=broken)
+        log.error("the worker could not stop as it should", why=message(broken), exception=rendered(broken))
 
 
 def _checked(queues: Mapping[str, int]) -> dict[str, int]:

@@ -277,6 +277,31 @@ async def test_a_blocked_event_loop_answers_nothing(
     assert (await worker.says("/livez", 200)).body["status"] == "ok"
 
 
+async def test_probes_are_answered_again_whatever_has_gone_wrong_in_one(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with probed(app) as (worker, asked):
+        with monkeypatch.context() as broken:
+            broken.setattr(endpoint, "_head", lambda _answer: 1 / 0)
+            for _ in range(3):
+                with pytest.raises((OSError, http.client.HTTPException)):
+                    await asked("/livez")
+        assert (await asked("/readyz")).status == 200
+        # And where the whole service fails.
+        assert worker._parts is not None
+        (service,) = [each for each in worker._parts.services if each.name == "health"]
+        with monkeypatch.context() as broken:
+            broken.setattr(asyncio, "start_server", lambda *_, **__: 1 / 0)
+            assert service.task is not None
+            service.task.cancel()
+            await eventually(lambda: service.failing_since is not None)
+
+        async def is_answered() -> bool:
+            return (await asked("/readyz")).status == 200
+
+        await eventually(is_answered)
+
+
 async def test_a_claim_loop_that_is_stuck_is_neither_live_nor_ready(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     async with probed(app) as (worker, asked):
         assert (await asked("/livez")).status == 200
@@ -373,6 +398,7 @@ async def answering(**paths: Callable[[], Awaitable[HttpAnswer]]) -> AsyncIterat
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+    open_.close()
 
 
 async def fine() -> HttpAnswer:
