@@ -206,6 +206,11 @@ def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[in
     return SQL.query("give_back", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
 
 
+def freeing(write: Query[set[Done]], leases: Collection[int]) -> Query[set[Done]]:
+    """As a `finish` or `give_back` that was made before, and lets go of these leases."""
+    return Query(write.text, write.decode, {**write.params, "leases": array_literal(sorted(leases))})
+
+
 def sweep(*, limit: int, max_losses: int, excluding: Collection[int] = ()) -> Query[list[SweptRun]]:
     """What was taken from lapsed leases, `excluding` these. `limit` counts leases; each holds what one claim took."""
     return SQL.query(

@@ -23,6 +23,7 @@ from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.meaning import is_about_a_row
 from queue_service.db.pool import OwnConnection
+from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefused
 from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
@@ -35,7 +36,7 @@ log = get_logger(__name__)
 
 Settlement = Ending | Return
 
-ENDINGS_AT_ONCE = 500
+ENDINGS_AT_ONCE = 1_000
 # A statement that takes longer than this, in seconds, is followed by smaller ones, until they are quick again.
 SLOW, QUICK = 3.0, 0.5
 # After a write of fewer runs than these, others are let come together for so long, in seconds: a statement costs as much as
@@ -77,10 +78,21 @@ class _Group:
     uncertain: bool = False
     # What the database refused of it is not in it any more.
     is_bare: bool = False
+    # What writes it, once that is known.
+    prepared: Query[set[queries.Done]] | None = None
 
     @property
     def outcomes(self) -> list[Any]:
         return [outcome for _, outcome in self.entries if outcome is not None]
+
+    def query(self, worker_id: int, freed: Collection[int]) -> Query[set[queries.Done]]:
+        """The statement, which also lets go of these leases: those are not known before it is sent."""
+        if self.prepared is None:
+            outcomes = self.outcomes
+            is_return = bool(outcomes) and isinstance(outcomes[0], Return)
+            write: Callable[..., Query[set[queries.Done]]] = queries.give_back if is_return else queries.finish
+            self.prepared = write(outcomes, worker_id=worker_id)
+        return queries.freeing(self.prepared, freed)
 
 
 class Verdict(Enum):
@@ -314,6 +326,7 @@ class Finisher:
             self._locked.add(entry)
         self._forget(aside)
         group.entries = [(held, outcome) for held, outcome in group.entries if held.run.claim not in busy]
+        group.prepared = None
 
     async def _write_group(self, group: _Group) -> None:
         outcomes = group.outcomes
@@ -322,10 +335,9 @@ class Finisher:
         freed = [lease.id for lease, runs in leases.items() if lease.outstanding == runs]
         done: Collection[queries.Done] = ()
         if outcomes or freed:
-            is_return = bool(outcomes) and isinstance(outcomes[0], Return)
-            write: Callable[..., Any] = queries.give_back if is_return else queries.finish
+            asyncio.get_running_loop().call_soon(self._prepare_next)
             began = time.monotonic()
-            done = await self._connection.fetch(write(outcomes, worker_id=self._worker_id, freed=freed))
+            done = await self._connection.fetch(group.query(self._worker_id, freed))
             self._adapt(time.monotonic() - began)
         for lease, runs in leases.items():
             lease.outstanding -= runs
@@ -335,6 +347,16 @@ class Finisher:
         limited = {held.run.queue for held, _ in group.entries if held.lease.limited}
         if laned or limited:
             self._free(laned, limited)
+
+    def _prepare_next(self) -> None:
+        """While the database writes one group, make the statement for a full one behind it: otherwise it would have nothing
+        to do in the time that takes."""
+        if len(self._groups) == 1 and len(self._pending) >= self._at_once:
+            taken, self._pending = self._pending[: self._at_once], self._pending[self._at_once :]
+            behind = _by_kind(taken)
+            for group in behind:
+                group.query(self._worker_id, ())
+            self._groups += behind
 
     def _adapt(self, seconds: float) -> None:
         if seconds > SLOW:
