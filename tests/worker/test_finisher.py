@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from psycopg import errors as pg
 
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, OwnConnection
@@ -254,17 +255,20 @@ async def test_a_batch_that_is_too_slow_is_written_in_parts(desk: Desk, conn: Co
 
 
 @pytest.mark.parametrize("how", ["ends", "goes back"])
+@pytest.mark.parametrize("slow_then", [False, True], ids=["", "and it is then too slow as a whole"])
 async def test_a_write_whose_answer_was_lost_is_no_lost_claim(
-    desk: Desk, conn: Connection, monkeypatch: pytest.MonkeyPatch, how: str
+    desk: Desk, conn: Connection, monkeypatch: pytest.MonkeyPatch, how: str, slow_then: bool
 ) -> None:
     monkeypatch.setattr(finisher, "FIRST_PAUSE", 0.01)
-    fetch_, cuts = OwnConnection.fetch, 0
+    fetch_, calls = OwnConnection.fetch, 0
 
     async def cut(self: OwnConnection, query: Query[Any], **options: Any) -> Any:
-        nonlocal cuts
+        nonlocal calls
+        calls += 1
+        if calls == 2 and slow_then:
+            raise DatabaseUnavailable("too slow") from pg.QueryCanceled()
         answer = await fetch_(self, query, **options)
-        if not cuts:
-            cuts += 1
+        if calls == 1:
             raise DatabaseUnavailable("the answer was lost")
         return answer
 
@@ -276,6 +280,25 @@ async def test_a_write_whose_answer_was_lost_is_no_lost_claim(
     await eventually(lambda: desk.finisher.is_idle)
     tally = desk.finisher.tally
     assert (tally.succeeded, tally.returned, tally.lost) == ((5, 0, 0) if how == "ends" else (0, 5, 0))
+    assert await one(conn, "select count(*) from queue_service.leases") == 0
+
+
+async def test_what_is_made_ready_while_others_are_written_is_written_once_whatever_is_refused_of_it(
+    desk: Desk, conn: Connection
+) -> None:
+    desk.finisher._at_once = finisher.FEW
+    held = await desk.held(6 * finisher.FEW)
+    bad = {held[number].run.id for number in (2, 99, 203)}
+    async with refusing(conn, "finished_runs", f"id in ({', '.join(map(str, bad))})"):
+        for number, each in enumerate(held):
+            ending = Ending(each.run.claim, RunState.SUCCEEDED)
+            desk.finisher.put(each, Return(each.run.claim) if number % 5 == 0 else ending)
+        await eventually(lambda: desk.finisher.tally.succeeded == 237 and desk.finisher.tally.returned == 60)
+        assert {held.run.id for held, _ in desk.finisher.unwritten()} == bad
+        assert {row[0] for row in await rows(conn, "select id from queue_service.runs where state = 'running'")} == bad
+    await eventually(lambda: desk.finisher.is_idle)
+    assert (desk.finisher.tally.succeeded, desk.finisher.tally.lost) == (240, 0)
+    assert await one(conn, "select count(*) from queue_service.leases") == 0
 
 
 async def test_one_that_certainly_was_not_written_may_be_a_lost_claim(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from queue_service import App, Run, RunState, Worker
 from queue_service.db.pool import Connection
 from queue_service.settings import load
 from queue_service.worker import suspects as suspects_module
+from queue_service.worker.pace import Alarm
+from queue_service.worker.suspects import Suspects
 from tests.support import enqueued, eventually, one, rows, working
 from tests.worker.conftest import Observe
 
@@ -359,3 +362,25 @@ async def test_in_a_program_they_get_a_tenth_of_its_time_and_never_many_in_a_row
         worker.stop(now=True)
     assert max(delays) <= 2.5
     assert max(len(together) for together in "".join(each[0] for each in order).split("p")) <= suspects_module.IN_A_ROW
+
+
+async def test_a_turn_of_theirs_is_followed_by_nine_times_as_long_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+
+    class Claims:
+        async def suspect_is_due(self, _queues: object) -> bool:
+            return True
+
+        async def claim_suspect(self, _queues: object) -> bool:
+            nonlocal now
+            now += 0.2
+            return True
+
+    monkeypatch.setattr(suspects_module, "time", SimpleNamespace(monotonic=lambda: now))
+    claims: Any = Claims()
+    turns = Suspects({}, claims, Alarm(), passed=lambda: None, poll_interval=0.1)
+    await turns.run_due()
+    # Two of 0.2 s: after the second the quarter of a second is over.
+    assert now == pytest.approx(1_000.4)
+    assert not turns.are_to_be_looked_for(now + 3.5)
+    assert turns.are_to_be_looked_for(now + 3.7)
