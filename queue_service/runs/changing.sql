@@ -2,8 +2,8 @@
 
 -- name: cancel
 -- A queued run ends `cancelled`; a running one is marked for its worker. One whose lease does not exist any more (`orphans`
--- says how) has no worker, and ends, too. Row: 'cancelled' or 'requested'; none if no live run has this id. The row is locked
--- before its state is looked at, so that a claim cannot slip between.
+-- says how) has no worker, and ends, too. Row: 'cancelled' or 'requested'; none if no live run has this id. The row is
+-- locked before its state is looked at, so that a claim cannot slip between.
 -- writes: runs, finished_runs
 with target as materialized (
     select case when state = 'running' and claimed_at < clock_timestamp() - interval '1 minute'

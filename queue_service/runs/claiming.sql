@@ -58,11 +58,11 @@ runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.los
                and (runs.expires_at is null or runs.expires_at > (select clock_timestamp()))
 
 -- name: scan
--- For each priority of each queue where something is due, and of each queue for the highest `most` of them: the first run
--- that a claim could take, which is where claims may start to look. Paused queues are left out. Distinct priorities are found
--- by hopping along the index, two descents each. A row without a priority says that a lane of the queue is to be looked at. The first column is the time of the scan;
--- it comes even where nothing is due. The last two say whether the queue has a limit, and how many seconds the look has
--- taken so far: what it waited for before it began, as a lock on the table, is not in it.
+-- For each priority of each queue where something is due, the highest `most` of a queue: the first run that a claim could
+-- take, which is where claims may start to look. Paused queues are left out. Distinct priorities are found by hopping along
+-- the index, two descents each. A row without a priority says that a lane of the queue is to be looked at. The first column
+-- is the time of the scan; it comes even where nothing is due. The last two say whether the queue has a limit, and how many
+-- seconds the look has taken so far: what it waited for before it began, as a lock on the table, is not in it.
 with recursive asked (queue) as materialized (
     select each.queue from unnest(%(queues)s::text[]) as each (queue)
      where not exists (select from queue_service.queues where queues.name = each.queue and {is_paused})
@@ -130,11 +130,12 @@ insert into queue_service.leases (worker_id, expires_at, run_ids, limited, final
 -- Takes what was picked. That is locked, and so still queued; the guard stands where it is written all the same. A run whose
 -- attempts have come to the end of the integers comes without its payload: no claim on it differs from the one before.
 update queue_service.runs
-   set state = 'running', attempt = runs.attempt + (runs.attempt < 2147483647)::integer, claimed_at = clock_timestamp(), lease_id = lease.id
+   set state = 'running', attempt = runs.attempt + (runs.attempt < 2147483647)::integer, claimed_at = clock_timestamp(),
+       lease_id = lease.id
   from lease
  where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
-returning runs.id, runs.queue, runs.task, case when runs.attempt < 2147483647 then runs.payload::text end, runs.attempt, runs.failures, runs.losses, runs.priority,
-          runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts, runs.retry_delay, runs.timeout,
+returning runs.id, runs.queue, runs.task, case when runs.attempt < 2147483647 then runs.payload::text end, runs.attempt,
+          runs.failures, runs.losses, runs.priority, runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts, runs.retry_delay, runs.timeout,
           runs.singleton_key, runs.ordering_key, runs.organization_id, runs.metadata::text, runs.lease_id
 
 -- name: claim
@@ -245,8 +246,8 @@ due as materialized (
 -- name: claim_lanes
 -- Take runs of lanes that are free, from each queue at most as many as are `wanted`: from each lane its head, and as many
 -- behind it as its width leaves. A run that somebody holds (to cancel it, say) is left alone, and so are those behind it.
--- Rows: for each queue a null, whether free lanes of it gave nothing (and are to be tended), and whether a claim may get more
--- though it did not get all that was wanted; with each run that was taken.
+-- Rows: for each queue a null, whether free lanes of it gave nothing (and are to be tended), and whether a claim may get
+-- more though it did not get all that was wanted; with each run that was taken.
 -- writes: runs, leases
 with asked as materialized (
     select asked.queue, asked.wanted, coalesce((select queues.max_running_per_key from queue_service.queues
@@ -258,7 +259,8 @@ with asked as materialized (
 ), taken as (
     {take_picked}
 )
-select taken.*, asked.queue, null::float8, exists (select from free where free.queue = asked.queue and free.is_unchanged
+select taken.*, asked.queue, null::float8,
+       exists (select from free where free.queue = asked.queue and free.is_unchanged
                            and free.place not in (select picked.place from picked)),
        exists (select from free where free.queue = asked.queue and (
                     not free.is_unchanged

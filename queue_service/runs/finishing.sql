@@ -29,8 +29,8 @@ with freed as (
 ), {leave_lanes}
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
-       least(failures, 2147483646) + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts, priority,
-       coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key, organization_id,
+       least(failures, 2147483646) + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts,
+       priority, coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key, organization_id,
        retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error), attempts
   from gone
  where (select count(*) from lanes_left) >= 0
@@ -53,13 +53,14 @@ with freed as (
        for update
 ), {lock_lanes}, gone as (
     delete from queue_service.runs
-     where runs.id = any(array(select moved.id from moved where moved.cancel_requested)) and (select count(*) from locked_lanes) >= 0
+     where runs.id = any(array(select moved.id from moved where moved.cancel_requested))
+       and (select count(*) from locked_lanes) >= 0
     returning runs.*, {outcome} as outcome
 ), {leave_lanes}, cancelled as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
-           least(failures, 2147483646) + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts, priority,
-           'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
+           least(failures, 2147483646) + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts,
+           priority, 'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
            metadata, null, coalesce(outcome -> 'error', jsonb_build_object('reason', 'cancelled', 'message',
                'It was cancelled while it ran.')), attempts
       from gone

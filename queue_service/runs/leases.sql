@@ -17,8 +17,8 @@ select id from queue_service.runs
    and lease_id = any(%(leases)s::bigint[]) and cancel_requested
 
 -- name: release_unheard
--- Give back what a worker has claimed without knowing it: all leases of its but those it knows. None of their runs was begun.
--- Rows: the ids of these runs.
+-- Give back what a worker has claimed without knowing it: all leases of its but those it knows. None of their runs was
+-- begun. Rows: the ids of these runs.
 -- writes: leases, runs
 with unheard as materialized (
     delete from queue_service.leases
@@ -50,7 +50,8 @@ moved as materialized (
        for update
 ), {lock_lanes}, gone as (
     delete from queue_service.runs
-     where id = any(array(select moved.id from moved where moved.is_over)) and (select count(*) from locked_lanes) >= 0
+     where id = any(array(select moved.id from moved where moved.is_over))
+       and (select count(*) from locked_lanes) >= 0
     returning runs.*
 ), {leave_lanes}, ended as (
     insert into queue_service.finished_runs ({history_columns})
@@ -115,7 +116,8 @@ with lapsed as materialized (
 
 -- name: lapsed
 -- The leases that have lapsed, at most `limit` of them. Rows: their ids and those of their runs.
-select id, run_ids from queue_service.leases where expires_at < (select clock_timestamp()) order by expires_at limit %(limit)s
+select id, run_ids from queue_service.leases
+ where expires_at < (select clock_timestamp()) order by expires_at limit %(limit)s
 
 -- name: orphans
 -- Of the `scan_limit` runs after an id, those that are running under a lease which does not exist (any more), as an

@@ -55,8 +55,8 @@ class Claimer:
         self._alarm.wake()
 
     def enqueued(self, queue: str, priority: int) -> None:
-        """A notice: something was enqueued there."""
-        if queue in self.states:
+        """A notice: something was enqueued there. It is no suspect yet."""
+        if queue in self.states and not self._only_suspects:
             self.states[queue].enqueued(priority)
             self._alarm.wake()
 
