@@ -135,7 +135,8 @@ update queue_service.runs
   from lease
  where runs.id = any(array(select picked.id from picked)) and runs.state = 'queued'
 returning runs.id, runs.queue, runs.task, case when runs.attempt < 2147483647 then runs.payload::text end, runs.attempt,
-          runs.failures, runs.losses, runs.priority, runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts, runs.retry_delay, runs.timeout,
+          runs.failures, runs.losses, runs.priority, runs.created_at, runs.run_at, runs.expires_at, runs.max_attempts,
+          runs.retry_delay, runs.timeout,
           runs.singleton_key, runs.ordering_key, runs.organization_id, runs.metadata::text, runs.lease_id
 
 -- name: claim

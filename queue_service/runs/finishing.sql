@@ -30,8 +30,8 @@ with freed as (
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
        least(failures, 2147483646) + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts,
-       priority, coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key, organization_id,
-       retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error), attempts
+       priority, coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key,
+       organization_id, retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error), attempts
   from gone
  where (select count(*) from lanes_left) >= 0
 returning id, attempt
