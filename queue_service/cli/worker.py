@@ -12,9 +12,9 @@ from queue_service.cli import render
 from queue_service.cli.options import app_option, command, load_app, run, setting
 from queue_service.errors import ConfigError
 from queue_service.worker.dump import on_signal
-from queue_service.worker.finisher import Tally
 from queue_service.worker.signals import StoppedBySignals
 from queue_service.worker.suspect_process import own_command, stop_with_parent
+from queue_service.worker.tally import Tally
 from queue_service.worker.worker import Worker
 
 DEFAULT_CONCURRENCY = 10

@@ -16,7 +16,7 @@ from queue_service.errors import ConfigError, TaskUnknown
 from queue_service.runs.model import Run, RunState
 from queue_service.tasks import Task, Tasks
 from queue_service.testing.expecting import named, runs_in
-from queue_service.worker.finisher import Tally
+from queue_service.worker.tally import Tally
 from queue_service.worker.worker import Worker
 
 

@@ -24,13 +24,10 @@ class Ahead:
     times."""
 
     def __init__(self) -> None:
-        self._by_speed = 0
+        self.runs = 0
         self.at_once = MAX_RUNS
+        self._by_speed = 0
         self._measured = (time.monotonic(), 0)
-
-    @property
-    def runs(self) -> int:
-        return min(self._by_speed, self.at_once)
 
     def measure(self, completed: int, *, places: int) -> None:
         """Follow the speed at which the queue is worked off: so many runs have been, on so many places."""
@@ -41,9 +38,11 @@ class Ahead:
             return
         self._measured = (now, completed)
         self._by_speed = (self._by_speed + min(MAX_RUNS, int(ended / (now - then) * SECONDS))) // 2
+        self.runs = min(self._by_speed, self.at_once)
 
     def claimed(self, held: Sequence[Held]) -> None:
         """What comes next is taken to be as large as this."""
         sample = held[:: max(1, len(held) // SAMPLES)]
         size = sum(len(msgspec.json.encode(each.run.payload)) for each in sample) // len(sample)
         self.at_once = max(1, MAX_BYTES // max(size, 1))
+        self.runs = min(self._by_speed, self.at_once)

@@ -12,8 +12,8 @@ import msgspec
 from queue_service import codec
 from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Run, RunState
-from queue_service.worker.finisher import Settlement
 from queue_service.worker.leases import Held
+from queue_service.worker.tally import Settlement
 
 log = get_logger(__name__)
 

@@ -26,13 +26,14 @@ from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
 from queue_service.worker.ahead import MAX_RUNS, Ahead
 from queue_service.worker.execution import Cause, Execution, outcome_to_write
-from queue_service.worker.finisher import Finisher, Settlement
+from queue_service.worker.finisher import Finisher
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
 from queue_service.worker.handlers.process_protocol import HandlerBegun, Message, ProgressReported, RunSettled
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
+from queue_service.worker.tally import Settlement
 
 log = get_logger(__name__)
 

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
@@ -31,10 +31,9 @@ from queue_service.runs import queries
 from queue_service.runs.model import Ending, Return, RunState
 from queue_service.services.loop import Service
 from queue_service.worker.leases import Held, Leases
+from queue_service.worker.tally import Settlement, Tally
 
 log = get_logger(__name__)
-
-Settlement = Ending | Return
 
 ENDINGS_AT_ONCE = 1_000
 # A statement that takes longer than this, in seconds, is followed by smaller ones, until they are quick again.
@@ -50,22 +49,6 @@ AGAIN = 1.0
 MAX_UNWRITTEN, MAX_BYTES = 2_000, 16 * 1024 * 1024
 
 
-@dataclass(slots=True)
-class Tally:
-    """What a worker did. `returned` counts retries, snoozes and runs handed back; `lost` those taken away from it."""
-
-    succeeded: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    returned: int = 0
-    lost: int = 0
-
-    def add(self, outcomes: Sequence[Settlement]) -> None:
-        names = Counter("returned" if isinstance(outcome, Return) else outcome.state.value for outcome in outcomes)
-        for name, count in names.items():
-            setattr(self, name, getattr(self, name) + count)
-
-
 Entry = tuple[Held, Settlement | None]
 
 
@@ -74,6 +57,7 @@ class _Group:
     """What one statement writes: endings, with runs that have ended already and only let go of their lease, or returns."""
 
     entries: Sequence[Entry]
+    outcomes: list[Any] = field(init=False)
     # A write that failed may have been done all the same; then its claims are found gone, and are not lost.
     uncertain: bool = False
     # What the database refused of it is not in it any more.
@@ -81,17 +65,21 @@ class _Group:
     # What writes it, once that is known.
     prepared: Query[set[queries.Done]] | None = None
 
-    @property
-    def outcomes(self) -> list[Any]:
-        return [outcome for _, outcome in self.entries if outcome is not None]
+    def __post_init__(self) -> None:
+        self.hold(self.entries)
+
+    def hold(self, entries: Sequence[Entry]) -> None:
+        """These are in it from now on."""
+        self.entries = entries
+        self.outcomes = [outcome for _, outcome in entries if outcome is not None]
+        self.prepared = None
 
     def query(self, worker_id: int, freed: Collection[int]) -> Query[set[queries.Done]]:
         """The statement, which also lets go of these leases: those are not known before it is sent."""
         if self.prepared is None:
-            outcomes = self.outcomes
-            is_return = bool(outcomes) and isinstance(outcomes[0], Return)
+            is_return = bool(self.outcomes) and isinstance(self.outcomes[0], Return)
             write: Callable[..., Query[set[queries.Done]]] = queries.give_back if is_return else queries.finish
-            self.prepared = write(outcomes, worker_id=worker_id)
+            self.prepared = write(self.outcomes, worker_id=worker_id)
         return queries.freeing(self.prepared, freed)
 
 
@@ -161,6 +149,8 @@ class Finisher:
         self._refused = _Aside(Pauses(AGAIN, 60 * AGAIN), self._wake.set)
         self._at_once = ENDINGS_AT_ONCE
         self._unwritten = self._bytes = 0
+        #: Whether handlers are to wait until some of what has ended is written.
+        self.is_full = False
         self._has_room = asyncio.Event()
         self._closing = False
         self._is_resting = False
@@ -170,6 +160,8 @@ class Finisher:
         self._unwritten += 1
         if type(outcome) is Ending:
             self._bytes += len(outcome.result)
+        if self._unwritten >= MAX_UNWRITTEN or self._bytes >= MAX_BYTES:
+            self.is_full = True
         self._wake.set()
         if self._is_resting and (held.lease.limited or held.run.ordering_key is not None):
             # Others may begin when this is written.
@@ -187,11 +179,6 @@ class Finisher:
         self._pending.append((held, None))
         self._unwritten += 1
         self._wake.set()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether handlers are to wait until some of what has ended is written."""
-        return self._unwritten >= MAX_UNWRITTEN or self._bytes >= MAX_BYTES
 
     async def room(self) -> None:
         """Wait until it is not full."""
@@ -295,6 +282,7 @@ class Finisher:
         self._unwritten -= len(entries)
         if self._bytes:
             self._bytes -= sum(len(outcome.result) for _, outcome in entries if type(outcome) is Ending)
+        self.is_full = self._unwritten >= MAX_UNWRITTEN or self._bytes >= MAX_BYTES
         if not self.is_full:
             self._has_room.set()
 
@@ -325,8 +313,7 @@ class Finisher:
         for entry in aside:
             self._locked.add(entry)
         self._forget(aside)
-        group.entries = [(held, outcome) for held, outcome in group.entries if held.run.claim not in busy]
-        group.prepared = None
+        group.hold([(held, outcome) for held, outcome in group.entries if held.run.claim not in busy])
 
     async def _write_group(self, group: _Group) -> None:
         outcomes = group.outcomes
@@ -344,7 +331,9 @@ class Finisher:
         self._leases.release(freed)
         self._account(outcomes, done, group.uncertain)
         laned = {held.run.queue for held, _ in group.entries if held.run.ordering_key is not None}
-        limited = {held.run.queue for held, _ in group.entries if held.lease.limited}
+        limited = set()
+        if any(lease.limited for lease in leases):
+            limited = {held.run.queue for held, _ in group.entries if held.lease.limited}
         if laned or limited:
             self._free(laned, limited)
 
@@ -379,7 +368,7 @@ class Finisher:
 
 
 def _by_kind(entries: Sequence[Entry]) -> list[_Group]:
-    endings = [entry for entry in entries if not isinstance(entry[1], Return)]
+    endings = [entry for entry in entries if type(entry[1]) is not Return]
     if len(endings) == len(entries):
         return [_Group(entries)] if entries else []
     returns = [entry for entry in entries if isinstance(entry[1], Return)]

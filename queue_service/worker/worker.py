@@ -27,8 +27,8 @@ from queue_service.runs import context
 from queue_service.settings import Settings
 from queue_service.version import VERSION
 from queue_service.worker.endpoint import Endpoint
-from queue_service.worker.finisher import Tally
 from queue_service.worker.parts import Parts
+from queue_service.worker.tally import Tally
 
 log = get_logger(__name__)
 

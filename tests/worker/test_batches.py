@@ -18,8 +18,8 @@ from queue_service.runs.model import Ending, Return
 from queue_service.settings import load
 from queue_service.worker import lag
 from queue_service.worker.executor import Executor
-from queue_service.worker.finisher import Settlement
 from queue_service.worker.leases import Held, Lease
+from queue_service.worker.tally import Settlement
 from tests.support import enqueued, eventually, one, rows, working
 
 RUNNING = "select count(*) from queue_service.runs where state = 'running'"
@@ -270,7 +270,7 @@ async def test_what_is_claimed_follows_the_slots_and_comes_in_whole_batches() ->
         release.set()
         await eventually(lambda: len(bench.outcomes) == 14)
         assert executor.wants() == 30
-        executor._ahead._by_speed = 29
+        executor._ahead.runs = 29
         assert executor.wants() == 50
 
 
@@ -281,7 +281,8 @@ async def test_large_payloads_are_not_claimed_far_ahead() -> None:
     async def store(data: str) -> None: ...
 
     async with bench.executing(concurrency=10) as executor:
-        executor._ahead._by_speed, executor._ahead._measured = 4_000, (time.monotonic() + 3_600, 0)
+        executor._ahead.runs = executor._ahead._by_speed = 4_000
+        executor._ahead._measured = (time.monotonic() + 3_600, 0)
         assert executor.wants() == 4_000
         for size, wanted in ((200_000, 41), (20, 4_010)):
             bench.outcomes.clear()

@@ -29,7 +29,6 @@ from queue_service.piped_process import die_with_parent, taken_pipes
 from queue_service.runs import context
 from queue_service.runs.model import Ending, Run
 from queue_service.tasks import Retry, Task
-from queue_service.worker.finisher import Settlement
 from queue_service.worker.handlers import results
 from queue_service.worker.handlers.process_protocol import (
     HandlerBegun,
@@ -41,6 +40,7 @@ from queue_service.worker.handlers.process_protocol import (
     RunSettled,
 )
 from queue_service.worker.handlers.transaction import Transaction
+from queue_service.worker.tally import Settlement
 
 # The program of the worker, imported under this name, does not take itself for the program of this process.
 MAIN = "__mp_main__"

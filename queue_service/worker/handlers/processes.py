@@ -23,7 +23,6 @@ from queue_service.logs import get_logger
 from queue_service.piped_process import PipedProcess
 from queue_service.runs.model import Run
 from queue_service.tasks import ProcessDied, Task
-from queue_service.worker.finisher import Settlement
 from queue_service.worker.handlers.process_protocol import (
     HandlerBegun,
     Job,
@@ -33,6 +32,7 @@ from queue_service.worker.handlers.process_protocol import (
     RunReturned,
     RunSettled,
 )
+from queue_service.worker.tally import Settlement
 
 log = get_logger(__name__)
 

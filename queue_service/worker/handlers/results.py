@@ -13,7 +13,7 @@ from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.tasks import Cancel, Defer, ProcessDied, Retry, RetryLater, Snooze, duration
 from queue_service.words import check_word
-from queue_service.worker.finisher import Settlement
+from queue_service.worker.tally import Settlement
 
 log = get_logger(__name__)
 
@@ -28,6 +28,8 @@ class TimedOut(TimeoutError):
 
 def returned(run: Run, value: Any, *, limit: int) -> Settlement:
     """`limit` bounds the result, in bytes."""
+    if value is None:
+        return Ending(run.claim, RunState.SUCCEEDED)
     try:
         if exceptions.is_a(value, Cancel):
             return cancelled(run, exceptions.text(value.reason))
