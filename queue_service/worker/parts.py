@@ -88,7 +88,7 @@ class Parts:
         self._app = app
         self._leases = leases
         self.executors = {queue: self._executor(queue, concurrency) for queue, concurrency in queues.items()}
-        self._suspect_process = None if suspect_command is None else SuspectProcess(suspect_command)
+        self._suspect_process = SuspectProcess(suspect_command)
         self.claimer = self._make_claimer(only_suspects=only_suspects)
         self._keeper = Keeper(
             app.conninfo, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
@@ -137,7 +137,7 @@ class Parts:
         if self._endpoint is not None:
             endpoint = self._endpoint
             works["health"] = lambda _: self._health.run(endpoint)
-        if self._suspect_process is not None:
+        if self._suspect_process.is_possible:
             works["suspects"] = self._suspect_process.run
         for name, work in works.items():
             self.services.ensure(name, work)
@@ -164,8 +164,7 @@ class Parts:
             executor.closing = True
         for slot in self._slots:
             slot.cancel()
-        if self._suspect_process is not None:
-            await self._suspect_process.close()
+        await self._suspect_process.close()
         await self.services.close()
         if self._slots:
             # One whose handler does not end is left to itself.
@@ -201,25 +200,25 @@ class Parts:
             Claimant(self._claimable, self._worker_id, self._settings.lease, self._app.identity, final),
             poll_interval=self._settings.poll_interval,
             only_suspects=only_suspects,
-            suspects_elsewhere=None if self._suspect_process is None else self._suspect_process.need,
+            suspects_elsewhere=self._suspect_process.need if self._suspect_process.is_possible else None,
         )
 
     async def _drain(self, stop_now: asyncio.Event) -> None:
         """Stop claiming, hand back what was not begun, wait for the handlers, then cancel those that are left."""
         self.claimer.stop()
-        if self._suspect_process is not None:
-            self._suspect_process.stop()
+        self._suspect_process.stop()
         for executor in self.executors.values():
             self.finisher.hand_back(executor.take_back())
         grace = self._settings.drain_timeout.total_seconds()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await _first(self._until_idle(), stop_now.wait())
-        if self._suspect_process is not None and self._suspect_process.is_running:
+        if beside := self._suspect_process.is_running:
             self._suspect_process.stop()
         interrupted = sum(executor.interrupt_all() for executor in self.executors.values())
         if interrupted:
             log.warning("handlers cancelled, since their time to end is over", runs=interrupted)
+        if interrupted or beside:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(END_SECONDS):
                     await self._until_idle()
@@ -250,8 +249,8 @@ class Parts:
 
     async def _until_idle(self) -> None:
         def is_idle() -> bool:
-            has_process = self._suspect_process is not None and self._suspect_process.is_running
-            return not has_process and all(executor.is_idle for executor in self.executors.values())
+            idle = all(executor.is_idle for executor in self.executors.values())
+            return idle and not self._suspect_process.is_running
 
         while not is_idle():  # noqa: ASYNC110 - an event would cost each run
             await asyncio.sleep(0.005)

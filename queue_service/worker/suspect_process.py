@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
 
@@ -23,14 +24,15 @@ log = get_logger(__name__)
 
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 # Seconds that it gets to end when this worker has ended.
-END_SECONDS = 1.0
+END_SECONDS = 1.5
 
 
 class SuspectProcess:
-    """Started by `command`, once `need` was called. It is told to stop by signals, and by the end of its standard input."""
+    """Started by `command`, if there is one, once `need` was called. It is told to stop by signals, and by the end of its
+    standard input."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self._command = command
+    def __init__(self, command: Sequence[str] | None) -> None:
+        self._command = command or ()
         self._needed = asyncio.Event()
         self._process: Process | None = None
         self._is_stopping = False
@@ -38,6 +40,10 @@ class SuspectProcess:
     def need(self) -> None:
         """There are suspects: let it run, if it does not."""
         self._needed.set()
+
+    @property
+    def is_possible(self) -> bool:
+        return bool(self._command)
 
     @property
     def is_running(self) -> bool:
@@ -64,9 +70,10 @@ class SuspectProcess:
         self._signal(signal.SIGTERM)
 
     async def close(self) -> None:
-        """Be done with it: one that has not ended soon is killed."""
+        """Be done with it: it hands back what it has, and is killed if it has not ended soon."""
         self.stop()
-        if (process := self._process) is not None:
+        if (process := self._process) is not None and process.stdin is not None:
+            process.stdin.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(END_SECONDS):
                     await process.wait()
@@ -102,8 +109,10 @@ def stop_with_parent() -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 1024):
                 pass
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        # Or the second is lost in the first.
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="queue_service parent", daemon=True).start()
 

@@ -108,8 +108,11 @@ async def test_killed_workers_lose_nothing_and_finish_nothing_twice(
     # No claim was ever given to two: each attempt began at most once, and the one that counted had come to its end.
     assert max(begun.values()) == 1
     assert all((run_id, attempt) in ended for run_id, attempt, *_ in finished)
-    # Every attempt but the last ended with its worker, and each loss was charged.
-    assert all(attempt == losses + 1 for _, attempt, losses, _, _ in finished)
+    # Every attempt but the last ended with its worker, and each loss was charged; but what runs in a process of its own, since
+    # it lost its worker before, is handed back by that when its worker is killed.
+    back = [attempt - losses - 1 for _, attempt, losses, _, _ in finished]
+    assert min(back) == 0
+    assert sum(back) <= 8 * KILLS
     assert all(count > 0 for count in harvest)
     assert 0 < rescued < RUNS // 2
 

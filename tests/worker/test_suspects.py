@@ -308,12 +308,19 @@ class TestOfTheCommandLine:
         (beside,) = process.events(BESIDE)
         await eventually(lambda: not Path(f"/proc/{beside['pid']}").exists())
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    @pytest.mark.parametrize(("number", "drain"), [(signal.SIGTERM, "200ms"), (signal.SIGKILL, "1h")])
     async def test_their_process_ends_with_the_worker_and_hands_them_back(
-        self, app: App, database: str, conn: Connection, tmp_path: Path, observe: Observe, number: signal.Signals
+        self,
+        app: App,
+        database: str,
+        conn: Connection,
+        tmp_path: Path,
+        observe: Observe,
+        number: signal.Signals,
+        drain: str,
     ) -> None:
         (run_id,) = await suspects(conn, "hold", 1, payload=f'{{"directory": "{tmp_path}"}}')
-        process = await observe(database, "--drain-timeout", "200ms", "--lease", "1h")
+        process = await observe(database, "--drain-timeout", drain, "--lease", "1h")
         await eventually((tmp_path / "started").exists, within=30)
         (beside,) = process.events(BESIDE)
         process.signal(number)
