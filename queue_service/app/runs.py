@@ -140,7 +140,8 @@ class Runs:
 
     async def get(self, run_id: int) -> Run | None:
         """Return the run, live or finished; None if there is none of this id."""
-        return await self._core.fetch(queries.get(run_id))
+        recent = await self._core.fetch(queries.get_recent(run_id))
+        return recent or await self._core.fetch(queries.get(run_id))
 
     async def cancel(self, run_id: int) -> bool:
         """Cancel a run: a queued one ends at once, a running one has its handler cancelled. Returns False if the run is

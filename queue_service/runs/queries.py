@@ -243,11 +243,7 @@ def cancel(run_id: int) -> Query[str | None]:
 
 def retry(run_id: int) -> Query[tuple[str, int] | None]:
     """Queue and priority of the run that went back; None: history has no such run that did not succeed."""
-
-    def decode(rows: Rows) -> tuple[str, int] | None:
-        return (rows[0][0], rows[0][1]) if rows else None
-
-    return SQL.query("retry", decode, run_id=run_id)
+    return SQL.query("retry", lambda rows: (rows[0][0], rows[0][1]) if rows else None, run_id=run_id)
 
 
 def delete(run_id: int) -> Query[bool]:
@@ -261,11 +257,12 @@ def purge(queue: str, *, limit: int) -> Query[int]:
 
 
 def get(run_id: int) -> Query[Run | None]:
-    def decode(rows: Rows) -> Run | None:
-        runs = read_runs(rows)
-        return runs[0] if runs else None
+    return SQL.query("get", _first, run_id=run_id)
 
-    return SQL.query("get", decode, run_id=run_id)
+
+def get_recent(run_id: int) -> Query[Run | None]:
+    """As `get`, much quicker; None also if the run has ended more than three days ago."""
+    return SQL.query("get_recent", _first, run_id=run_id)
 
 
 def get_many(run_ids: Collection[int]) -> Query[list[Run]]:
@@ -362,6 +359,10 @@ def _json_array(texts: Sequence[str]) -> str | None:
 
 def _done(rows: Rows) -> set[Done]:
     return set(rows)
+
+
+def _first(rows: Rows) -> Run | None:
+    return next(iter(read_runs(rows)), None)
 
 
 def _id_set(rows: Rows) -> set[int]:

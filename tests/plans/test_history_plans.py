@@ -52,6 +52,7 @@ STATEMENTS: dict[str, tuple[Query[Any], int]] = {
     "a page of what is running": (walks.page(state=RunState.RUNNING), 0),
     "a page of what is queued": (walks.page(state=RunState.QUEUED), 50 + 1),
     "a run of history": (queries.get(120_000), 1),
+    "a run of the last days": (queries.get_recent(120_000), 1),
     "a retry": (queries.retry(200 + 50_000), 2),
     "a deletion": (queries.delete(200 + 50_000), 2),
     "a batch of retries": (walks.retry_many(FAILED, Place(), limit=100), 1_000 + 3 * 100 + MERGED),
@@ -99,3 +100,14 @@ def test_a_statement_reads_what_it_shows_or_moves_and_little_else(filled: Sync, 
         each["Actual Loops"] * (each["Actual Rows"] + each.get("Rows Removed by Filter", 0)) for each in reads
     )
     assert visited <= most, "\n".join(map(str, shown))
+
+
+def test_a_look_for_what_is_recent_opens_no_partition_of_the_days_before(filled: Sync) -> None:
+    explain = b"explain (analyze, timing off, format json) "
+    opened = {}
+    for name, query in {"get": queries.get(120_000), "get_recent": queries.get_recent(120_000)}.items():
+        row = filled.execute(explain + query.text.encode(), query.params).fetchone()
+        assert row is not None
+        nodes = flattened(row[0][0]["Plan"])
+        opened[name] = {each["Relation Name"] for each in nodes if "finished" in str(each.get("Relation Name"))}
+    assert len(opened["get_recent"]) < len(opened["get"])
