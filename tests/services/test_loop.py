@@ -116,6 +116,32 @@ async def test_it_runs_once_however_often_it_is_asked_for_and_ends_when_it_is_st
     assert list(services) == []
 
 
+async def test_one_that_was_stopped_is_not_cancelled_again_when_all_are_closed(services: Services) -> None:
+    """psycopg, when it is cancelled, has the statement cancelled on the server; a second time leaves that undone, and says so on
+    standard error."""
+    begun, cancels = asyncio.Event(), 0
+
+    async def work(_: Service) -> None:
+        nonlocal cancels
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancels += 1
+            try:
+                for _turn in range(10):
+                    await asyncio.sleep(0)  # steps of the loop
+            except asyncio.CancelledError:
+                cancels += 1
+
+    services.ensure("work", work)
+    await begun.wait()
+    services.stop("work")
+    await asyncio.sleep(0)  # a step of the loop
+    await services.close()
+    assert cancels == 1
+
+
 async def test_one_that_somebody_else_cancels_is_begun_anew(services: Services) -> None:
     begun = 0
 
