@@ -59,7 +59,9 @@ def test_a_program_of_the_documentation_prints_what_it_should(name: str, databas
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, PROGRAMS[name], "")
+    assert (done.returncode, done.stdout) == (0, PROGRAMS[name]), done.stderr
+    # One of the programs has a run fail once.
+    assert set(done.stderr.splitlines()) <= {"run failed, will be tried again"}
 
 
 def test_the_readme_example_has_about_twenty_lines() -> None:
