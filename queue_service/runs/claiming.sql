@@ -174,7 +174,8 @@ with asked as materialized (
 -- define: from_lanes
 -- Makes `picked`, the runs that may begin of free lanes of the queues `asked` for. What is wanted is shared out among the
 -- tasks that lanes wait with, so that none waits for another, and then among the lanes, of which each gives at most what its
--- width leaves.
+-- width leaves. And `left_over`: of a queue, whether free lanes gave nothing, and are to be tended, and whether a claim may
+-- get more though it did not get all that was wanted.
 due as materialized (
     select asked.queue, asked.wanted, asked.width, known.task,
            ceil(asked.wanted::float8 / count(*) over (partition by asked.queue))::integer as share
@@ -242,13 +243,17 @@ due as materialized (
          where candidates.number <= candidates.wanted
       ) as held
      where held.is_reached
+), left_over as materialized (
+    select free.queue, bool_or(free.is_unchanged and free.place not in (select picked.place from picked)) as is_barren,
+           bool_or(not free.is_unchanged or (free.has_more_beside or free.share < free.room)
+                                            and free.queue in (select picked.queue from picked)) as has_more
+      from free group by free.queue
 )
 
 -- name: claim_lanes
 -- Take runs of lanes that are free, from each queue at most as many as are `wanted`: from each lane its head, and as many
 -- behind it as its width leaves. A run that somebody holds (to cancel it, say) is left alone, and so are those behind it.
--- Rows: for each queue a null, whether free lanes of it gave nothing (and are to be tended), and whether a claim may get
--- more though it did not get all that was wanted; with each run that was taken.
+-- Rows: for each queue a null and what is `left_over`, with each run that was taken.
 -- writes: runs, leases
 with asked as materialized (
     select asked.queue, asked.wanted, coalesce((select queues.max_running_per_key from queue_service.queues
@@ -261,13 +266,8 @@ with asked as materialized (
     {take_picked}
 )
 select taken.*, asked.queue, null::float8,
-       exists (select from free where free.queue = asked.queue and free.is_unchanged
-                           and free.place not in (select picked.place from picked)),
-       exists (select from free where free.queue = asked.queue and (
-                    not free.is_unchanged
-                    or (free.has_more_beside or free.share < free.room)
-                       and free.queue in (select picked.queue from picked)))
-  from asked left join taken on taken.queue = asked.queue
+       left_over.is_barren, left_over.has_more
+  from asked left join taken on taken.queue = asked.queue left join left_over on left_over.queue = asked.queue
 
 -- define: within_limits
 -- Makes `asked` of `given`: the queues that are not being claimed from by another session, and how many may begin of each.
@@ -349,13 +349,8 @@ select taken.*, asked.queue,
        case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
             then extract(epoch from asked.period)::float8 / asked.rate
                  * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
-       exists (select from free where free.queue = asked.queue and free.is_unchanged
-                           and free.place not in (select picked.place from picked)),
-       exists (select from free where free.queue = asked.queue and (
-                    not free.is_unchanged
-                    or (free.has_more_beside or free.share < free.room)
-                       and free.queue in (select picked.queue from picked)))
-  from asked left join taken on taken.queue = asked.queue
+       left_over.is_barren, left_over.has_more
+  from asked left join taken on taken.queue = asked.queue left join left_over on left_over.queue = asked.queue
 
 -- name: claim_suspect
 -- Take one due run that lost a worker before. It comes alone, so that a run that kills its worker kills nothing else; one of

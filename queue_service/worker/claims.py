@@ -20,8 +20,8 @@ from queue_service.worker.queue_state import Asked, QueueState, Source
 
 log = get_logger(__name__)
 
-# Lanes of a queue and task that are tended at once.
-TENDED = 1_000
+# Lanes of a queue and task that are tended at once. Those that gave nothing are among the first.
+TENDED = 200
 
 
 class Claims:

@@ -85,8 +85,9 @@ class SuspectProcess:
             *self._command, stdin=PIPE, stdout=DEVNULL, start_new_session=True
         )
         log.info("runs that lost their worker run in a process of their own", pid=process.pid)
-        if self._is_stopping:
-            self._signal(signal.SIGTERM)
+        if self._is_stopping and process.stdin is not None:
+            # Nobody has told it: there was no process yet.
+            process.stdin.close()
         return await process.wait()
 
     def _signal(self, number: signal.Signals) -> None:

@@ -399,6 +399,39 @@ class TestRace:
         assert len(ids) == 10
 
 
+async def stopped_by_its_clock(conn: Connection, slow: Connection) -> Connection:
+    """A session whose claims stop once they have their snapshot, while `conn` has an advisory lock."""
+    await conn.execute(
+        "create schema slow; create function slow.clock_timestamp() returns timestamptz language plpgsql as $$ begin "
+        "perform pg_advisory_xact_lock_shared(1); return pg_catalog.clock_timestamp(); end $$"
+    )
+    await slow.execute("set search_path = slow, pg_catalog")
+    return slow
+
+
+async def begun(conn: Connection, slow: Connection) -> asyncio.Task[list[Run]]:
+    """A claim that has begun to look."""
+    await conn.execute("select pg_advisory_lock(1)")
+    claiming = asyncio.create_task(heads(slow))
+    await eventually(lambda: one(conn, "select count(*) > 0 from pg_locks where locktype = 'advisory' and not granted"))
+    return claiming
+
+
+async def test_a_wide_lane_that_has_changed_since_a_claim_began_to_look_is_left_for_the_next(
+    app: App, conn: Connection, session: Session
+) -> None:
+    slow = await stopped_by_its_clock(conn, await session())
+    await app.queues.limit("default", max_running_per_key=2)
+    ids = [await laned(conn) for _ in range(3)]
+    (first,) = await heads(conn, limit=1)
+    claiming = await begun(conn, slow)
+    # What it sees is a lane of which the first run is running; by now that is the head again.
+    await back(conn, first)
+    await conn.execute("select pg_advisory_unlock(1)")
+    assert await claiming == []
+    assert [run.id for run in await heads(conn)] == ids[:2]
+
+
 @pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize(
     "by", [{"ordering_key": "other"}, {"delay": timedelta(hours=1)}, {"task": "unknown"}], ids=["lane", "time", "task"]
@@ -406,20 +439,12 @@ class TestRace:
 async def test_a_head_that_was_replaced_since_a_claim_began_to_look_is_left_alone(
     conn: Connection, session: Session, by: dict[str, Any]
 ) -> None:
-    slow = await session()
-    # Its clock stops it once it has its snapshot.
-    await conn.execute(
-        "create schema slow; create function slow.clock_timestamp() returns timestamptz language plpgsql as $$ begin "
-        "perform pg_advisory_xact_lock_shared(1); return pg_catalog.clock_timestamp(); end $$"
-    )
-    await slow.execute("set search_path = slow, pg_catalog")
+    slow = await stopped_by_its_clock(conn, await session())
     await laned(conn, "other")
     assert len(await heads(conn)) == 1
     first = await laned(conn, "k", singleton_key="only")
     second = await laned(conn, "k")
-    await conn.execute("select pg_advisory_lock(1)")
-    claiming = asyncio.create_task(heads(slow))
-    await eventually(lambda: one(conn, "select count(*) > 0 from pg_locks where locktype = 'advisory' and not granted"))
+    claiming = await begun(conn, slow)
     fields: dict[str, Any] = {"task": "noop", "singleton_key": "only", "ordering_key": "k"} | by
     assert await fetch(conn, queries.replace(NewRun(queue="default", payload="{}", **fields))) == first
     await conn.execute("select pg_advisory_unlock(1)")

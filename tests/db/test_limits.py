@@ -218,16 +218,16 @@ class TestMaxRunningPerKey:
         self, app: App, conn: Connection, session: Session
     ) -> None:
         await app.queues.limit("default", max_running_per_key=5)
-        ids = [await enqueued(conn, ordering_key="k", task=task) for task in ("noop", "noop", "theirs", "noop")]
+        ids = [await enqueued(conn, ordering_key="k", task=task) for task in ("noop", "noop", "noop", "theirs", "noop")]
         user = await session()
         await user.execute("begin")
         await user.execute("select from queue_service.runs where id = %s for update", [ids[1]])
         assert [run.id for run, _ in await claimed(conn, laned=True)] == ids[:1]
         await user.execute("rollback")
-        assert [run.id for run, _ in await claimed(conn, laned=True)] == ids[1:2]
+        assert [run.id for run, _ in await claimed(conn, laned=True)] == ids[1:3]
         assert await claimed(conn, laned=True) == []
-        assert [run.id for run, _ in await claimed(conn, laned=True, tasks=("theirs",))] == ids[2:3]
-        assert [run.id for run, _ in await claimed(conn, laned=True)] == ids[3:]
+        assert [run.id for run, _ in await claimed(conn, laned=True, tasks=("theirs",))] == ids[3:4]
+        assert [run.id for run, _ in await claimed(conn, laned=True)] == ids[4:]
 
     async def test_of_a_lane_that_could_not_be_announced_is_kept_by_claims(self, conn: Connection) -> None:
         await full_of(conn, 5, ordering_key="k")

@@ -276,3 +276,22 @@ async def test_a_lane_goes_on_after_its_running_run_was_deleted_by_hand(app: App
     assert await one(conn, "select running from queue_service.lanes") == 1
     async with working(app):
         await eventually(lambda: begun == [1], within=30)
+
+
+async def test_lanes_that_gave_nothing_are_tended_by_who_asked(database: str, conn: Connection) -> None:
+    async with App(database, settings=load({"QUEUE_SERVICE_SWEEP_INTERVAL": "1h"})) as app:
+
+        @app.task
+        async def note() -> None: ...
+
+        async with working(app):
+            await app.wait(await app.enqueue("note", {}), timeout=10)
+            await app.enqueue_many("note", [{}] * 3, ordering_key="k")
+            await eventually(lambda: nothing_is_left(conn))
+            await conn.execute(
+                "insert into queue_service.runs (queue, task, payload, ordering_key) "
+                "select 'default', 'unknown', '{}', n::text from generate_series(1, 3) as n"
+            )
+            await conn.execute("update queue_service.lanes set task = ''")
+            marked = "select count(*) = 3 from queue_service.lanes where task = 'unknown'"
+            await eventually(lambda: one(conn, marked))
