@@ -30,6 +30,7 @@ SENTENCES: Mapping[str, str] = {
     "provider_unavailable": "The model provider cannot be reached. Please try again later.",
     "context_too_large": "The conversation is too long for the model. Please start a new one.",
     "reply_refused": "The agent answered, but its answer could not be stored.",
+    "no_answer": "The agent finished without an answer. Please send the message again.",
     "rejected": "The message was rejected.",
     "cancelled": "The turn was cancelled.",
     "timeout": "The agent took too long to answer. Please send the message again.",

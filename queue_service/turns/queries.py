@@ -15,7 +15,6 @@ from queue_service.db.query import Query, Rows, column, found, interval_literal,
 from queue_service.db.rows import flaw_of
 from queue_service.db.statements import Statements
 from queue_service.turns.model import (
-    SENTENCES,
     EndedTurn,
     Marker,
     Outcome,
@@ -29,7 +28,6 @@ SQL = Statements("queue_service.turns")
 
 Key = tuple[str, str]
 
-_SENTENCES = msgspec.json.encode(SENTENCES).decode()
 # Above this, a count is shown as "this many or more".
 COUNT_LIMIT = 50_001
 
@@ -138,19 +136,18 @@ def fail_deployment(deployment: str, failure: TurnFailure, *, notify: bool) -> Q
         code=failure.code,
         message=failure.message,
         reason=failure.reason,
-        sentences=_SENTENCES,
         notify=notify,
     )
 
 
 def sweep(*, limit: int, notify: bool = False) -> Query[list[EndedTurn]]:
-    return SQL.query("sweep", _ended, limit=limit, sentences=_SENTENCES, notify=notify)
+    return SQL.query("sweep", _ended, limit=limit, notify=notify)
 
 
 def sweep_one(deployment: str, message_id: str) -> Query[list[EndedTurn]]:
     """Ends the turn if its deadline has passed, and notifies those who follow."""
     return SQL.query(
-        "sweep_one", _ended, deployment=deployment, message_id=message_id, sentences=_SENTENCES, notify=True
+        "sweep_one", _ended, deployment=deployment, message_id=message_id, notify=True
     )
 
 
