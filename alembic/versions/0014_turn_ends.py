@@ -42,10 +42,9 @@ end
 $$;
 """
 
-# The planner is told what our sessions are told (`SESSION` in queue_service/db/pool.py): a caller's session may end turns, too.
-PLANNING = "set search_path = '' set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off"
-
-ENDINGS = f"""
+# The functions tell the planner what our sessions are told (`SESSION` in queue_service/db/pool.py): those of callers end
+# turns, too.
+ENDINGS = """
 -- A turn whose marker was just deleted, and how it ends.
 create type queue_service.turn_ending as (
     deployment text, message_id text, stream text, platform text, channel_id text, user_id text, organization_id text,
@@ -56,7 +55,8 @@ create type queue_service.turn_ending as (
 -- Rows: those that had no ending yet. Locks streams in ascending order, then the lanes of deliveries.
 create function queue_service.store_endings(given queue_service.turn_ending[], notify boolean)
 returns table (deployment text, message_id text, stream text, seq bigint, kind text, platform text)
-language plpgsql {PLANNING} as $$
+language plpgsql set search_path = ''
+set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
     if cardinality(given) = 0 then
@@ -129,11 +129,12 @@ begin
 end
 $$;
 
--- Of runs that have ended, or were deleted: ends the turns that they worked on. `turns` are those that their metadata names,
--- `states` how they ended, `errors` as their history has it. A turn that another run works on by now is left alone, and so
--- is one that was answered. Returns how many ended. Looks when the rows are locked, by a look that is younger than the locks.
+-- Of runs that have ended, or were deleted: ends the turns that they worked on. `turns` are those that their metadata
+-- names, `states` how they ended, `errors` as their history has it. A turn that another run works on by now is left alone,
+-- and so is one that was answered. Returns how many ended. It looks when the runs are locked, by a look that is younger.
 create function queue_service.end_turns(run_ids bigint[], turns jsonb[], states text[], errors jsonb[]) returns bigint
-language plpgsql {PLANNING} as $$
+language plpgsql set search_path = ''
+set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off as $$
 declare
     ended queue_service.turn_ending[];
 begin
@@ -146,7 +147,8 @@ begin
                    when over.error ->> 'reason' in ('worker_lost', 'process_died', 'interrupted') then 'worker_died'
                    else 'internal_error' end as code,
                left(case
-                   when over.state = 'succeeded' then 'Its run returned without an answer.'
+                   when over.state = 'succeeded'
+                        then coalesce(over.error ->> 'message', 'Its run returned without an answer.')
                    when over.state = 'deleted' then 'Its run was deleted.'
                    when over.state = 'expired' then 'Its run was not started in time.'
                    when over.state = 'cancelled' and over.error ->> 'reason' is distinct from 'cancelled'
@@ -172,13 +174,14 @@ begin
                              'code', code, 'message', queue_service.sentence_of(code), 'reason', reason,
                              'type', error_type)))::queue_service.turn_ending)
       into ended from deleted;
-    return (select count(*) from queue_service.store_endings(coalesce(ended, '{{}}'), true));
+    return (select count(*) from queue_service.store_endings(coalesce(ended, '{}'), true));
 end
 $$;
 
 -- Why a turn had no sign of life when its deadline had passed: what has become of its run.
 create function queue_service.why_unanswered(of_run bigint, admission interval) returns text
-language plpgsql {PLANNING} as $$
+language plpgsql set search_path = ''
+set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off as $$
 declare
     run record;
     ahead record;
@@ -194,7 +197,8 @@ begin
     if run.state = 'running' then
         select workers.name into worker from queue_service.leases, queue_service.workers
          where leases.id = run.lease_id and workers.id = leases.worker_id;
-        return format('Worker %s took it up at %s, and its handler gave no sign of life.', worker, run.claimed_at);
+        return format('Worker %s took it up at %s, and its handler gave no sign of life.', coalesce(worker, '?'),
+                      run.claimed_at);
     end if;
     if run.failures > 0 or run.losses > 0 then
         return left(format('Its last attempt failed (%s), and it is to be tried again at %s.',

@@ -13,7 +13,7 @@ from queue_service.app import App
 from queue_service.runs.model import Run
 from queue_service.supervisor import Supervisor
 from queue_service.supervisor.child import Conversation, serve
-from queue_service.turns.model import Turn
+from queue_service.turn import Turn
 
 app = App()
 supervisors: dict[str, Supervisor] = {}

@@ -4,10 +4,11 @@
 -- define: asked
 -- The turns of the parameter, as the table `asked`, each once.
 asked as materialized (
-    select distinct on (deployment, message_id) *
+    select distinct on (deployment, message_id) *, clock_timestamp() as at
       from jsonb_to_recordset(%(turns)s::jsonb)
         as asked (deployment text, message_id text, stream text, platform text, channel_id text, user_id text,
-                  organization_id text, metadata jsonb, admission interval, execution interval)
+                  organization_id text, metadata jsonb, admission interval, execution interval,
+                  total interval)
      order by deployment, message_id
 )
 
@@ -17,12 +18,12 @@ asked as materialized (
 
 -- define: marker_columns
 (deployment, message_id, stream, platform, channel_id, user_id, organization_id, metadata, admission, execution,
-        deadline, run_id)
+        deadline, ends_by, run_id)
 
 -- define: marker_values
 asked.deployment, asked.message_id, asked.stream, asked.platform, asked.channel_id, asked.user_id,
            asked.organization_id, asked.metadata, asked.admission, asked.execution,
-           clock_timestamp() + asked.admission
+           asked.at + least(asked.admission, asked.total), asked.at + asked.total
 
 -- define: opened
 -- Makes `opened`, those of the turns `asked` that are new, their streams, and `known`, those that are not.
@@ -90,7 +91,7 @@ with {asked}, {opened}, pending as (
     select {marker_values}, stored.id from asked cross join stored where {is_opened}
 ), begun as (
     update queue_service.turn_markers as m
-       set run_id = stored.id, deadline = clock_timestamp() + m.admission, admitted_at = null
+       set run_id = stored.id, deadline = least(clock_timestamp() + m.admission, m.ends_by), admitted_at = null
       from stored
      where m.deployment = (select pending.deployment from pending)
        and m.message_id = (select pending.message_id from pending)

@@ -33,11 +33,12 @@ COUNT_LIMIT = 50_001
 
 
 class Owed(NamedTuple):
-    """A turn as the arming statements take it: its fields, and its two deadlines."""
+    """A turn as the arming statements take it: its fields, its two deadlines, and the bound on the whole of it."""
 
     fields: dict[str, Any]
     admission: timedelta
     execution: timedelta
+    total: timedelta | None = None
 
     @property
     def key(self) -> Key:
@@ -146,9 +147,7 @@ def sweep(*, limit: int, notify: bool = False) -> Query[list[EndedTurn]]:
 
 def sweep_one(deployment: str, message_id: str) -> Query[list[EndedTurn]]:
     """Ends the turn if its deadline has passed, and notifies those who follow."""
-    return SQL.query(
-        "sweep_one", _ended, deployment=deployment, message_id=message_id, notify=True
-    )
+    return SQL.query("sweep_one", _ended, deployment=deployment, message_id=message_id, notify=True)
 
 
 def discharge(deployment: str, message_id: str) -> Query[bool]:
@@ -232,7 +231,12 @@ def prune(age: timedelta, *, limit: int) -> Query[int]:
 
 def _turns(turns: Sequence[Owed]) -> str:
     objects = [
-        {**turn.fields, "admission": interval_literal(turn.admission), "execution": interval_literal(turn.execution)}
+        {
+            **turn.fields,
+            "admission": interval_literal(turn.admission),
+            "execution": interval_literal(turn.execution),
+            "total": None if turn.total is None else interval_literal(turn.total),
+        }
         for turn in turns
     ]
     return msgspec.json.encode(objects).decode()
@@ -278,7 +282,7 @@ def _markers(rows: Rows) -> list[Marker]:
             deployment=row[0], message_id=row[1], stream=row[2], platform=row[3], channel_id=row[4], user_id=row[5],
             organization_id=row[6], metadata=read_object(row[7]).value, armed_at=row[8], deadline=row[9],
             admitted_at=row[10], admission=row[11], execution=row[12], run_id=row[13], failure_code=known_code(row[14]),
-            failure_reason=row[15], overdue=row[16],
+            failure_reason=row[15], ends_by=row[16], overdue=row[17],
         )
         for row in rows
     ]  # fmt: skip
