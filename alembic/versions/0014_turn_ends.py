@@ -16,8 +16,8 @@ alter table queue_service.turn_markers
     -- When the turn ends at the latest, however many signs of life there are.
     add column ends_by timestamptz,
     add constraint turn_markers_ends_by_check check (ends_by > '1900-01-01Z' and ends_by < '9000-01-01Z');
--- The attempt of the run that appended it; null where no run did.
-alter table queue_service.events add column attempt integer;
+-- The run that appended it while it worked on a turn of the stream, and its attempt; null where none did.
+alter table queue_service.events add column run_id bigint, add column attempt integer;
 """
 
 # As queue_service.turns.model.SENTENCES, which a test holds against this.
@@ -239,4 +239,4 @@ def downgrade() -> None:
     op.execute("drop function queue_service.sentence_of(text)")
     op.execute("drop type queue_service.turn_ending")
     op.execute("alter table queue_service.turn_markers drop column ends_by")
-    op.execute("alter table queue_service.events drop column attempt")
+    op.execute("alter table queue_service.events drop column run_id, drop column attempt")

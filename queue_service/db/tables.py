@@ -280,6 +280,7 @@ events = Table(
     Column("terminal", Boolean, nullable=False, server_default=text("false")),
     Column("kind", Text, nullable=False),
     Column("body", JSONB, nullable=False),
+    Column("run_id", BigInteger),
     Column("attempt", Integer),
     PrimaryKeyConstraint("stream", "seq", name="events_pkey"),
     CheckConstraint("seq > 0", name="events_seq_check"),

@@ -182,6 +182,7 @@ class Parts:
             queue,
             concurrency,
             tasks=self._app.tasks,
+            fetch=self._app.fetch,
             finisher=self.finisher,
             threads=self._threads,
             processes=self._processes,
