@@ -45,11 +45,75 @@ $$;
 # The functions tell the planner what our sessions are told (`SESSION` in queue_service/db/pool.py): those of callers end
 # turns, too.
 ENDINGS = """
--- A turn whose marker was just deleted, and how it ends.
+-- A turn whose marker was just deleted, and how it ends. Its run, where that may still be queued.
 create type queue_service.turn_ending as (
     deployment text, message_id text, stream text, platform text, channel_id text, user_id text, organization_id text,
-    metadata jsonb, armed_at timestamptz, kind text, code text, body jsonb
+    metadata jsonb, armed_at timestamptz, run_id bigint, kind text, code text, body jsonb
 );
+
+-- End those of these runs `cancelled` that are queued: their turns were answered. It waits for nobody, since the caller has
+-- locked markers, which come after runs and lanes: what another session holds stays, and finds its turn ended when it runs.
+create function queue_service.retire_runs(ids bigint[]) returns void language plpgsql set search_path = ''
+set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off as $$
+declare
+    retired bigint[];
+begin
+    with waiting as materialized (
+        select runs.id, runs.queue, runs.ordering_key from queue_service.runs
+         where runs.id = any(ids) and runs.state = 'queued' order by runs.id for update skip locked
+    ), passable as materialized (
+        select waiting.id from waiting where waiting.ordering_key is null
+        union all
+        select waiting.id
+          from waiting
+         cross join lateral (
+            select from queue_service.lanes
+             where lanes.queue = waiting.queue and lanes.ordering_key = waiting.ordering_key for update skip locked
+         ) as lane
+    ), gone as (
+        delete from queue_service.runs where runs.id = any(array(select passable.id from passable)) returning runs.*
+    ), lanes_left as materialized (
+        select queue_service.leave_lanes(array_agg(lane.queue), array_agg(lane.ordering_key), array_agg(0))
+          from (select distinct gone.queue, gone.ordering_key from gone where gone.ordering_key is not null
+                 order by gone.queue, gone.ordering_key) as lane
+        having count(*) > 0
+    ), ended as (
+        insert into queue_service.finished_runs (
+            id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, losses, max_attempts, priority,
+            state, queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata,
+            error, attempts)
+        select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
+               'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
+               metadata, jsonb_build_object('reason', 'cancelled', 'message', 'Its turn was answered before it was begun.'),
+               attempts
+          from gone where (select count(*) from lanes_left) >= 0
+        returning id
+    )
+    select array_agg(ended.id) into retired from ended;
+    if retired is not null then
+        perform pg_notify('queue_service_finished', case when cardinality(retired) > 300 then '*'
+                                                         else array_to_string(retired, ',') end);
+    end if;
+end
+$$;
+
+-- Whether `retire_runs` will find this run free, if it is queued: then it is locked now, and so is its lane. No: another
+-- session has one of them.
+create function queue_service.may_retire(of_run bigint) returns boolean language plpgsql set search_path = ''
+set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off as $$
+declare
+    run record;
+begin
+    select runs.id, runs.queue, runs.ordering_key into run from queue_service.runs
+     where runs.id = of_run and runs.state = 'queued' for update skip locked;
+    if run.id is null then
+        return not exists (select from queue_service.runs where runs.id = of_run and runs.state = 'queued');
+    end if;
+    perform from queue_service.lanes
+      where lanes.queue = run.queue and lanes.ordering_key = run.ordering_key for update skip locked;
+    return found or run.ordering_key is null;
+end
+$$;
 
 -- Of turns whose markers the caller has just deleted: the outcome, the event and, for a channel, the run that delivers it.
 -- Rows: those that had no ending yet. Locks streams in ascending order, then the lanes of deliveries.
@@ -62,6 +126,9 @@ begin
     if cardinality(given) = 0 then
         return;
     end if;
+    -- A message that was answered with another one is not to be begun.
+    perform queue_service.retire_runs(array(
+        select each.run_id from unnest(given) as each where each.run_id is not null and each.kind = 'reply'));
     return query
     with due as materialized (
         -- A turn that has had its ending gets no second one, even if somebody put its marker back by hand.
@@ -170,7 +237,7 @@ begin
                  then coalesce(m.failure_reason, over.reason) else over.reason end as reason
     )
     select array_agg(row(deployment, message_id, stream, platform, channel_id, user_id, organization_id, metadata,
-                         armed_at, 'error', code, jsonb_strip_nulls(jsonb_build_object(
+                         armed_at, null, 'error', code, jsonb_strip_nulls(jsonb_build_object(
                              'code', code, 'message', queue_service.sentence_of(code), 'reason', reason,
                              'type', error_type)))::queue_service.turn_ending)
       into ended from deleted;
@@ -237,6 +304,8 @@ def downgrade() -> None:
     op.execute("drop function queue_service.end_turns(bigint[], jsonb[], text[], jsonb[])")
     op.execute("drop function queue_service.store_endings(queue_service.turn_ending[], boolean)")
     op.execute("drop function queue_service.sentence_of(text)")
+    op.execute("drop function queue_service.may_retire(bigint)")
+    op.execute("drop function queue_service.retire_runs(bigint[])")
     op.execute("drop type queue_service.turn_ending")
     op.execute("alter table queue_service.turn_markers drop column ends_by")
     op.execute("alter table queue_service.events drop column run_id, drop column attempt")

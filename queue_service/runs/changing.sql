@@ -34,6 +34,29 @@ select 'cancelled' from ended
  where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 union all select 'requested' from asked
 
+-- name: take_back
+-- A turn's run that was never begun ends `cancelled`, and the turn with it. Row: its id; none where it was begun, or has ended.
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+with target as materialized (
+    select runs.id from queue_service.runs
+     where runs.id = (select m.run_id from queue_service.turn_markers as m
+                       where m.deployment = %(deployment)s and m.message_id = %(message_id)s)
+       and runs.state = 'queued' and runs.attempt = 0
+       for update
+), gone as (
+    delete from queue_service.runs where id = any(array(select target.id from target)) returning runs.*
+), {leave_lanes}, ended as (
+    insert into queue_service.finished_runs ({history_columns})
+    select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
+           'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
+           metadata, null, jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.'), attempts
+      from gone
+    returning id, metadata -> 'turn' as turn, state, error
+), over as materialized (
+    select id, turn, state, error from ended where turn is not null
+), {end_turns}
+select id from ended where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
+
 -- define: end_late
 -- Ends those of the runs `passable` whose time to start has passed. The guard is spelt with coalesce, or the index on
 -- expires_at could serve the look by id, and would be walked from end to end.

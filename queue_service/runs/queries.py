@@ -184,6 +184,11 @@ def expire_one(run_id: int) -> Query[list[int]]:
     return SQL.query("expire_one", column, run_id=run_id)
 
 
+def take_back(deployment: str, message_id: str) -> Query[int | None]:
+    """The run of a turn, which has ended before it was ever begun, and the turn with it. None: it was too late for that."""
+    return SQL.query("take_back", scalar, deployment=deployment, message_id=message_id)
+
+
 def late(*, limit: int) -> Query[list[int]]:
     """Runs whose time to start has passed."""
     return SQL.query("late", column, limit=limit)

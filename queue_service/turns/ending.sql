@@ -1,17 +1,18 @@
 -- Ending turns. An armed turn is a row of `turn_markers`; deleting it is the election of whoever writes the ending, and the
 -- ending is written by the very statement that deletes it.
 --
--- Locks are taken in this order: outcomes, markers, streams; those of one kind by ascending key. A statement that ends
--- turns touches their outcomes last all the same: it holds the marker, and nobody else writes the outcome of a turn
--- whose marker is held.
+-- Locks are taken in this order: leases, runs, lanes, outcomes, markers, streams, and at last the lanes of deliveries; those
+-- of one kind by ascending key. A statement that ends turns touches their outcomes last all the same: it holds the marker, and
+-- nobody else writes the outcome of a turn whose marker is held. The run of a turn that is answered while it is queued ends
+-- with it: a message that was consumed by the answer to another is not begun.
 
 -- define: endings
 -- Of the turns `taken`, each with the kind, code and body of its ending: stores the endings of those that had none yet
 -- (`store_endings`, migration 0014, which the ends of runs call too).
 endings as materialized (
     select e.* from queue_service.store_endings(array(
-        select row(deployment, message_id, stream, platform, channel_id, user_id, organization_id, metadata, armed_at, kind,
-                   code, body)::queue_service.turn_ending
+        select row(deployment, message_id, stream, platform, channel_id, user_id, organization_id, metadata, armed_at,
+                   run_id, kind, code, body)::queue_service.turn_ending
           from taken), %(notify)s) as e
 )
 
@@ -54,8 +55,8 @@ free as materialized (
 )
 
 -- name: end_free
--- As `end`, for several calls at once, waiting for nobody: a call of which another session holds a marker, or writes to a
--- stream, is left alone as a whole, or it would hold up the others. Its turns come back as rows without an event.
+-- As `end`, for several calls at once, waiting for nobody: a call of which another session holds a marker or a queued run, or
+-- writes to a stream, is left alone as a whole, or it would hold up the others. Its turns come back as rows without an event.
 -- writes: turn_markers, turn_outcomes, streams, events, runs
 with asked as materialized (
     select distinct on (deployment, message_id) *
@@ -65,10 +66,10 @@ with asked as materialized (
       ) with ordinality as asked (call, deployment, message_id, kind, code, body, place)
      order by deployment, message_id, place
 ), owed as materialized (
-    select asked.call, m.*
+    select asked.call, asked.kind, m.*
       from asked
      cross join lateral (
-        select m.deployment, m.message_id, m.stream from queue_service.turn_markers as m
+        select m.deployment, m.message_id, m.stream, m.run_id from queue_service.turn_markers as m
          where m.deployment = asked.deployment and m.message_id = asked.message_id limit 1
      ) as m
 ), locked as materialized (
@@ -82,6 +83,9 @@ with asked as materialized (
     select owed.call from owed
      where (owed.deployment, owed.message_id) not in (select locked.deployment, locked.message_id from locked)
         or owed.stream not in (select free.stream from free) and owed.stream in (select known.stream from known)
+    union all
+    select owed.call from owed
+     where owed.run_id is not null and owed.kind = 'reply' and not queue_service.may_retire(owed.run_id)
 ), taken as (
     delete from queue_service.turn_markers as m
      using asked
@@ -158,7 +162,7 @@ with owed as materialized (
              where owed.stream in (select free.stream from free) or owed.stream not in (select known.stream from known)))
        and m.deadline < clock_timestamp()
     returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution,
-              m.run_id, m.ends_by
+              m.ends_by
 ), {lapsed}, {endings}
 {ended_rows}
 
@@ -169,9 +173,34 @@ with deleted as (
     delete from queue_service.turn_markers as m
      where m.deployment = %(deployment)s and m.message_id = %(message_id)s and m.deadline < clock_timestamp()
     returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution,
-              m.run_id, m.ends_by
+              m.ends_by
 ), {lapsed}, {endings}
 {ended_rows}
+
+-- name: interrupt
+-- End the turns of a message's stream that came before it and are being worked on, `cancelled`. Rows as of `end`, and the run.
+-- writes: turn_markers, turn_outcomes, streams, events, runs
+with mine as materialized (
+    select m.stream, m.armed_at from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id = %(message_id)s
+), begun as materialized (
+    select m.message_id, m.run_id from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id <> %(message_id)s
+       and m.stream = (select mine.stream from mine) and m.armed_at < (select mine.armed_at from mine)
+       and (m.run_id is null
+            or (select runs.state from queue_service.runs where runs.id = m.run_id) is not distinct from 'running')
+     order by m.message_id
+       for update
+), taken as (
+    delete from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id = any(array(select begun.message_id from begun))
+    returning {marker_fields}, 'error' as kind, 'cancelled' as code, jsonb_build_object(
+        'code', 'cancelled', 'message', queue_service.sentence_of('cancelled'),
+        'reason', 'Another message interrupted it.') as body
+), {endings}
+select endings.deployment, endings.message_id, endings.stream, endings.seq, endings.kind, endings.platform,
+       (select begun.run_id from begun where begun.message_id = endings.message_id)
+  from endings
 
 -- name: discharge
 -- Forget what is owed to a turn, without an event: it was answered by other means. Row: its stream.

@@ -150,6 +150,16 @@ def sweep_one(deployment: str, message_id: str) -> Query[list[EndedTurn]]:
     return SQL.query("sweep_one", _ended, deployment=deployment, message_id=message_id, notify=True)
 
 
+def interrupt(deployment: str, message_id: str) -> Query[list[tuple[EndedTurn, int | None]]]:
+    """The turns before this one that were being worked on and have ended now, and the run of each. Followers are notified
+    with the commit."""
+
+    def decode(rows: Rows) -> list[tuple[EndedTurn, int | None]]:
+        return [(EndedTurn(*row[:6]), row[6]) for row in rows]
+
+    return SQL.query("interrupt", decode, deployment=deployment, message_id=message_id, notify=True)
+
+
 def discharge(deployment: str, message_id: str) -> Query[bool]:
     return SQL.query("discharge", found, deployment=deployment, message_id=message_id)
 
