@@ -66,7 +66,8 @@ def dumps_object(value: Any, *, what: str, limit: int) -> str:
 
 
 def dumps_result(value: Any, *, limit: int, what: str = "result") -> str:
-    """What a handler gives back as JSON text: NUL, lone surrogates and NaN replaced. PayloadRefused only for what is not JSON."""
+    """What a handler gives back as JSON text: NUL, lone surrogates and NaN replaced. PayloadRefused only for what is not
+    JSON."""
     if value is None:
         return "null"
     try:

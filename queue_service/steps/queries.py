@@ -53,7 +53,7 @@ class Place(NamedTuple):
 class Forgotten(NamedTuple):
     """How many steps went, and where to go on; None where there is nothing left to be looked at."""
 
-    count: int
+    steps: int
     following: Place | None
 
 

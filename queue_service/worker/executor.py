@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 
+from queue_service.errors import ClaimLost
 from queue_service.exceptions import is_a
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
@@ -31,6 +32,7 @@ from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
 from queue_service.worker.handlers.process_protocol import HandlerBegun, Message, ProgressReported, RunSettled
 from queue_service.worker.handlers.processes import Processes
+from queue_service.worker.handlers.steps import AttemptSteps
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
 from queue_service.worker.tally import Settlement
@@ -173,7 +175,7 @@ class Executor:
         """The run whose handler this task executes. May be called from any thread."""
         return next((each.held.run for each in list(self._running.values()) if each.task is task), None)
 
-    # For the handler of a run; the first two may be called from any thread
+    # For the handler of a run; the first three may be called from any thread
 
     def executes(self, run: Run) -> bool:
         return id(run) in self._running
@@ -181,6 +183,13 @@ class Executor:
     def has_ended(self, run: Run) -> bool:
         execution = self._running.get(id(run))
         return execution is not None and execution.ended is not None
+
+    def steps_of(self, run: Run) -> AttemptSteps:
+        """Raises ClaimLost where it is not executed any more."""
+        execution = self._running.get(id(run))
+        if execution is None:
+            raise ClaimLost(*run.claim)
+        return execution.begin_steps(self._result_limit)
 
     def settle(self, run: Run, ending: Ending) -> None:
         """The handler has ended its run. Too late where the run was given up meanwhile: then its outcome is with the

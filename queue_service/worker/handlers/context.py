@@ -1,10 +1,11 @@
-"""What a worker does for the handlers it executes when they ask: transactions that end their run, and progress."""
+"""What a worker does for the handlers it executes when they ask: transactions that end their run, steps, and progress."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,15 +14,26 @@ from queue_service.db.lending import Lender
 from queue_service.errors import ConfigError
 from queue_service.runs.model import Ending, Run
 from queue_service.settings import Settings
+from queue_service.worker.handlers.step_block import StepBlock
+from queue_service.worker.handlers.steps import (
+    AttemptSteps,
+    StepStore,
+    StoreOfThreads,
+    called,
+    called_blocking,
+    check_no_loop,
+    has_ended,
+)
 from queue_service.worker.handlers.transaction import Transaction
 from queue_service.worker.reports import Reports
 
 
 class Executing(Protocol):
-    """Those who execute the handlers of one queue. The first two may be called from any thread."""
+    """Those who execute the handlers of one queue. The first three may be called from any thread."""
 
     def executes(self, run: Run) -> bool: ...
     def has_ended(self, run: Run) -> bool: ...
+    def steps_of(self, run: Run) -> AttemptSteps: ...
     def settle(self, run: Run, ending: Ending) -> None: ...
 
 
@@ -32,6 +44,9 @@ class HandlerContexts:
         self.loop = asyncio.get_running_loop()
         self.lender = Lender(app.conninfo, size=settings.pool_size, loop=self.loop)
         self.reports = Reports(app.fetch, is_executed=lambda run: self.find(run) is not None)
+        self.step_store = StepStore(app.fetch)
+        self.step_store_of_threads = StoreOfThreads(self.step_store, self.loop)
+        self.changing = threading.Lock()
         self.worker_id = worker_id
         self.limit = settings.payload_limit
         self._executors = executors
@@ -65,11 +80,35 @@ class HandlerContext:
             ended=self._ended,
         )
 
+    def step(self, name: str, conn: Any) -> StepBlock[Any, Any]:
+        contexts = self.contexts
+        return StepBlock(
+            self._steps(), name, conn,
+            lender=contexts.lender, store=contexts.step_store, blocking_store=contexts.step_store_of_threads,
+        )  # fmt: skip
+
+    def call_step(self, name: str, call: Callable[[], Any]) -> Any:
+        contexts, steps = self.contexts, self._steps()
+        is_on_loop = asyncio._get_running_loop() is contexts.loop  # noqa: SLF001 - as in `_ended`
+        if not is_on_loop:
+            check_no_loop()
+        steps.use(name)
+        if is_on_loop:
+            return called(contexts.step_store, steps, name, call)
+        return called_blocking(contexts.step_store_of_threads, steps, name, call)
+
     def report(self, progress: str) -> bool:
         if self.run.cancelled or self.executor.has_ended(self.run):
             return False
         self.contexts.reports.put(self.run, progress)
         return True
+
+    def _steps(self) -> AttemptSteps:
+        if self.executor.has_ended(self.run):
+            raise has_ended(self.run)
+        # The first two steps may come from two threads.
+        with self.contexts.changing:
+            return self.executor.steps_of(self.run)
 
     def _ended(self, ending: Ending) -> None:
         if asyncio._get_running_loop() is self.contexts.loop:  # noqa: SLF001 - None in a thread, where the public one raises

@@ -14,6 +14,7 @@ import runpy
 import sys
 import threading
 import types
+from collections.abc import Callable
 from io import BufferedReader, BufferedWriter
 from queue import SimpleQueue
 from typing import Any, Self
@@ -39,6 +40,8 @@ from queue_service.worker.handlers.process_protocol import (
     RunReturned,
     RunSettled,
 )
+from queue_service.worker.handlers.step_block import StepBlock
+from queue_service.worker.handlers.steps import AttemptSteps, StoreOfProcess, called_blocking, check_no_loop, has_ended
 from queue_service.worker.handlers.transaction import Transaction
 from queue_service.worker.tally import Settlement
 
@@ -106,6 +109,8 @@ class _Context:
         self._changing = threading.Lock()
         self._newest: str | None = None
         self._over = False
+        self._has_ended = False
+        self._steps = AttemptSteps(job.run, limit=job.limit)
 
     def __enter__(self) -> Self:
         return self
@@ -121,8 +126,18 @@ class _Context:
         job = self._job
         return Transaction(
             job.run, conn, lender=_lender(job.conninfo), worker_id=job.worker_id, limit=job.limit,
-            ended=lambda ending: self._pass_on(RunSettled(ending)),
+            ended=self._ended,
         )  # fmt: skip
+
+    def step(self, name: str, conn: Any) -> StepBlock[Any, Any]:
+        lender = self._step_lender()
+        return StepBlock(self._steps, name, conn, lender=lender, store=None, blocking_store=StoreOfProcess(lender))
+
+    def call_step(self, name: str, call: Callable[[], Any]) -> Any:
+        lender = self._step_lender()
+        check_no_loop()
+        self._steps.use(name)
+        return called_blocking(StoreOfProcess(lender), self._steps, name, call)
 
     def report(self, progress: str) -> bool:
         with self._changing:
@@ -132,6 +147,15 @@ class _Context:
             timer.daemon = True
             timer.start()
         return True
+
+    def _ended(self, ending: Ending) -> None:
+        self._has_ended = True
+        self._pass_on(RunSettled(ending))
+
+    def _step_lender(self) -> Lender:
+        if self._has_ended:
+            raise has_ended(self._job.run)
+        return _lender(self._job.conninfo)
 
     def _pass_newest_on(self) -> None:
         with self._changing:
