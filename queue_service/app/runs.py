@@ -190,7 +190,7 @@ class Runs:
         return await how(self._core.opened, chosen, limit=limit, on_progress=on_progress or (lambda _: None))
 
     async def delete(self, run_id: int) -> bool:
-        """Forget a queued or finished run, and its steps. Returns False if it is running, or if there is none of this id."""
+        """Forget a queued or finished run and its steps. Returns False if it is running, or if there is none of this id."""
         is_gone = await self._core.fetch(queries.delete(run_id))
         if is_gone:
             # Not before: of a run that is running they are needed. What is left where this fails, the pruner forgets.

@@ -1,5 +1,5 @@
-"""Deletes what is old: partitions of history, steps of runs that went with them, turns that ended, events, silent workers and
-connections long lapsed; and makes the partitions of the days to come.
+"""Deletes what is old: partitions of history, steps of runs that went with them, turns that ended, events, silent workers
+and connections long lapsed; and makes the partitions of the days to come.
 
 Any number of processes may do this at once.
 """
