@@ -163,7 +163,7 @@ steps = Table(
     Column("result", JSONB, nullable=False),
     PrimaryKeyConstraint("run_id", "name", name="steps_pkey"),
 )
-Index("steps_created_idx", steps.c.created_at, steps.c.run_id)
+Index("steps_created_idx", steps.c.created_at, text("(run_id + 0)"))
 
 queues = Table(
     "queues",

@@ -60,9 +60,9 @@ delete from queue_service.steps where run_id = %(run_id)s
 -- writes: steps
 with old as materialized (
     select steps.ctid as place, steps.created_at, steps.run_id from queue_service.steps
-     where (steps.created_at, steps.run_id) > (coalesce(%(after)s::timestamptz, '-infinity'), %(after_run)s)
+     where (steps.created_at, steps.run_id + 0) > (coalesce(%(after)s::timestamptz, '-infinity'), %(after_run)s)
        and steps.created_at < (select clock_timestamp()) - %(age)s::interval
-     order by steps.created_at, steps.run_id limit %(scan_limit)s
+     order by steps.created_at, steps.run_id + 0 limit %(scan_limit)s
 ), gone as materialized (
     select owner.run_id
       from (select distinct old.run_id from old) as owner
