@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -31,7 +32,9 @@ def store(steps: Sequence[NewStep]) -> Query[dict[Key, bool]]:
 
 def of_run(run_id: int) -> Query[list[Step]]:
     """In the order in which they were stored."""
-    return SQL.query("of_run", lambda rows: [_step(row) for row in rows], run_id=run_id)
+    return SQL.query(
+        "of_run", lambda rows: sorted(map(_step, rows), key=attrgetter("created_at", "name")), run_id=run_id
+    )
 
 
 def is_stored(step: NewStep) -> Query[bool]:
