@@ -158,6 +158,7 @@ def pay_in_process(run: Run, path: str, dies: bool = False) -> list[Any]:
     found = [run.step("first", _leave, path, line="first")]
     with run.step("second") as step:
         if not step.done:
+            run.step("in a block", _leave, path, line="inner")
             step.conn.execute("insert into effects values (%s, %s)", [run.id, run.attempt])
             step.result = os.getpid()
     if run.attempt == 1:

@@ -697,7 +697,7 @@ class TestProcesses:
         run = await app.wait(run_id, timeout=10)
         assert (run.state, run.attempt) == (RunState.SUCCEEDED, 2), run.error
         assert run.result == ["first", not dies, "ConfigError", "ConfigError"]
-        assert path.read_text().split() == ["first"]
+        assert path.read_text().split() == ["first", "inner"]
         assert await written(conn) == [(run_id, 1)]
 
 

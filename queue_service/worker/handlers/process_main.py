@@ -51,6 +51,8 @@ MAIN = "__mp_main__"
 LINGER = 1.0
 # Seconds between what is passed on of a handler's reports.
 REPORTS = 0.1
+# Connections for the blocks of a handler.
+BLOCKS = 4
 
 
 _job = msgspec.json.Decoder(Job).decode
@@ -130,14 +132,15 @@ class _Context:
         )  # fmt: skip
 
     def step(self, name: str, conn: Any) -> StepBlock[Any, Any]:
-        lender = self._step_lender()
-        return StepBlock(self._steps, name, conn, lender=lender, store=None, blocking_store=StoreOfProcess(lender))
+        store = self._step_store()
+        lender = _lender(self._job.conninfo)
+        return StepBlock(self._steps, name, conn, lender=lender, store=None, blocking_store=store)
 
     def call_step(self, name: str, call: Callable[[], Any]) -> Any:
-        lender = self._step_lender()
+        store = self._step_store()
         check_no_loop()
         self._steps.use(name)
-        return called_blocking(StoreOfProcess(lender), self._steps, name, call)
+        return called_blocking(store, self._steps, name, call)
 
     def report(self, progress: str) -> bool:
         with self._changing:
@@ -152,10 +155,10 @@ class _Context:
         self._has_ended = True
         self._pass_on(RunSettled(ending))
 
-    def _step_lender(self) -> Lender:
+    def _step_store(self) -> StoreOfProcess:
         if self._has_ended:
             raise has_ended(self._job.run)
-        return _lender(self._job.conninfo)
+        return _store(self._job.conninfo)
 
     def _pass_newest_on(self) -> None:
         with self._changing:
@@ -171,7 +174,14 @@ class _Context:
 
 @functools.cache
 def _lender(conninfo: str) -> Lender:
-    return Lender(conninfo, size=1)
+    # One for each block that is inside of others; opened when it is asked for.
+    return Lender(conninfo, size=BLOCKS)
+
+
+@functools.cache
+def _store(conninfo: str) -> StoreOfProcess:
+    # Apart from those of the blocks, in which functions may be steps, too.
+    return StoreOfProcess(Lender(conninfo, size=1))
 
 
 def _send(outgoing: BufferedWriter, message: Message | RunEnded | RunReturned) -> None:
