@@ -5,8 +5,9 @@ from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, Renderer
 from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.supervisor import Supervisor
-from queue_service.tasks import Cancel, ProcessDied, Retry, RetryLater, Snooze
-from queue_service.turns.model import Outcome, Turn, TurnFailure
+from queue_service.tasks import Cancel, Defer, HandedOn, ProcessDied, Retry, RetryLater, Snooze
+from queue_service.turn import Turn
+from queue_service.turns.model import Outcome, TurnFailure
 from queue_service.version import VERSION
 from queue_service.worker.worker import Worker
 
@@ -17,9 +18,11 @@ __all__ = [
     "App",
     "Attempt",
     "Cancel",
+    "Defer",
     "Deliveries",
     "Delivery",
     "Event",
+    "HandedOn",
     "Outcome",
     "ProcessDied",
     "Progress",

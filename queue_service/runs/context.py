@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ import msgspec
 
 from queue_service import codec
 from queue_service.errors import ConfigError
+from queue_service.turn import Input
 from queue_service.words import check_word
 
 C_co = TypeVar("C_co", covariant=True)
@@ -82,6 +83,9 @@ class RunContext(Protocol):
     def call_step(self, name: str, call: Callable[[], Any]) -> Any:
         """The result of the step, or on the event loop of the worker a coroutine that returns it. `call` is made unless an
         earlier attempt has stored the step; what it returns is awaited on the event loop, where it can be."""
+
+    def inputs(self, *, wait: bool) -> AsyncGenerator[Input, None]:
+        """The messages that were sent to steer the run's turn. ConfigError where there is no event loop, or no turn."""
 
     def report(self, progress: str) -> bool:
         """Store this soon: a JSON object of value and note. Returns False if the run is not this handler's any more."""

@@ -20,11 +20,12 @@ from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 
-from queue_service.errors import ClaimLost
+from queue_service.db.query import Fetch
 from queue_service.exceptions import is_a
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
+from queue_service.worker.again import after_reset, may_follow_another
 from queue_service.worker.ahead import MAX_RUNS, Ahead
 from queue_service.worker.execution import Cause, Execution, outcome_to_write
 from queue_service.worker.finisher import Finisher
@@ -32,7 +33,6 @@ from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
 from queue_service.worker.handlers.process_protocol import HandlerBegun, Message, ProgressReported, RunSettled
 from queue_service.worker.handlers.processes import Processes
-from queue_service.worker.handlers.steps import AttemptSteps
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
 from queue_service.worker.tally import Settlement
@@ -56,6 +56,7 @@ class Executor:
         concurrency: int,
         *,
         tasks: Tasks,
+        fetch: Fetch,
         finisher: Finisher,
         threads: Threads,
         processes: Processes,
@@ -68,6 +69,7 @@ class Executor:
         self.queue = queue
         self.concurrency = concurrency
         self._tasks = tasks
+        self._fetch = fetch
         self._finisher = finisher
         self._threads = threads
         self._processes = processes
@@ -175,21 +177,11 @@ class Executor:
         """The run whose handler this task executes. May be called from any thread."""
         return next((each.held.run for each in list(self._running.values()) if each.task is task), None)
 
-    # For the handler of a run; the first three may be called from any thread
+    # For the handler of a run; the first may be called from any thread
 
-    def executes(self, run: Run) -> bool:
-        return id(run) in self._running
-
-    def has_ended(self, run: Run) -> bool:
-        execution = self._running.get(id(run))
-        return execution is not None and execution.ended is not None
-
-    def steps_of(self, run: Run) -> AttemptSteps:
-        """Raises ClaimLost where it is not executed any more."""
-        execution = self._running.get(id(run))
-        if execution is None:
-            raise ClaimLost(*run.claim)
-        return execution.begin_steps(self._result_limit)
+    def execution_of(self, run: Run) -> Execution | None:
+        """None where the handler that was given this very Run is not at work any more."""
+        return self._running.get(id(run))
 
     def settle(self, run: Run, ending: Ending) -> None:
         """The handler has ended its run. Too late where the run was given up meanwhile: then its outcome is with the
@@ -265,8 +257,12 @@ class Executor:
         # A context for each run: what one handler binds there is not found by the next.
         running.set(run)
         try:
-            answer = await watched(self._invoke(execution, task, run), contextvars.copy_context(), self._rouse)
-            outcome: Settlement = answer if task.process else results.returned(run, answer, limit=self._result_limit)
+            call = self._invoke(execution, task, run)
+            if run.attempt > 1 and may_follow_another(run):
+                call = after_reset(self._fetch, run, call)
+            answer = await watched(call, contextvars.copy_context(), self._rouse)
+            is_decided = task.process and isinstance(answer, (Ending, Return))
+            outcome: Settlement = answer if is_decided else results.returned(run, answer, limit=self._result_limit)
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot
             outcome = self._stopped(execution, task, error)
         finally:
@@ -305,7 +301,10 @@ class Executor:
             execution.limit(task.timeout)
         running.set(runs[0] if alone else None)
         try:
-            answer = await watched(self._invoke_batch(task, list(runs)), contextvars.copy_context(), self._rouse)
+            call = self._invoke_batch(task, list(runs))
+            if alone and may_follow_another(runs[0]):
+                call = after_reset(self._fetch, runs[0], call)
+            answer = await watched(call, contextvars.copy_context(), self._rouse)
             answers = zip(executions.items(), batches.answers(runs, answer), strict=True)
             outcomes = {held: self._answered(execution, task, each) for (held, execution), each in answers}
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot

@@ -12,7 +12,7 @@ import pytest
 from queue_service.connections import queries as connections
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.model import Return, Run
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
@@ -45,7 +45,7 @@ async def found_by(conn: Connection, owner: str | None) -> list[int]:
 async def given_back(conn: Connection, **fields: Any) -> None:
     ((run, lease),) = await claimed(conn)
     back = Return(run.claim, **fields)
-    assert await fetch(conn, queries.give_back([back], worker_id=1, freed=[lease])) == {run.claim}
+    assert await fetch(conn, settling.give_back([back], worker_id=1, freed=[lease])) == {run.claim}
 
 
 # Claims
@@ -112,7 +112,7 @@ async def test_the_owner_of_a_run_that_is_handed_over_hears_of_it_when_that_comm
     await enqueued(conn, priority=3)
     ((run, lease),) = await claimed(conn, priorities=(3,))
     handed = Return(run.claim, delay=0.0, reserved_for="a")
-    await fetch(conn, queries.give_back([handed], worker_id=1, freed=[lease]))
+    await fetch(conn, settling.give_back([handed], worker_id=1, freed=[lease]))
     assert [notice.payload async for notice in other.notifies(timeout=5, stop_after=1)] == ["3 default"]
 
 
@@ -132,7 +132,7 @@ async def test_a_run_that_is_handed_over_after_its_cancellation_was_asked_ends_s
     ((run, lease),) = await claimed(conn)
     await fetch(conn, queries.cancel(run_id))
     back = Return(run.claim, delay=0.0, reserved_for="a")
-    assert await fetch(conn, queries.give_back([back], worker_id=1, freed=[lease])) == {run.claim}
+    assert await fetch(conn, settling.give_back([back], worker_id=1, freed=[lease])) == {run.claim}
     assert await rows(conn, "select state from queue_service.finished_runs") == [("cancelled",)]
 
 

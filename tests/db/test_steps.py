@@ -8,7 +8,7 @@ from typing import Any
 from queue_service import App
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import queries as runs
+from queue_service.runs import settling
 from queue_service.runs.claim import Claim, hold
 from queue_service.runs.model import Ending, Return, RunState
 from queue_service.services.pruner import Pruner
@@ -55,7 +55,7 @@ class TestStoring:
     async def test_what_another_attempt_has_stored_is_not_stored_again(self, conn: Connection) -> None:
         (claim,) = await held(conn)
         await fetch(conn, queries.store([NewStep(*claim, "a", "1")]))
-        await fetch(conn, runs.give_back([Return(Claim(*claim))], worker_id=1))
+        await fetch(conn, settling.give_back([Return(Claim(*claim))], worker_id=1))
         ((run, _),) = await claimed(conn)
         assert run.attempt == 2
         assert await fetch(conn, queries.store([NewStep(*run.claim, "a", "2"), NewStep(*run.claim, "b", "3")])) == {
@@ -153,14 +153,14 @@ class TestForgetting:
         self, app: App, conn: Connection
     ) -> None:
         running, ended = await self.stored(conn, 2)
-        await fetch(conn, runs.finish([Ending(Claim(ended, 1), RunState.FAILED)], worker_id=1))
+        await fetch(conn, settling.finish([Ending(Claim(ended, 1), RunState.FAILED)], worker_id=1))
         assert not await app.delete(running)
         assert await app.delete(ended)
         assert await self.left(conn) == [running]
 
     async def test_a_run_that_is_retried_keeps_its_steps(self, app: App, conn: Connection) -> None:
         (run_id,) = await self.stored(conn, 1)
-        await fetch(conn, runs.finish([Ending(Claim(run_id, 1), RunState.FAILED)], worker_id=1))
+        await fetch(conn, settling.finish([Ending(Claim(run_id, 1), RunState.FAILED)], worker_id=1))
         assert await app.retry(run_id)
         await conn.execute(OLD)
         assert (await self.make(app).once()).steps == 0

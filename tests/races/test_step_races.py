@@ -12,7 +12,7 @@ import pytest
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
-from queue_service.runs import lost, queries
+from queue_service.runs import lost, queries, settling
 from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.steps import queries as steps
 from queue_service.steps.model import NewStep
@@ -23,8 +23,8 @@ Open = Callable[[], Awaitable[Connection]]
 TAKING: dict[str, Callable[[Run], Query[Any]]] = {
     "sweep": lambda _: queries.sweep(limit=10, max_losses=3),
     "last sweep": lambda _: queries.sweep(limit=10, max_losses=1),
-    "finish": lambda run: queries.finish([Ending(run.claim, RunState.FAILED)], worker_id=1),
-    "give back": lambda run: queries.give_back([Return(run.claim, 0.0, failed=True)], worker_id=1),
+    "finish": lambda run: settling.finish([Ending(run.claim, RunState.FAILED)], worker_id=1),
+    "give back": lambda run: settling.give_back([Return(run.claim, 0.0, failed=True)], worker_id=1),
     "release": lambda _: lost.release_unheard(1, known=[]),
 }
 each_taking = pytest.mark.parametrize("take", TAKING.values(), ids=TAKING)

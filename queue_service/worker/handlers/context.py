@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from queue_service.app import App
 from queue_service.db.lending import Lender
-from queue_service.errors import ConfigError
+from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs.model import Ending, Run
 from queue_service.settings import Settings
+from queue_service.turn import Input, Turn
 from queue_service.worker.handlers.step_block import StepBlock
 from queue_service.worker.handlers.steps import (
     AttemptSteps,
@@ -28,12 +29,18 @@ from queue_service.worker.handlers.transaction import Transaction
 from queue_service.worker.reports import Reports
 
 
-class Executing(Protocol):
-    """Those who execute the handlers of one queue. The first three may be called from any thread."""
+class Executed(Protocol):
+    """A run whose handler is at work. `ended` is how that has ended the run itself."""
 
-    def executes(self, run: Run) -> bool: ...
-    def has_ended(self, run: Run) -> bool: ...
-    def steps_of(self, run: Run) -> AttemptSteps: ...
+    @property
+    def ended(self) -> Ending | None: ...
+    def begin_steps(self, limit: int) -> AttemptSteps: ...
+
+
+class Executing(Protocol):
+    """Those who execute the handlers of one queue. The first may be called from any thread."""
+
+    def execution_of(self, run: Run) -> Executed | None: ...
     def settle(self, run: Run, ending: Ending) -> None: ...
 
 
@@ -49,11 +56,25 @@ class HandlerContexts:
         self.changing = threading.Lock()
         self.worker_id = worker_id
         self.limit = settings.payload_limit
+        self.app = app
         self._executors = executors
+        # How far the handlers at work have read what was sent to steer them, each by its own Run.
+        self._read: dict[int, tuple[Run, int]] = {}
+
+    async def inputs(self, run: Run, turn: Turn, *, wait: bool) -> AsyncGenerator[Input, None]:
+        """Each message once for each handler, however often it asks."""
+        self._read = {key: each for key, each in self._read.items() if self.find(each[0]) is not None}
+        after = self._read.get(id(run), (run, 0))[1]
+        async with contextlib.aclosing(self.app.turns.inputs(turn, after=after, wait=wait)) as given:
+            async for each in given:
+                self._read[id(run)] = (run, each.seq)
+                yield each
 
     def find(self, run: Run) -> HandlerContext | None:
         executor = self._executors.get(run.queue)
-        return None if executor is None or not executor.executes(run) else HandlerContext(self, executor, run)
+        if executor is None or executor.execution_of(run) is None:
+            return None
+        return HandlerContext(self, executor, run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +86,7 @@ class HandlerContext:
     run: Run
 
     def transaction(self, conn: Any) -> Transaction[Any, Any]:
-        if self.executor.has_ended(self.run):
+        if self._has_ended():
             raise ConfigError(
                 f"Run {self.run.id} has ended with the transaction of its handler before. Write all in one block, or use "
                 "run.assert_held(conn) in those before the last."
@@ -97,18 +118,32 @@ class HandlerContext:
             return called(contexts.step_store, steps, name, call)
         return called_blocking(contexts.step_store_of_threads, steps, name, call)
 
+    def inputs(self, *, wait: bool) -> AsyncGenerator[Input, None]:
+        if self.run.turn is None:
+            raise ConfigError(f"Run {self.run.id} works on no turn. Messages are sent to steer turns.")
+        if asyncio._get_running_loop() is not self.contexts.loop:  # noqa: SLF001 - as below
+            raise ConfigError("run.inputs() is for asynchronous handlers. In a thread, read the stream with app.sync.")
+        return self.contexts.inputs(self.run, self.run.turn, wait=wait)
+
     def report(self, progress: str) -> bool:
-        if self.run.cancelled or self.executor.has_ended(self.run):
+        if self.run.cancelled or self._has_ended():
             return False
         self.contexts.reports.put(self.run, progress)
         return True
 
+    def _has_ended(self) -> bool:
+        execution = self.executor.execution_of(self.run)
+        return execution is not None and execution.ended is not None
+
     def _steps(self) -> AttemptSteps:
-        if self.executor.has_ended(self.run):
+        execution = self.executor.execution_of(self.run)
+        if execution is None:
+            raise ClaimLost(*self.run.claim)
+        if execution.ended is not None:
             raise has_ended(self.run)
         # The first two steps may come from two threads.
         with self.contexts.changing:
-            return self.executor.steps_of(self.run)
+            return execution.begin_steps(self.contexts.limit)
 
     def _ended(self, ending: Ending) -> None:
         if asyncio._get_running_loop() is self.contexts.loop:  # noqa: SLF001 - None in a thread, where the public one raises

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from queue_service import codec
 from queue_service.db.lending import Lender
 from queue_service.db.steps import Steps
 from queue_service.errors import ClaimLost
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import hold
 from queue_service.runs.model import Ending, Run, RunState
+from queue_service.worker.handlers import results
 from queue_service.worker.handlers.block import Block
 
 A = TypeVar("A")
@@ -50,10 +50,10 @@ class Transaction(Block[A, S, Ending]):
 
     def _finish(self) -> Steps[Ending]:
         self._check_is_ours()
-        result = codec.dumps_result(self.result, limit=self._limit)
-        ending = Ending(self._run.claim, RunState.SUCCEEDED, result)
+        ending = results.succeeded(self._run, self.result, limit=self._limit)
+        write = settling.hand_on if ending.handed_on else settling.finish
         yield queries.plan_as_ours()
-        if not (yield queries.finish([ending], worker_id=self._worker_id)):
+        if not (yield write([ending], worker_id=self._worker_id)):
             raise ClaimLost(*self._run.claim)
         return ending
 
