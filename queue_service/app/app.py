@@ -25,6 +25,7 @@ from queue_service.errors import ConfigError
 from queue_service.schedules.model import NewSchedule
 from queue_service.settings import Settings
 from queue_service.tasks import BatchDecorator, Decorator, OnLost, Retry, Task, Tasks, duration
+from queue_service.turn import Turn
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -129,13 +130,14 @@ class App(Runs):
         queue: str | None = None,
         priority: int = 0,
         expires_in: timedelta | float | None = None,
+        turn: Turn | None = None,
         name: str | None = None,
     ) -> Callable[[TaskT], TaskT]:
         """Above `@app.task`: declare that a task is to run by itself, as `app.schedules.put` says, under the task's own
         name unless `name` says another. A worker stores what is declared when it starts.
         """
         options = {"every": every, "timezone": timezone, "misfire": misfire, "queue": queue, "priority": priority}
-        return self.schedules.declare(cron, name, payload, {**options, "expires_in": expires_in})
+        return self.schedules.declare(cron, name, payload, {**options, "expires_in": expires_in, "turn": turn})
 
     # Opening and closing
 
