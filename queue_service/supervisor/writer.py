@@ -1,6 +1,7 @@
 """Stores what a deployment's child says, in the order it was said, and until the database takes it.
 
-Events between two answers go together, in one statement for each stream; an answer waits for the events before it.
+Events between two answers go together, in one statement for each stream; an answer waits for the events before it. Nothing
+is stored while it is not sure that the deployment is ours, and nothing more once it is another's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
 from queue_service.errors import ConfigError, PayloadRefused, StreamEnded
 from queue_service.logs import get_logger
+from queue_service.supervisor.given import GivenTurns
+from queue_service.supervisor.lease import Lease
 from queue_service.supervisor.protocol import ChildLine, EventLine, FailLine, ReplyLine, RestoreLine, WithholdLine
 from queue_service.turns.model import TurnFailure, known_code
 
@@ -31,26 +34,33 @@ class Writer:
     """`late` is called with the ids of turns whose answer came after their ending, and `done` when there is room."""
 
     def __init__(
-        self, app: App, deployment: str, *, late: Callable[[list[str]], None], done: Callable[[], None]
+        self,
+        app: App,
+        deployment: str,
+        given: GivenTurns,
+        lease: Lease,
+        *,
+        late: Callable[[list[str]], None],
+        done: Callable[[], None],
     ) -> None:
         self._app = app
         self._deployment = deployment
+        self._given = given
+        self._lease = lease
         self._late = late
         self._done = done
         self._log = log.bind(deployment=deployment)
         self._inbox: list[ChildLine] = []
         self._news = asyncio.Event()
         self._closed = False
-        self._streams: dict[str, str] = {}
         self._withheld: WithholdLine | None = None
 
     @property
     def left(self) -> int:
         return len(self._inbox)
 
-    def expect(self, message_id: str, stream: str) -> None:
-        """A turn is given to the child: this is where its events go."""
-        self._streams[message_id] = stream
+    def turn_given(self) -> None:
+        """A turn is given to the child."""
         if self._withheld is not None:
             # Armed since the provider failed, it would be extended by every beat.
             self.put(self._withheld)
@@ -81,9 +91,9 @@ class Writer:
                 self._done()
 
     def _collect(self, event: EventLine, events: dict[str, list[tuple[str, Any]]]) -> None:
-        stream = self._streams.get(event.message_id)
+        stream = self._given.stream_of(event.message_id)
         if stream is None:
-            self._log.warning("an event of no turn of this child was dropped", message_id=event.message_id)
+            self._log.info("an event of no turn of this child was dropped", message_id=event.message_id)
         else:
             events.setdefault(stream, []).append((event.kind, event.body))
 
@@ -128,27 +138,36 @@ class Writer:
 
     async def _end(self, message_ids: list[str], end: Callable[[], Awaitable[list[str]]]) -> None:
         ended = await self._persist("the ending of a turn", end)
-        for message_id in message_ids:
-            self._streams.pop(message_id, None)
+        self._given.ended(message_ids)
         late = [message_id for message_id in message_ids if message_id not in ended]
         if late:
             self._log.warning("an answer came too late and was dropped", message_ids=late)
             self._late(late)
 
-    async def fail_all(self, failure: TurnFailure) -> list[str]:
-        """The crash path: the turns end now, or as soon as the database can be reached."""
-        ended = await self._persist(
-            "the end of a child", lambda: self._app.turns.fail_deployment(self._deployment, failure)
-        )
+    async def fail_given(self, failure: TurnFailure) -> list[str]:
+        """The crash path: what the child had of us ends now, or as soon as the database can be reached. Returns the ids of
+        what this ended."""
+        tries = [self._fail_given_one(message_id, failure) for message_id in self._given.message_ids]
+        ended = [message_id for each in await asyncio.gather(*tries) for message_id in each]
         if ended:
             self._log.warning("turns ended with their child", code=failure.code, count=len(ended))
         return ended
 
-    async def _persist(self, what: str, write: Callable[[], Awaitable[T]]) -> T:
+    async def _fail_given_one(self, message_id: str, failure: TurnFailure) -> list[str]:
+        """Whatever comes of it, the others get their endings."""
+        try:
+            return await self._persist("the end of a child", lambda: self._fail_one(message_id, failure))
+        except HOPELESS as refused:
+            self._log.error("a turn cannot be ended", message_id=message_id, why=type(refused).__name__)
+            return []
+        finally:
+            self._given.ended([message_id])
+
+    async def _persist(self, what: str, write: Callable[[], Awaitable[list[T]]]) -> list[T]:
         """Try until the database takes it. A write whose answer was lost may be made twice: an ending then counts once,
-        and an event comes twice."""
+        and an event comes twice. Returns [] where the deployment is not ours any more."""
         pauses = Pauses(FIRST_PAUSE, LAST_PAUSE)
-        while True:
+        while await self._lease.is_ours():
             try:
                 return await write()
             except HOPELESS:
@@ -156,3 +175,5 @@ class Writer:
             except NOT_EXECUTED as lost:
                 self._log.error("the database did not take what a child left; trying again", what=what, why=repr(lost))
             await asyncio.sleep(pauses.next())
+        self._log.error("what a child said is dropped: the deployment is another's", what=what)
+        return []
