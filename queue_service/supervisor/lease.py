@@ -1,8 +1,8 @@
 """The right to run a deployment's child: one process has it at a time, and knows in time when it may have it no longer.
 
-The database decides, by its clock. Here the lease counts from the moment at which its last renewal was sent, so that it
-ends here first. From then on it is not sure whose it is, until a renewal goes through (nobody had taken it) or finds that
-it is another's.
+The database decides, by its clock. Here the lease counts from the moment at which its last renewal was sent, and is shorter
+by a tenth, in which the child is ended: another is not begun before. From then on it is not sure whose it is, until a
+renewal goes through (nobody had taken it) or finds that it is another's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ log = get_logger(__name__)
 
 # How often whoever waits for a deployment looks, at least and at most, in seconds.
 FIRST_LOOK, LAST_LOOK = 0.05, 0.5
+# What of a lease counts here.
+SURE = 0.9
 # A process that ends does not wait longer than this, in seconds, to let go: the lease lapses by itself.
 RELEASE_SECONDS = 2.0
 
@@ -68,7 +70,7 @@ class Lease:
                 queries.hold(self._deployment, self._owner, self._holding, self._length, ask=wait != 0)
             )
             if holder is not None and holder.is_ours:
-                self._until = began + self._length.total_seconds()
+                self._until = began + SURE * self._length.total_seconds()
                 return
             if holder is not None and give_up_at is not None and time.monotonic() >= give_up_at:
                 raise DeploymentHeld(self._deployment, holder.owner)
@@ -98,7 +100,7 @@ class Lease:
             if wanted is None:
                 self._lose()
                 return
-            self._until = began + self._length.total_seconds()
+            self._until = began + SURE * self._length.total_seconds()
             self._watch()
             self._wake()
             if wanted:

@@ -80,15 +80,7 @@ class Supervisors:
             return self._left_to(held.owner, run)
         except ConfigError as refused:
             return await self._start_failed(turn, str(refused))
-        try:
-            await supervisor.answer(turn, run.payload if payload is None else payload)
-        except DeploymentDown as down:
-            if supervisor.start_failure is not None:
-                # The next one would do the same, and each a moment later.
-                return await self._start_failed(turn, supervisor.start_failure)
-            log.info("a turn is to be given again", message_id=turn.message_id, why=str(down))
-            return Snooze(LATER if supervisor.pid is not None else AGAIN)
-        return None
+        return await self._answered(supervisor, turn, run.payload if payload is None else payload)
 
     async def stop(self) -> None:
         """Stop them all, as Supervisor.stop says, and start no more: turns that come are left to other processes."""
@@ -110,6 +102,17 @@ class Supervisors:
         process, and one that came back again and again was not claimed by the owner."""
         was_left = run.attempt - run.failures - run.losses > LEFT_TO_OWNER
         return self._app.settings.lease.total_seconds() if run.losses or was_left else 0.0
+
+    async def _answered(self, supervisor: Supervisor, turn: Turn, payload: Any) -> Snooze | Cancel | None:
+        try:
+            await supervisor.answer(turn, payload)
+        except DeploymentDown as down:
+            if supervisor.start_failure is not None:
+                # The next one would do the same, and each a moment later.
+                return await self._start_failed(turn, supervisor.start_failure)
+            log.info("a turn is to be given again", message_id=turn.message_id, why=str(down))
+            return Snooze(LATER if supervisor.pid is not None else AGAIN)
+        return None
 
     async def _start_failed(self, turn: Turn, why: str) -> Cancel:
         """The turn that was to be given ends with that; what others have is theirs."""
