@@ -88,7 +88,8 @@ class Lease:
             await asyncio.sleep(pause)
             began = time.monotonic()
             try:
-                async with asyncio.timeout(third):
+                # A busy pool is waited for as long as there is time: who asks anew waits from the end of the queue.
+                async with asyncio.timeout(max(third, self._until - began)):
                     with cancellable():
                         wanted = await self._fetch(queries.renew(self._deployment, self._holding, self._length))
             except (TimeoutError, *NOT_EXECUTED) as lost:

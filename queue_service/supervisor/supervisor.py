@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -25,7 +25,7 @@ from queue_service.supervisor.given import GivenTurn, GivenTurns
 from queue_service.supervisor.lease import Lease
 from queue_service.supervisor.process import EXIT_SECONDS, ChildProcess
 from queue_service.supervisor.protocol import CancelledLine, ChildLine, TurnGiven
-from queue_service.supervisor.writer import Writer
+from queue_service.supervisor.writer import Deliver, Writer
 from queue_service.tasks import duration
 from queue_service.turns.model import Outcome, Turn, TurnFailure
 from queue_service.words import check_word
@@ -53,7 +53,8 @@ class Supervisor:
     `stop` has returned: until then this one holds the deployment, as no other can at the same time, in any process.
 
     `command` is run without a shell, in a session of its own; its standard error is ours. `grace` is how long its turns may
-    take when it is stopped, and the child after them, in seconds or as timedelta.
+    take when it is stopped, and the child after them, in seconds or as timedelta. Events of the kinds `delivered` are also
+    given to `deliver`, such as `Deliveries.send`, with their turn.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Supervisor:
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
         grace: timedelta | float = 10.0,
+        deliver: Deliver | None = None,
+        delivered: Collection[str] = ("status", "card"),
     ) -> None:
         check_word(deployment, "deployment")
         if isinstance(command, str) or not command:
@@ -75,6 +78,7 @@ class Supervisor:
         self._env = env
         self._cwd = cwd
         self._grace = duration(grace, "grace").total_seconds()
+        self._deliver, self._delivered = deliver, _kinds(delivered)
         self._log = log.bind(deployment=deployment)
         self._child: ChildProcess | None = None
         self._life: asyncio.Task[ChildEnd] | None = None
@@ -137,8 +141,9 @@ class Supervisor:
             wanted=self._hand_over,
         )
         self._writer = Writer(
-            self._app, self.deployment, self._given, self._lease, late=child.report_late, done=child.resume
-        )
+            self._app, self.deployment, self._given, self._lease,
+            deliver=self._deliver, delivered=self._delivered, late=child.report_late, done=child.resume,
+        )  # fmt: skip
         self._followers = Followers(self._app, self.deployment, self._services, self._given, child.say)
         # A reply may exceed the limit for what is stored: its turn then ends with an error that says so.
         limit = 8 * settings.payload_limit + 65_536
@@ -346,7 +351,7 @@ class Supervisor:
             await child.heard.wait()
             child.heard.clear()
             try:
-                if self._lease.is_sure:
+                if self._lease.is_sure and self._app.is_open:
                     await self._app.turns.extend(self.deployment)
                 failing = False
             except Exception as lost:  # noqa: BLE001 - whatever it is, it must not end the child
@@ -366,3 +371,9 @@ class Supervisor:
     def _report(self, life: asyncio.Task[ChildEnd]) -> None:
         if not life.cancelled() and life.exception() is not None:
             self._log.error("a supervisor has failed", why=repr(life.exception()))
+
+
+def _kinds(delivered: Collection[str]) -> Collection[str]:
+    if isinstance(delivered, str):
+        raise ConfigError(f"delivered is a list of kinds, not the one text {delivered!r}.")
+    return delivered

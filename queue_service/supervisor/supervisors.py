@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 from queue_service.app import App
 from queue_service.errors import ConfigError, DeploymentDown, DeploymentHeld
 from queue_service.logs import get_logger
 from queue_service.runs.model import Run
 from queue_service.supervisor.supervisor import Supervisor
+from queue_service.supervisor.writer import Deliver
 from queue_service.tasks import Cancel, Defer, Snooze
 from queue_service.turns.model import Turn, TurnFailure
 
@@ -30,6 +31,14 @@ Command = Sequence[str | Path]
 AGAIN, LATER = 0.1, 1.0
 # So many times a turn is left to the process that has its deployment, before this one asks for it.
 LEFT_TO_OWNER = 3
+
+
+class SupervisorOptions(TypedDict):
+    env: Mapping[str, str] | None
+    cwd: str | Path | None
+    grace: timedelta | float
+    deliver: Deliver | None
+    delivered: Collection[str]
 
 
 class Supervisors:
@@ -45,12 +54,12 @@ class Supervisors:
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
         grace: timedelta | float = 10.0,
+        deliver: Deliver | None = None,
+        delivered: Collection[str] = ("status", "card"),
     ) -> None:
         self._app = app
         self._command = command
-        self._env = env
-        self._cwd = cwd
-        self._grace = grace
+        self._options = SupervisorOptions(env=env, cwd=cwd, grace=grace, deliver=deliver, delivered=delivered)
         self._is_stopped = False
         # The start of the one that a deployment has, or had last.
         self._starts: dict[str, asyncio.Task[Supervisor]] = {}
@@ -98,10 +107,13 @@ class Supervisors:
     # Inside
 
     def _wait(self, run: Run) -> float:
-        """How long to wait for the deployment, and ask for it. A run that lost its worker may be claimed by none but this
-        process, and one that came back again and again was not claimed by the owner."""
+        """How long to wait for the deployment, and ask for it. One that came back again and again was not claimed by the
+        owner, who may not work on this queue, or have no free slot."""
         was_left = run.attempt - run.failures - run.losses > LEFT_TO_OWNER
-        return self._app.settings.lease.total_seconds() if run.losses or was_left else 0.0
+        return self._app.settings.lease.total_seconds() if was_left or _runs_alone(run) else 0.0
+
+    def _left_to(self, owner: str, run: Run) -> Snooze:
+        return Snooze(LATER) if owner == self._app.identity or _runs_alone(run) else Defer(0, owner)
 
     async def _answered(self, supervisor: Supervisor, turn: Turn, payload: Any) -> Snooze | Cancel | None:
         try:
@@ -118,12 +130,6 @@ class Supervisors:
         """The turn that was to be given ends with that; what others have is theirs."""
         await self._app.turns.fail(turn.deployment, turn.message_id, TurnFailure("worker_startup_failed", reason=why))
         return Cancel(f"The agent could not be started: {why}")
-
-    def _left_to(self, owner: str, run: Run) -> Snooze:
-        # What lost its worker is reserved for nobody, and would come back at once.
-        if owner == self._app.identity or run.losses:
-            return Snooze(LATER)
-        return Defer(0, owner)
 
     async def _supervisor(self, deployment: str, wait: float) -> Supervisor:
         """The one that runs the deployment's child: a new one where there is none, or it has ended. However many ask, one
@@ -143,7 +149,7 @@ class Supervisors:
             with contextlib.suppress(Exception):
                 await before.result().wait()
         command = self._command(deployment) if callable(self._command) else self._command
-        supervisor = Supervisor(self._app, deployment, command, env=self._env, cwd=self._cwd, grace=self._grace)
+        supervisor = Supervisor(self._app, deployment, command, **self._options)
         this = asyncio.current_task()
         try:
             await supervisor.start(wait=wait)
@@ -163,6 +169,11 @@ def _turn_of(run: Run) -> Turn:
     if not isinstance(fields, Mapping):
         raise ConfigError(f"Run {run.id} works on no turn. Enqueue it with app.turns.dispatch or send.")
     return Turn(**fields)
+
+
+def _runs_alone(run: Run) -> bool:
+    """What lost its worker, and stands in no lane, is claimed by processes of its own, and reserved for nobody."""
+    return bool(run.losses) and run.ordering_key is None
 
 
 def _has_started(start: asyncio.Task[Supervisor]) -> bool:

@@ -7,18 +7,20 @@ is stored while it is not sure that the deployment is ours, and nothing more onc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, NamedTuple, TypeVar
 
 from queue_service.app import App
 from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
 from queue_service.errors import ConfigError, PayloadRefused, StreamEnded
+from queue_service.events.model import Event
+from queue_service.exceptions import type_name
 from queue_service.logs import get_logger
 from queue_service.supervisor.given import GivenTurns
 from queue_service.supervisor.lease import Lease
 from queue_service.supervisor.protocol import ChildLine, EventLine, FailLine, ReplyLine, RestoreLine, WithholdLine
-from queue_service.turns.model import TurnFailure, known_code
+from queue_service.turns.model import Turn, TurnFailure, known_code
 
 log = get_logger(__name__)
 
@@ -26,12 +28,26 @@ T = TypeVar("T")
 
 # Between two tries to reach the database, in seconds.
 FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
+# For an event to be on its way to its platform.
+DELIVER_SECONDS = 5.0
 # What cannot be stored however often it is sent.
 HOPELESS = (ConfigError, PayloadRefused, StreamEnded)
 
 
+Deliver = Callable[[Turn, Event], Awaitable[object]]
+
+
+class Said(NamedTuple):
+    """An event that the child said; `turn` is None where it is about what was only offered."""
+
+    kind: str
+    body: Any
+    turn: Turn | None
+
+
 class Writer:
-    """`late` is called with the ids of turns whose answer came after their ending, and `done` when there is room."""
+    """`deliver` is called with the events of the kinds `delivered`, once they are stored; `late` with the ids of turns whose
+    answer came after their ending; and `done` when there is room."""
 
     def __init__(
         self,
@@ -40,6 +56,8 @@ class Writer:
         given: GivenTurns,
         lease: Lease,
         *,
+        deliver: Deliver | None,
+        delivered: Collection[str],
         late: Callable[[list[str]], None],
         done: Callable[[], None],
     ) -> None:
@@ -47,6 +65,8 @@ class Writer:
         self._deployment = deployment
         self._given = given
         self._lease = lease
+        self._deliver = deliver
+        self._delivered = frozenset(delivered) if deliver is not None else frozenset()
         self._late = late
         self._done = done
         self._log = log.bind(deployment=deployment)
@@ -79,7 +99,7 @@ class Writer:
             await self._news.wait()
             self._news.clear()
             said, self._inbox = self._inbox, []
-            events: dict[str, list[tuple[str, Any]]] = {}
+            events: dict[str, list[Said]] = {}
             for each in said:
                 if isinstance(each, EventLine):
                     self._collect(each, events)
@@ -90,28 +110,44 @@ class Writer:
             if not self._inbox:
                 self._done()
 
-    def _collect(self, event: EventLine, events: dict[str, list[tuple[str, Any]]]) -> None:
+    def _collect(self, event: EventLine, events: dict[str, list[Said]]) -> None:
         stream = self._given.stream_of(event.message_id)
         if stream is None:
             self._log.info("an event of no turn of this child was dropped", message_id=event.message_id)
         else:
-            events.setdefault(stream, []).append((event.kind, event.body))
+            given = self._given.get(event.message_id)
+            said = Said(event.kind, event.body, None if given is None else given.turn)
+            events.setdefault(stream, []).append(said)
 
-    async def _append(self, events: dict[str, list[tuple[str, Any]]]) -> None:
+    async def _append(self, events: dict[str, list[Said]]) -> None:
         async with asyncio.TaskGroup() as group:
             for stream, several in events.items():
                 group.create_task(self._append_to(stream, several))
         events.clear()
 
-    async def _append_to(self, stream: str, events: list[tuple[str, Any]]) -> None:
+    async def _append_to(self, stream: str, events: list[Said]) -> None:
         try:
-            await self._persist("events", lambda: self._app.events.append_many(stream, events))
+            new = [(each.kind, each.body) for each in events]
+            seqs = await self._persist("events", lambda: self._app.events.append_many(stream, new))
         except HOPELESS as refused:
             if len(events) > 1:
                 for event in events:
                     await self._append_to(stream, [event])
             else:
                 self._log.warning("an event was refused", stream=stream, why=type(refused).__name__)
+        else:
+            for seq, each in zip(seqs, events, strict=False):
+                if each.turn is not None and each.kind in self._delivered:
+                    await self._send(each.turn, Event(stream=stream, seq=seq, kind=each.kind, body=each.body))
+
+    async def _send(self, turn: Turn, event: Event) -> None:
+        """Best effort: it is in the stream."""
+        assert self._deliver is not None
+        try:
+            async with asyncio.timeout(DELIVER_SECONDS):
+                await self._deliver(turn, event)
+        except Exception as failed:  # noqa: BLE001 - whatever it is, what the child says next is stored
+            self._log.error("an event was not delivered", stream=turn.stream, seq=event.seq, why=type_name(failed))
 
     async def _answer(self, said: ChildLine) -> None:
         try:

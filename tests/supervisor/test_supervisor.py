@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from queue_service import App, Outcome, Turn
+from queue_service import App, Event, Outcome, Turn
 from queue_service.db.cluster import Cluster
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, connect
@@ -104,6 +104,24 @@ async def test_a_reply_that_is_not_quite_json_ends_its_turn(app: App) -> None:
     assert outcome.kind == "reply"
     assert outcome.body is not None
     assert outcome.body["lone"] == "\ufffd"
+
+
+async def test_events_of_some_kinds_are_delivered_too_and_one_that_cannot_be_holds_up_nothing(app: App) -> None:
+    sent: list[tuple[str, str, int]] = []
+
+    async def deliver(to: Turn, event: Event) -> None:
+        sent.append((to.message_id, event.kind, event.seq))
+        if event.body == "broken":
+            raise RuntimeError("on purpose")
+
+    async with Supervisor(app, "d", CHILD, deliver=deliver, grace=0.3) as child:
+        events = [
+            {"type": "event", "message_id": "m", "kind": kind, "body": body}
+            for kind, body in [("delta", "x"), ("status", "broken"), ("card", {}), ("delta", "y")]
+        ]
+        await given(app, child, *[["say", event] for event in events], ["reply", {}])
+        assert (await ending(app)).seq == 5
+    assert sent == [("m", "status", 2), ("m", "card", 3)]
 
 
 # A child that ends by itself

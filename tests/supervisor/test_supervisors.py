@@ -155,6 +155,7 @@ async def test_a_run_that_is_cancelled_takes_its_turn_back_from_the_child(app: A
         await eventually(lambda: _equal(deltas(conn), 2))
         await app.cancel(run_id)
         await eventually(lambda: _equal(rows(conn, HEARD), [("cancelled", "m")]))
+        await app.turns.commit_reply("d", ["witness"], {})
 
 
 async def test_a_child_that_cannot_be_started_ends_the_turn_that_it_was_to_get_and_its_run_says_why(
