@@ -46,8 +46,8 @@ class Said(NamedTuple):
 
 
 class Writer:
-    """`deliver` is called with the events of the kinds `delivered`, once they are stored; `late` with the ids of turns whose
-    answer came after their ending; and `done` when there is room."""
+    """`deliver` is called with the events of the kinds `delivered`, once they are stored; `late` with the ids of turns
+    whose answer came after their ending; and `done` when there is room."""
 
     def __init__(
         self,
