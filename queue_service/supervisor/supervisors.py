@@ -87,6 +87,8 @@ class Supervisors:
             supervisor = await self._supervisor(turn.deployment, self._wait(run))
         except DeploymentHeld as held:
             return self._left_to(held.owner, run)
+        except DeploymentDown:
+            return Snooze(LATER)
         except ConfigError as refused:
             return await self._start_failed(turn, str(refused))
         return await self._answered(supervisor, turn, run.payload if payload is None else payload)
@@ -94,6 +96,9 @@ class Supervisors:
     async def stop(self) -> None:
         """Stop them all, as Supervisor.stop says, and start no more: turns that come are left to other processes."""
         self._is_stopped = True
+        for start in self._starts.values():
+            # Of those that wait for their deployment.
+            start.cancel()
         started = await asyncio.gather(*self._starts.values(), return_exceptions=True)
         await asyncio.gather(*[each.stop() for each in started if isinstance(each, Supervisor)])
 
@@ -141,7 +146,12 @@ class Supervisors:
                 self._started(deployment, wait, start), context=contextvars.Context()
             )
             start.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return await asyncio.shield(start)
+        try:
+            return await asyncio.shield(start)
+        except asyncio.CancelledError:
+            if not start.cancelled():
+                raise
+            raise DeploymentDown(f"No child of {deployment!r} is started here any more.") from None
 
     async def _started(self, deployment: str, wait: float, before: asyncio.Task[Supervisor] | None) -> Supervisor:
         if before is not None and _has_started(before):

@@ -12,7 +12,7 @@ import pytest
 
 from queue_service import App, Turn
 from queue_service.db.pool import Connection
-from queue_service.errors import DeploymentHeld
+from queue_service.errors import DeploymentDown, DeploymentHeld
 from queue_service.supervisor import Supervisor
 from tests.support import eventually, is_gone, one, quick_app, refusing, rows
 
@@ -131,27 +131,33 @@ def _reply(message_id: str) -> Any:
     return ReplyLine([message_id], {})
 
 
-async def test_a_lease_that_cannot_be_renewed_ends_the_child_in_time_and_leaves_its_turn_to_be_given_again(
-    app: App, conn: Connection
+async def test_a_lease_that_cannot_be_renewed_ends_the_child_before_another_begins_and_its_turn_is_given_again(
+    app: App, other: App, conn: Connection
 ) -> None:
-    first = supervisor(app)
+    first, second = supervisor(app), supervisor(other)
     await first.start()
     turn = Turn(deployment="d", message_id="m", stream="s")
     await app.turns.arm(turn)
     answering = asyncio.create_task(first.answer(turn, []))
+    await eventually(lambda: "m" in first._given)
     pid = first.pid
     assert pid is not None
-    async with refusing(conn, "deployments", "true"):
-        await eventually(lambda: is_gone(pid), within=10)
-        # It ended before the lease did, which was then let go.
-        assert await one(conn, "select count(*) from queue_service.deployments where expires_at < now()") == 0
+    # It cannot be let go either: as if the process could not reach the database.
+    until = await one(conn, "select expires_at from queue_service.deployments")
+    async with refusing(conn, "deployments", f"owner = '{app.identity}' and expires_at > '{until}'"):
+        first._lease.release = _nothing  # type: ignore[method-assign]
+        await second.start(wait=None)
+        assert is_gone(pid)
     end = await asyncio.wait_for(first.wait(), 10)
     assert (end.reason, end.message_ids) == ("its supervisor could not renew the deployment's lease in time", [])
-    with pytest.raises(Exception, match="could not renew"):
+    with pytest.raises(DeploymentDown, match="could not renew"):
         await answering
-    assert await app.turns.is_live("d", "m")
-    async with supervisor(app) as second:
-        assert (await second.answer(turn, [["reply", {}]])).kind == "reply"
+    assert (await second.answer(turn, [["reply", {}]])).kind == "reply"
+    await second.stop()
+
+
+async def _nothing() -> None:
+    """In place of letting go."""
 
 
 async def test_what_was_said_before_is_stored_when_it_turns_out_that_nobody_took_the_deployment(

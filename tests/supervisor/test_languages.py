@@ -92,8 +92,8 @@ async def test_it_hears_that_a_turn_was_ended_by_somebody_else(app: App, command
         await given(app, child, "other", "hold")
         await app.turns.fail("d", "other", TurnFailure("cancelled"))
         await eventually(lambda: _equal(rows(conn, HEARD), [("cancelled", "other")]))
+        assert child._given.message_ids == ["m"]
         await given(app, child, "crash", "crash")
-        # It is the child's no more: it does not end a second time, and nobody tries.
         assert sorted((await child.wait()).message_ids) == ["crash", "m"]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from queue_service import App, Run, Supervisors, Turn
+from queue_service import App, Run, Snooze, Supervisors, Turn
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError
 from tests.supervisor.agents import AGENTS
@@ -178,11 +179,13 @@ async def test_a_run_that_lost_its_worker_gets_the_deployment_from_the_one_that_
             await eventually(lambda: _equal(rows(conn, ENDINGS), [("m1", "reply", None)]))
         # Its child is warm, and no run that lost its worker is claimed there.
         assert here["d"].pid is not None
-        await dispatched(app, "m2", "reply")
+        run_id = await dispatched(app, "m2", "reply")
         await conn.execute("update queue_service.runs set losses = 1")
         async with working(other, {"agent": 4}):
             await eventually(lambda: _equal(_count(conn), 2), within=30)
             assert await rows(conn, OWNERS) == [("d", other.identity)]
+    # It waited for the deployment, and did not come back again and again meanwhile.
+    assert (await found(app, run_id)).attempt == 1
 
 
 async def test_what_was_stopped_starts_no_more_children_and_leaves_turns_to_others(
@@ -196,6 +199,22 @@ async def test_what_was_stopped_starts_no_more_children_and_leaves_turns_to_othe
         assert (await found(app, run_id)).failures == 0
         async with working(other, {"agent": 4}):
             await eventually(lambda: _equal(rows(conn, ENDINGS), [("m", "reply", None)]))
+
+
+async def test_a_stop_does_not_wait_for_a_deployment_that_is_asked_for(app: App, other: App, conn: Connection) -> None:
+    async with taking(other), working(other, {"agent": 4}):
+        await dispatched(app, "m1", "delta hold")
+        await eventually(lambda: deltas(conn))
+        here = taking(app)
+        # Enqueued for later, so that it is claimed here.
+        run_id = await dispatched(app, "m2", "reply", delay=3_600)
+        await conn.execute("update queue_service.runs set losses = 1 where id = %s", [run_id])
+        run = await found(app, run_id)
+        answer = asyncio.create_task(here.take(run))
+        await eventually(lambda: one(conn, "select wanted_at is not null from queue_service.deployments"))
+        await asyncio.wait_for(here.stop(), 2)
+        assert isinstance(await answer, Snooze)
+        await app.turns.commit_reply("d", ["m1"], {})
 
 
 async def test_a_stop_while_turns_are_answered_gives_them_back(app: App, conn: Connection) -> None:
