@@ -72,6 +72,9 @@ async def test_who_waits_gets_it_from_one_that_is_busy_when_its_turns_have_ended
         await eventually(lambda: first._child is not None and first._child.is_draining)
         assert not waiting.done()
         assert first.pid is not None
+        # What comes meanwhile is for the next one.
+        with pytest.raises(DeploymentDown, match="being stopped"):
+            await given(app, first, message_id="next")
         await app.turns.commit_reply("d", [turn.message_id], {})
         await waiting
         assert (await first.wait()).message_ids == []
@@ -167,6 +170,7 @@ async def test_what_was_said_before_is_stored_when_it_turns_out_that_nobody_took
     await first.start()
     turn = await given(app, first, ["delta", "begun"])
     await eventually(lambda: _equal(rows(conn, KINDS), [("delta",)]))
+    await given(app, first, message_id="lost")
     async with refusing(conn, "deployments", "true"):
         async with refusing(conn, "events", "kind = 'reply'"):
             await first.send(turn, [["reply", {}], ["exit", 3]])
@@ -174,8 +178,10 @@ async def test_what_was_said_before_is_stored_when_it_turns_out_that_nobody_took
             await eventually(lambda: not first._lease.is_sure, within=10)
         # It could be stored now, and is not: it may be another's.
         assert not first._over.is_set()
-    await asyncio.wait_for(first.wait(), 20)
-    assert await rows(conn, KINDS) == [("delta",), ("reply",)]
+    end = await asyncio.wait_for(first.wait(), 20)
+    # It had ended by itself before, and that is what is told.
+    assert (end.reason, end.deliberate, end.message_ids) == ("exit code 3", False, ["lost"])
+    assert await rows(conn, KINDS) == [("delta",), ("reply",), ("error",)]
 
 
 async def test_a_closed_app_ends_its_children_and_lets_their_deployments_go(database: str, conn: Connection) -> None:
