@@ -31,6 +31,10 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
+ABOUT_A_CONNECTION = ("reconnect", "watch", "unwatch", "switch")
+ABOUT_A_STREAM = tuple(name for name in BODIES if name not in ABOUT_A_CONNECTION)
+
+
 def message(client_message_id: str = "m1", stream: str = "ann/a", **body: Any) -> dict[str, Any]:
     return {"stream": stream, "client_message_id": client_message_id, "body": body or {"text": "hi"}}
 
@@ -51,7 +55,7 @@ class TestEveryPost:
         assert await one(conn, "select count(*) from queue_service.streams") == 0
         assert await one(conn, "select count(*) from queue_service.runs") == 0
 
-    @pytest.mark.parametrize("name", BODIES)
+    @pytest.mark.parametrize("name", ABOUT_A_CONNECTION)
     async def test_of_a_connection_that_is_gone_is_404(self, served: Served, ann: Client, name: str) -> None:
         async with ann.connected() as (_, connection_id):
             pass
@@ -59,16 +63,28 @@ class TestEveryPost:
         answer = await ann.post(name, connection_id, BODIES[name])
         assert (answer.status_code, answer.json()["field"]) == (404, "X-Connection-ID")
 
-    @pytest.mark.parametrize("name", BODIES)
+    @pytest.mark.parametrize("name", ABOUT_A_CONNECTION)
     async def test_with_the_connection_of_somebody_else_is_404(self, ann: Client, bob: Client, name: str) -> None:
         async with bob.connected() as (_, his):
             answer = await ann.post(name, his, BODIES[name])
         assert (answer.status_code, answer.json()["field"]) == (404, "X-Connection-ID")
 
-    @pytest.mark.parametrize("name", BODIES)
-    async def test_without_a_connection_is_400(self, ann: Client, name: str) -> None:
+    @pytest.mark.parametrize("name", ABOUT_A_CONNECTION)
+    @pytest.mark.parametrize("connection_id", ["", ".", "x", "x.y.z", "%", 5_000 * "x"])
+    async def test_of_what_is_no_connection_at_all_is_404(self, ann: Client, name: str, connection_id: str) -> None:
+        answer = await ann.post(name, None, BODIES[name], **{"x-connection-id": connection_id})
+        assert (answer.status_code, answer.json()["field"]) == (404, "X-Connection-ID")
+
+    @pytest.mark.parametrize("name", ABOUT_A_CONNECTION)
+    async def test_about_a_connection_without_its_id_is_400(self, ann: Client, name: str) -> None:
         answer = await ann.post(name, None, BODIES[name])
         assert (answer.status_code, answer.json()["field"]) == (400, "X-Connection-ID")
+
+    @pytest.mark.parametrize("name", ABOUT_A_STREAM)
+    @pytest.mark.parametrize("connection_id", [None, "gone.for-ever"])
+    async def test_about_a_stream_needs_no_connection(self, ann: Client, name: str, connection_id: str | None) -> None:
+        answer = await ann.post(name, connection_id, BODIES[name])
+        assert answer.status_code == (202 if name == "send" else 200), answer.text
 
     @pytest.mark.parametrize("name", BODIES)
     async def test_of_nobody_is_401(self, ann: Client, name: str) -> None:
