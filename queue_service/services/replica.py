@@ -96,10 +96,13 @@ class Replica:
         await self._fetch(queries.prune(SILENCE))
 
     async def _leave(self) -> None:
+        beating = [each.task for each in self._services if each.name == LEASE_SERVICE and each.task is not None]
         for name in (LEASE_SERVICE, NOTICES_SERVICE, REQUESTS_SERVICE):
             self._services.stop(name)
         try:
             async with asyncio.timeout(LEAVE_SECONDS):
+                # Or a beat that is under way would enter us again.
+                await asyncio.gather(*beating, return_exceptions=True)
                 self._wake_replicas(await self._fetch(queries.leave(self.id)))
         except (TimeoutError, *NOT_EXECUTED) as lost:
             log.info("this replica could not say that it leaves; its lease will lapse", why=message(lost))
