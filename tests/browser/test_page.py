@@ -12,7 +12,8 @@ from starlette.routing import Mount
 
 from queue_service import App, Run, Turn
 from queue_service.gateway import Gateway, loopback, page
-from tests.browser.conftest import Chat, Site, Visit
+from tests.balancer import Balancer
+from tests.browser.conftest import GATEWAYS, Chat, Site, Visit
 from tests.chaos.proxy import Proxy
 from tests.gateway.served import serving
 from tests.support import one, working
@@ -99,6 +100,31 @@ async def test_a_message_whose_receipt_is_lost_is_accepted_once(site: Site, visi
     await chat.say("hello")
     await expect(chat.replies).to_have_text(["You said: hello"])
     assert await turns(app, chat.stream) == (1, 1)
+
+
+async def test_behind_a_balancer_it_connects_once_whichever_replica_its_requests_come_to(
+    site: Site, visit: Visit, app: App
+) -> None:
+    await site.start(*GATEWAYS, "worker")
+    async with Balancer([*site.ports.values()]).open() as balancer:
+        chat = await visit(base_url=balancer.address)
+        for n in range(1, 7):
+            await chat.say(f"message {n}")
+            await expect(chat.replies).to_have_count(n)
+        await expect(chat.connection).to_have_text("Connected")
+        await chat.say("one (wait) two")
+        await expect(chat.growing).to_contain_text("one")
+        await chat.button("Stop").click()
+        await expect(chat.page.locator(".stopped .text")).to_have_text(["The turn was cancelled."])
+        assert len(balancer.ports("/chat/events")) == 1
+        assert set(balancer.ports("/send")) == set(site.ports.values())
+        # The connection is at one of them. Killed, it is at the other, while the balancer finds nobody at the first.
+        (holder,) = (name for name, port in site.ports.items() if port == balancer.ports("/chat/events")[0])
+        site.kill(holder)
+        await chat.say("after")
+        await expect(chat.replies).to_have_count(7)
+        await expect(chat.connection).to_have_text("Connected")
+        assert await turns(app, chat.stream) == (8, 8)
 
 
 async def test_a_reload_shows_the_conversation_again(site: Site, visit: Visit) -> None:
@@ -284,8 +310,8 @@ async def test_the_page_fits(site: Site, visit: Visit, scheme: str, name: str, w
     await expect(chat.replies).to_have_text(["You said: Which trains go from Porto to Lisbon on a Sunday evening?"])
     await chat.say("And a long word: " + "Donaudampfschifffahrt" * 4 + " (wait) and the rest of it")
     await expect(chat.growing).to_contain_text("Donaudampf")
-    await chat.say("Meanwhile, something else.")
-    await expect(chat.replies.last).to_have_text("You said: Meanwhile, something else.")
+    await chat.say("And then something else.")
+    await expect(chat.mine.last).to_have_text("And then something else.")
     await shot("streaming")
     site.kill("worker")
     await expect(chat.errors).to_have_count(1)
