@@ -19,18 +19,16 @@ create unlogged table queue_service.gateways (
 
 REQUESTS = """
 create unlogged table queue_service.gateway_requests (
-    -- The replica that asks, and its own number.
-    asker text not null,
-    number bigint not null,
+    -- Says which replica asks.
+    id text primary key,
     -- The one that is asked.
     gateway text not null,
     expires_at timestamptz not null,
     answer text,
     body text not null,
-    primary key (asker, number),
     constraint gateway_requests_answer_check check (answer in ('applied', 'gone', 'failed'))
 );
-create index gateway_requests_asked_idx on queue_service.gateway_requests (gateway, expires_at) where answer is null;
+create index gateway_requests_asked_idx on queue_service.gateway_requests (gateway) where answer is null;
 create index gateway_requests_expiry_idx on queue_service.gateway_requests (expires_at);
 """
 

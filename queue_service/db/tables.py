@@ -307,20 +307,18 @@ gateways = Table(
 gateway_requests = Table(
     "gateway_requests",
     metadata,
-    Column("asker", Text, nullable=False),
-    Column("number", BigInteger, nullable=False),
+    Column("id", Text, nullable=False),
     Column("gateway", Text, nullable=False),
     Column("expires_at", _TIMESTAMPTZ, nullable=False),
     Column("answer", Text),
     Column("body", Text, nullable=False),
-    PrimaryKeyConstraint("asker", "number", name="gateway_requests_pkey"),
+    PrimaryKeyConstraint("id", name="gateway_requests_pkey"),
     CheckConstraint("answer in ('applied', 'gone', 'failed')", name="gateway_requests_answer_check"),
     prefixes=["UNLOGGED"],
 )
 Index(
     "gateway_requests_asked_idx",
     gateway_requests.c.gateway,
-    gateway_requests.c.expires_at,
     postgresql_where=text("answer is null"),
 )
 Index("gateway_requests_expiry_idx", gateway_requests.c.expires_at)

@@ -37,20 +37,20 @@ class Done(StrEnum):
 
 
 class Request(NamedTuple):
-    """As it is stored: `number` is the asker's own. `body` is an `Asked` as JSON text."""
+    """As it is stored. Its id says which replica asks. `body` is an `Asked` as JSON text."""
 
-    asker: str
-    number: int
+    id: str
     body: str
 
 
-def connection_id(replica: str, secret: str) -> str:
-    return f"{replica}.{secret}"
+def id_of(replica: str, name: str) -> str:
+    """The id of a connection that this replica holds, or of a request that it makes."""
+    return f"{replica}.{name}"
 
 
-def replica_of(connection: str) -> str:
-    """The replica that holds a connection of this id. A text that is no such id names a replica that does not exist."""
-    return connection.partition(".")[0]
+def replica_of(one: str) -> str:
+    """The replica that an id names. One that is no such id names a replica that does not exist."""
+    return one.partition(".")[0]
 
 
 def encode(asked: Asked) -> str:

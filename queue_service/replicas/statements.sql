@@ -10,14 +10,14 @@ values (%(id)s, clock_timestamp() + %(lease)s::interval)
     on conflict (id) do update set expires_at = excluded.expires_at
 
 -- name: leave
--- Forget this replica, and answer what it is still asked: its connections are gone. Rows: who asked.
+-- Forget this replica, and answer what it is still asked: its connections are gone. Rows: the ids of those requests.
 -- writes: gateways, gateway_requests
 with left_now as (
     delete from queue_service.gateways where id = %(id)s
 )
 update queue_service.gateway_requests set answer = 'gone'
  where gateway = %(id)s and answer is null
-returning asker
+returning id
 
 -- name: prune
 -- Delete replicas that have not said for `silence` that they live, and requests whose time is over: their askers wait no
@@ -28,42 +28,38 @@ with silent as (
      where id = any(array(select id from queue_service.gateways
                            where expires_at < clock_timestamp() - %(silence)s::interval
                              for update skip locked))
-), late as (
-    select asker, number from queue_service.gateway_requests
-     where expires_at < clock_timestamp() - interval '5 s'
-       for update skip locked
 )
-delete from queue_service.gateway_requests where (asker, number) in (select late.asker, late.number from late)
+delete from queue_service.gateway_requests
+ where id = any(array(select r.id from queue_service.gateway_requests as r
+                       where r.expires_at < (select clock_timestamp()) - interval '5 s'
+                         for update skip locked))
 
 -- name: ask
--- Ask replicas. Rows: the numbers of the requests that were stored. One that is missing names a replica that does not live.
+-- Ask replicas. Rows: the ids of the requests that were stored. One that is missing names a replica that does not live.
 -- writes: gateway_requests
-insert into queue_service.gateway_requests (asker, number, gateway, body, expires_at)
-select %(asker)s, given.number, given.gateway, given.body, clock_timestamp() + %(lifetime)s::interval
-  from unnest(%(numbers)s::bigint[], %(gateways)s::text[], %(bodies)s::text[]) as given (number, gateway, body)
+insert into queue_service.gateway_requests (id, gateway, body, expires_at)
+select given.id, given.gateway, given.body, clock_timestamp() + %(lifetime)s::interval
+  from unnest(%(ids)s::text[], %(gateways)s::text[], %(bodies)s::text[]) as given (id, gateway, body)
  where exists (select from queue_service.gateways as g
                 where g.id = given.gateway and g.expires_at > clock_timestamp())
-returning number
+returning id
 
 -- name: asked
--- What this replica is asked and has not answered, the oldest first. Not what is too old: its asker has given up, and what
+-- What this replica is asked and has not answered, in no order. Not what is too old: its asker has given up, and what
 -- was asked since must not be undone.
-select r.asker, r.number, r.body
+select r.id, r.body
   from queue_service.gateway_requests as r
  where r.gateway = %(id)s and r.answer is null and r.expires_at > clock_timestamp()
- order by r.expires_at
  limit %(limit)s
 
 -- name: answer
 -- Answer requests.
 -- writes: gateway_requests
-update queue_service.gateway_requests as r set answer = given.answer
-  from unnest(%(askers)s::text[], %(numbers)s::bigint[], %(answers)s::text[]) as given (asker, number, answer)
- where r.asker = given.asker and r.number = given.number
+update queue_service.gateway_requests set answer = %(answers)s::jsonb ->> id where id = any(%(ids)s::text[])
 
 -- name: take_answers
--- Take the answers to these requests. Rows: number and answer of those that are answered.
+-- Take the answers to these requests. Rows: id and answer of those that are answered.
 -- writes: gateway_requests
 delete from queue_service.gateway_requests
- where asker = %(asker)s and number = any(%(numbers)s::bigint[]) and answer is not null
-returning number, answer
+ where id = any(%(ids)s::text[]) and answer is not null
+returning id, answer

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 
@@ -69,7 +69,7 @@ class Replica:
             self._ask, name="ask", weigh=lambda item: len(item[1].body)
         )
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Done]] = {}
+        self._waiting: dict[str, asyncio.Future[Done]] = {}
         self._wake = asyncio.Event()
         self._joined = 0
 
@@ -103,7 +103,7 @@ class Replica:
             async with asyncio.timeout(LEAVE_SECONDS):
                 # Or a beat that is under way would enter us again.
                 await asyncio.gather(*beating, return_exceptions=True)
-                self._wake_replicas(await self._fetch(queries.leave(self.id)))
+                self._wake_askers(await self._fetch(queries.leave(self.id)))
         except (TimeoutError, *NOT_EXECUTED) as lost:
             log.info("this replica could not say that it leaves; its lease will lapse", why=message(lost))
 
@@ -111,7 +111,7 @@ class Replica:
 
     def new_connection_id(self) -> str:
         """As hard to guess as a key, though it is no credential: each request is authorized by itself."""
-        return model.connection_id(self.id, secrets.token_urlsafe(24))
+        return model.id_of(self.id, secrets.token_urlsafe(24))
 
     @contextmanager
     def holding(self, connection: str, owner: Owner, change: Callable[[Change], None]) -> Iterator[None]:
@@ -131,20 +131,20 @@ class Replica:
             return self._carry_out(asked)
         if len(self._waiting) >= MAX_WAITING:
             return Done.UNANSWERED
-        request = Request(self.id, next(self._numbers), model.encode(asked))
+        request = Request(model.id_of(self.id, str(next(self._numbers))), model.encode(asked))
         answer: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
-        self._waiting[request.number] = answer
+        self._waiting[request.id] = answer
         try:
             if not await self._asking((replica, request)):
                 return Done.GONE
-            self._wake_replicas([replica])
+            self._notify([Notice(GATEWAYS, replica)])
             async with asyncio.timeout(PATIENCE):
                 return await answer
         except TimeoutError:
             log.warning("another replica did not answer in time", replica=replica, seconds=PATIENCE)
             return Done.UNANSWERED
         finally:
-            del self._waiting[request.number]
+            del self._waiting[request.id]
 
     def _carry_out(self, asked: Asked) -> Done:
         owner, change = self._connections.get(asked.connection, (None, None))
@@ -157,11 +157,12 @@ class Replica:
     # Requests
 
     async def _ask(self, items: Sequence[tuple[str, Request]]) -> Sequence[bool]:
-        stored = await self._fetch(queries.ask(self.id, items, LIFETIME))
-        return [request.number in stored for _, request in items]
+        stored = await self._fetch(queries.ask(items, LIFETIME))
+        return [request.id in stored for _, request in items]
 
-    def _wake_replicas(self, replicas: Sequence[str]) -> None:
-        self._notify([Notice(GATEWAYS, replica) for replica in dict.fromkeys(replicas)])
+    def _wake_askers(self, requests: Iterable[str]) -> None:
+        """Those of these requests, which have an answer now."""
+        self._notify([Notice(GATEWAYS, replica) for replica in dict.fromkeys(map(model.replica_of, requests))])
 
     async def _listen(self, service: Service) -> None:
         async for heard in self._listener.notices():
@@ -189,27 +190,27 @@ class Replica:
     async def _take_answers(self) -> None:
         if not self._waiting:
             return
-        for number, done in (await self._fetch(queries.take_answers(self.id, list(self._waiting)))).items():
-            answer = self._waiting.get(number)
+        for request_id, done in (await self._fetch(queries.take_answers(list(self._waiting)))).items():
+            answer = self._waiting.get(request_id)
             if answer is not None and not answer.done():
                 answer.set_result(done)
 
     async def _answer(self) -> None:
         while requests := await self._fetch(queries.asked(self.id, limit=AT_ONCE)):
-            answers = {request: self._answer_to(request) for request in requests}
+            answers = {request.id: self._answer_to(request) for request in requests}
             await self._fetch(queries.answer(answers))
-            self._wake_replicas([request.asker for request in answers])
+            self._wake_askers(answers)
 
     def _answer_to(self, request: Request) -> Done:
         """One that cannot be carried out, or is of a later version, is so for its asker only."""
         try:
             return self._carry_out(model.decode(request.body))
         except msgspec.DecodeError as unknown:
-            log.warning("another replica asks for what this one does not know", replica=request.asker, why=str(unknown))
+            log.warning("another replica asks for what this one does not know", request=request.id, why=str(unknown))
         except Exception as broken:  # noqa: BLE001 - the others are answered
             log.error(
                 "a connection could not be changed",
-                replica=request.asker,
+                request=request.id,
                 why=message(broken),
                 exception=rendered(broken),
             )

@@ -279,13 +279,13 @@ class TestARequestThatIsBroken:
     ) -> None:
         async with connected(served, there) as (_, post):
             await conn.execute(
-                "insert into queue_service.gateway_requests (asker, number, gateway, expires_at, body) "
-                "values ('later', 1, %s, clock_timestamp() + interval '1 minute', %s)",
+                "insert into queue_service.gateway_requests (id, gateway, expires_at, body) "
+                "values ('later.1', %s, clock_timestamp() + interval '1 minute', %s)",
                 [app.opened.replica.id, body],
             )
             assert (await post("watch", {"stream": "ann/a"})).status_code == 200
-            answers = await rows(conn, "select asker, answer from queue_service.gateway_requests")
-            assert answers == [("later", "failed")]
+            answers = await rows(conn, "select id, answer from queue_service.gateway_requests")
+            assert answers == [("later.1", "failed")]
         assert "another replica asks for what this one does not know" in caplog.text
 
 
