@@ -24,6 +24,7 @@ from queue_service.services.fanout import Fanout
 from queue_service.services.loop import Services, every
 from queue_service.services.notifier import Notifier
 from queue_service.services.outcomes import Outcomes
+from queue_service.services.replica import Replica
 from queue_service.services.sweeper import Sweeper
 from queue_service.settings import Settings
 from queue_service.waiting import to_its_end
@@ -61,6 +62,13 @@ class Opened:
             self.fanout,
             poll_interval=settings.poll_interval.total_seconds(),
             grace=settings.lease.total_seconds() / 3,
+        )
+        self.replica = Replica(
+            self.pool.fetch,
+            self.notifier.send,
+            Listener(conninfo, [channels.GATEWAYS]),
+            self.services,
+            poll_interval=settings.poll_interval.total_seconds(),
         )
         self._sweeper = Sweeper(
             self.pool.fetch, self.notifier.send, max_losses=settings.max_losses, grace=settings.lease / 3

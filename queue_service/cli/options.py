@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from datetime import datetime
+from types import ModuleType
 from typing import Any, TypeVar
 
 import click
@@ -164,25 +165,29 @@ def load_app(path: str | None, database_url: str | None, **settings: Any) -> App
 
 
 def _imported(path: str) -> App:
-    module_name, _, attribute = path.partition(":")
-    if not attribute or not module_name or module_name.startswith("."):
-        raise ConfigError(f"-a {path} names no App. Write module:app, such as `-a myproject.queue:app`.")
-    # Like `python -m`: a project is used from its own directory without being installed.
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as missing:
-        if missing.name is None or not module_name.startswith(missing.name):
-            raise
-        raise ConfigError(
-            f"There is no module {missing.name!r} on the path or in {os.getcwd()}."  # noqa: PTH109
-        ) from None
+    module_name, attribute, module = import_module(path, "-a", "App", "myproject.queue:app")
     app = getattr(module, attribute, None)
     if not isinstance(app, App):
         apps = [name for name, value in vars(module).items() if isinstance(value, App)]
         found = f"It has: {', '.join(apps)}." if apps else "It has no App at all."
         raise ConfigError(f"{module_name} has no App named {attribute!r}.{nearest(attribute, apps)} {found}")
     return app
+
+
+def import_module(path: str, option: str, what: str, example: str) -> tuple[str, str, ModuleType]:
+    """The module of `module:attribute` (the working directory is on the path), between its name and the attribute's."""
+    module_name, _, attribute = path.partition(":")
+    if not attribute or not module_name or module_name.startswith("."):
+        raise ConfigError(f"{option} {path} names no {what}. Write module:name, such as `{option} {example}`.")
+    # Like `python -m`: a project is used from its own directory without being installed.
+    here = os.getcwd()  # noqa: PTH109
+    sys.path.insert(0, here)
+    try:
+        return module_name, attribute, importlib.import_module(module_name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not module_name.startswith(missing.name):
+            raise
+        raise ConfigError(f"There is no module {missing.name!r} on the path or in {here}.") from None
 
 
 def run(call: Coroutine[Any, Any, T]) -> T:

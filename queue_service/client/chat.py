@@ -9,7 +9,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import httpx2
 
@@ -20,7 +20,7 @@ from queue_service.client.sending import ATTEMPTS, Sender, is_forgotten, may_pas
 from queue_service.client.stream import EventStream
 from queue_service.client.timing import Timing
 from queue_service.client.tracks import Delivered, Tracks
-from queue_service.client.wire import StateOf, Stopped, Stored, Watching, Wire, encoded
+from queue_service.client.wire import StateOf, Stopped, Stored, Unsent, Watching, Wire, encoded
 from queue_service.errors import ConfigError, NotConnected, PayloadRefused, SendFailed
 from queue_service.events.model import Event
 from queue_service.logs import get_logger
@@ -192,18 +192,27 @@ class ChatClient:
     # Messages
 
     def send(
-        self, stream: str, body: Mapping[str, Any], client_message_id: str | None = None
+        self,
+        stream: str,
+        body: Mapping[str, Any],
+        client_message_id: str | None = None,
+        *,
+        mode: Literal["queue", "steer", "interrupt"] = "queue",
     ) -> asyncio.Future[MessageReceipt]:
         """Send a message, after those sent before; the receipt comes when it is stored. It is tried three times, and waits
         for a connection as long as it takes; then the future fails with SendFailed. To cancel the future takes nothing
-        back. With an outbox, the message is on disk when this returns.
+        back (`unsend` does). With an outbox, the message is on disk when this returns.
+
+        `mode` says what it does while another message is answered: wait, be offered to the agent at work, or interrupt it.
 
         Raises OutboxFull, PayloadRefused, NotConnected (the client has ended) and OSError; the message was not taken.
         """
         message_id = uuid.uuid4().hex if client_message_id is None else client_message_id
         if not isinstance(body, Mapping):
             raise PayloadRefused(f"The body of a message is a dict (a JSON object), not {type(body).__name__}.")
-        message = {"stream": stream, "client_message_id": message_id, "body": dict(body)}
+        message: dict[str, Any] = {"stream": stream, "client_message_id": message_id, "body": dict(body)}
+        if mode != "queue":
+            message["mode"] = mode
         return self._sender.send("send", encoded(message))
 
     async def permission(self, stream: str, request_id: str, answer: Any) -> int:
@@ -220,6 +229,11 @@ class ChatClient:
         while there is no connection, and SendFailed if the gateway does not take it.
         """
         return (await self._say("stop", _about(stream, message_id), Stopped)).stopped
+
+    async def unsend(self, stream: str, client_message_id: str) -> bool:
+        """Take back a message that the agent has not begun to answer. Returns False if it was too late for that."""
+        asked = {"stream": stream, "client_message_id": client_message_id}
+        return (await self._say("unsend", asked, Unsent)).taken_back
 
     async def interrupt(self, stream: str, message_id: str | None = None) -> int:
         """Ask the agent to interrupt what it does. Returns the `seq` of the event that says so."""

@@ -58,6 +58,10 @@ class Watching(msgspec.Struct, frozen=True):
     head: int
 
 
+class Unsent(msgspec.Struct, frozen=True):
+    taken_back: bool
+
+
 class Stopped(msgspec.Struct, frozen=True):
     stopped: list[str]
 

@@ -4,6 +4,7 @@
 `finished`  `<run id>,<run id>…` or `*`  these runs ended (`*`: too many to name, look again)
 `cancel`    `<run id>,…`                 someone asked to cancel these running runs
 `events`    `<seq> <stream>` or `*`      the stream has come to this event, or changed otherwise (`*`: look everywhere)
+`gateways`  `<replica>`                  this replica of the gateway is asked something, or has an answer
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ RUNS = "queue_service_runs"
 FINISHED = "queue_service_finished"
 CANCEL = "queue_service_cancel"
 EVENTS = "queue_service_events"
+GATEWAYS = "queue_service_gateways"
 
 EVERYTHING = "*"
 # Postgres refuses payloads of 8,000 bytes and more.

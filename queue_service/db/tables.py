@@ -322,6 +322,35 @@ deployments = Table(
     PrimaryKeyConstraint("deployment", name="deployments_pkey"),
 )
 
+# Unlogged: what is in them is of no use after a crash of the server.
+gateways = Table(
+    "gateways",
+    metadata,
+    Column("id", Text, nullable=False),
+    Column("expires_at", _TIMESTAMPTZ, nullable=False),
+    PrimaryKeyConstraint("id", name="gateways_pkey"),
+    prefixes=["UNLOGGED"],
+)
+
+gateway_requests = Table(
+    "gateway_requests",
+    metadata,
+    Column("id", Text, nullable=False),
+    Column("gateway", Text, nullable=False),
+    Column("expires_at", _TIMESTAMPTZ, nullable=False),
+    Column("answer", Text),
+    Column("body", Text, nullable=False),
+    PrimaryKeyConstraint("id", name="gateway_requests_pkey"),
+    CheckConstraint("answer in ('applied', 'gone', 'failed')", name="gateway_requests_answer_check"),
+    prefixes=["UNLOGGED"],
+)
+Index(
+    "gateway_requests_asked_idx",
+    gateway_requests.c.gateway,
+    postgresql_where=text("answer is null"),
+)
+Index("gateway_requests_expiry_idx", gateway_requests.c.expires_at)
+
 schedules = Table(
     "schedules",
     metadata,

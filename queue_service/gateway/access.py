@@ -23,6 +23,7 @@ from starlette.responses import Response
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.gateway.refusals import Refused
 from queue_service.logs import get_logger
+from queue_service.replicas.model import Owner
 from queue_service.words import check_word
 
 log = get_logger(__name__)
@@ -38,14 +39,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who calls. `owns` says whether a stream is theirs, and is asked each time; `organization_id` goes with their turns.
-    At `expires_at` their connections are ended, and have to be authorized anew.
+    """Who calls: this id in this organization, which goes with their turns. `owns` says whether a stream is theirs, and is
+    asked each time. At `expires_at` their connections are ended, and have to be authorized anew.
     """
 
     id: str
     owns: Callable[[str], bool | Awaitable[bool]]
     organization_id: str | None = None
     expires_at: datetime | None = None
+
+    @property
+    def key(self) -> Owner:
+        """What tells principals apart: one id in two organizations is two persons."""
+        return self.organization_id, self.id
 
 
 # Called with each request: who it is from, or None. What it raises refuses the request.
@@ -116,16 +122,16 @@ class Access:
         self._authorize = authorize
         self._limits = limits
         self._origins = frozenset(origins)
-        self._connections: Counter[str] = Counter()
+        self._connections: Counter[Owner] = Counter()
         # By principal: how many messages may come at once now, and when that was so.
-        self._paces: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._paces: OrderedDict[Owner, tuple[float, float]] = OrderedDict()
 
     async def principal(self, request: Request) -> Principal:
         """Who this is from. Raises Refused: 403 for a page of another origin, 401 for a caller nobody knows."""
         origin = request.headers.get("origin")
         if origin is not None and origin not in self._origins and _host(origin) != request.headers.get("host"):
             raise Refused(403, "Pages of another origin may not use this gateway. Name it in `origins` if it should.")
-        principal = await _answered(self._authorize(request))
+        principal = await answered(self._authorize(request))
         if principal is None:
             raise Refused(401, "Nobody is signed in. Sign in, or send your token, and try again.")
         return principal
@@ -138,38 +144,38 @@ class Access:
             raise Refused(400, str(refused), field=field) from None
         if not stream.isprintable():
             raise Refused(400, f"{field} holds a character that cannot be printed.", field=field)
-        if not await _answered(principal.owns(stream)):
+        if not await answered(principal.owns(stream)):
             raise Refused(404, f"You have no stream {stream!r}.", field=field)
         return stream
 
     @contextmanager
     def connected(self, principal: Principal) -> Iterator[None]:
         """One more connection for the length of the block. Raises Refused (429)."""
-        if self._connections[principal.id] >= self._limits.connections:
+        if self._connections[principal.key] >= self._limits.connections:
             raise Refused(429, f"You have {self._limits.connections} connections already. Close one.", retry_after=5)
-        self._connections[principal.id] += 1
+        self._connections[principal.key] += 1
         try:
             yield
         finally:
-            self._connections[principal.id] -= 1
-            if not self._connections[principal.id]:
-                del self._connections[principal.id]
+            self._connections[principal.key] -= 1
+            if not self._connections[principal.key]:
+                del self._connections[principal.key]
 
     def pace(self, principal: Principal) -> None:
         """One more message. Raises Refused (429) where they come too fast: a token bucket."""
         rate, now = self._limits.messages, time.monotonic()
         # A bucket that cannot hold one message would refuse every one.
         most = max(2 * rate, 1.0)
-        left, then = self._paces.pop(principal.id, (most, now))
+        left, then = self._paces.pop(principal.key, (most, now))
         left = min(most, left + (now - then) * rate)
-        self._paces[principal.id] = (max(left - 1, 0.0) if left >= 1 else left, now)
+        self._paces[principal.key] = (max(left - 1, 0.0) if left >= 1 else left, now)
         if len(self._paces) > REMEMBERED:
             self._paces.popitem(last=False)
         if left < 1:
             raise Refused(429, "Messages come too fast. Wait for a moment, and go on.", retry_after=(1 - left) / rate)
 
 
-async def _answered(answer: T | Awaitable[T]) -> T:
+async def answered(answer: T | Awaitable[T]) -> T:
     """What a hook says, which may have to ask elsewhere. Raises Refused (503) where that takes too long."""
     try:
         async with asyncio.timeout(HOOK_DEADLINE):

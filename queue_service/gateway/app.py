@@ -30,6 +30,7 @@ from queue_service.gateway.connection import Connection
 from queue_service.gateway.posts import Post, Posts
 from queue_service.gateway.refusals import Refused, refusal
 from queue_service.gateway.response import EventResponse
+from queue_service.gateway.run_options import Options, Ordering, RunOptions
 from queue_service.gateway.signals import on_signals
 from queue_service.logs import get_logger
 
@@ -47,7 +48,12 @@ class Gateway:
 
     `authorize` is asked who each request is from. Each message becomes a turn of the deployment that `deployment` names for
     its stream (by default the stream's own name), and a run of `task` with the message's body as payload, in `queue` or in
-    the task's own. `origins` are those of pages served elsewhere. Durations are in seconds; `retry` is the range in which
+    the task's own. `options` are those of `app.enqueue` for these runs (and `admission`, `execution` and `total` of the
+    turn), or a function that gives them for each message: `options(principal, stream, body)`, async or not. With
+    `ordering="stream"` the messages of a stream are worked on one after the other: the stream is the `ordering_key` of
+    their runs, unless `options` name another one. With "none" they are not.
+
+    `origins` are those of pages served elsewhere. Durations are in seconds; `retry` is the range in which
     clients are asked to come again, each at a time of its own.
 
     Mount `routes()` and enter the gateway for your application's life (`lifespan=gateway.lifespan`, or in your own
@@ -64,6 +70,8 @@ class Gateway:
         task: str = "agent_turn",
         queue: str | None = None,
         deployment: Callable[[str], str] = str,
+        options: Options | None = None,
+        ordering: Ordering = "stream",
         limits: Limits | None = None,
         origins: Collection[str] = (),
         max_replay_gap: int = 200,
@@ -77,12 +85,13 @@ class Gateway:
         self._authorize = authorize
         self._origins = tuple(origins)
         self._access = Access(authorize, limits=limits or Limits(), origins=origins)
-        self._posts = Posts(app, self._access, task=task, queue=queue, deployment=deployment)
+        runs = RunOptions(options, queue=queue, ordering=ordering, payload_limit=app.settings.payload_limit)
+        self._posts = Posts(app, self._access, task=task, options=runs, deployment=deployment)
         self._max_gap = max_replay_gap
         self._heartbeat = heartbeat
         self._stall = stall
         self._retry = retry
-        self._connections: dict[str, Connection] = {}
+        self._connections: set[Connection] = set()
         self._entered: AsyncExitStack | None = None
         self._draining = False
 
@@ -93,6 +102,8 @@ class Gateway:
             raise ConfigError("This Gateway is in use already. Enter it once.")
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._app)
+            # Before anybody is connected here: the other replicas have to find them.
+            await stack.enter_async_context(self._app.opened.replica.joined())
             # Who waits for a reply gets an ending though no worker is alive.
             stack.enter_context(self._app.opened.sweeping())
             stack.enter_context(on_signals(self.drain))
@@ -115,7 +126,7 @@ class Gateway:
     def drain(self) -> None:
         """Say goodbye to every client, and take no new one."""
         self._draining = True
-        for connection in list(self._connections.values()):
+        for connection in list(self._connections):
             connection.leave("shutdown")
 
     @property
@@ -181,7 +192,9 @@ class Gateway:
 
     @contextmanager
     def _connected(self, principal: Principal, beat: bytes) -> Iterator[Connection]:
+        replica = self._app.opened.replica
         connection = Connection(
+            replica.new_connection_id(),
             self._app.opened.fanout,
             principal,
             heartbeat=self._heartbeat,
@@ -193,11 +206,12 @@ class Gateway:
         if principal.expires_at is not None:
             left = (principal.expires_at - datetime.now(UTC)).total_seconds()
             expiry = asyncio.get_running_loop().call_later(max(0.0, left), connection.leave, "expired")
-        self._connections[connection.id] = connection
+        self._connections.add(connection)
         try:
-            yield connection
+            with replica.holding(connection.id, principal.key, connection.change):
+                yield connection
         finally:
-            del self._connections[connection.id]
+            self._connections.discard(connection)
             if expiry is not None:
                 expiry.cancel()
             connection.close()
@@ -206,14 +220,7 @@ class Gateway:
         answer = self._posts.by_name.get(request.path_params["name"])
         if answer is None:
             raise Refused(404, f"There is no such request. Those there are: {', '.join(self._posts.by_name)}.")
-        principal = await self._access.principal(request)
-        connection_id = request.headers.get("x-connection-id")
-        if connection_id is None:
-            raise Refused(400, "The header X-Connection-ID is missing: the id in `welcome`.", field="X-Connection-ID")
-        connection = self._connections.get(connection_id)
-        if connection is None or connection.principal.id != principal.id:
-            raise Refused(404, "You have no such connection (any more). Connect again.", field="X-Connection-ID")
-        status, body = await answer(Post(request, principal, connection))
+        status, body = await answer(Post(request, await self._access.principal(request)))
         return JSONResponse(body, status)
 
     async def _history(self, request: Request) -> Response:

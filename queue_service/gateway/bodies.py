@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -46,6 +46,11 @@ class Watch(StreamBody, frozen=True):
 class Send(StreamBody, frozen=True):
     client_message_id: Word
     body: dict[str, Any]
+    mode: Literal["queue", "steer", "interrupt"] = "queue"
+
+
+class Unsend(StreamBody, frozen=True):
+    client_message_id: Word
 
 
 class About(StreamBody, frozen=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 
@@ -17,6 +16,7 @@ from queue_service.db.execute import NOT_EXECUTED
 from queue_service.gateway import frames
 from queue_service.gateway.access import Principal
 from queue_service.logs import get_logger
+from queue_service.replicas.model import Change
 from queue_service.services.fanout import Fanout, Follower
 
 log = get_logger(__name__)
@@ -39,6 +39,7 @@ class Watched:
 class Connection:
     def __init__(
         self,
+        connection_id: str,
         fanout: Fanout,
         principal: Principal,
         *,
@@ -47,8 +48,7 @@ class Connection:
         max_gap: int,
         retry: Callable[[], float],
     ) -> None:
-        # As hard to guess as a key, though it is no credential: each request is authorized by itself.
-        self.id = secrets.token_urlsafe(24)
+        self.id = connection_id
         self.principal = principal
         self._fanout = fanout
         self._heartbeat = heartbeat
@@ -89,6 +89,17 @@ class Connection:
             self.unwatch(stream)
         for stream, cursor in cursors.items():
             self.watch(stream, cursor)
+
+    def change(self, change: Change) -> None:
+        """Do what a POST asks for, which may have come to another replica."""
+        if change.kind == "only":
+            self.watch_only(change.cursors)
+            return
+        for stream, cursor in change.cursors.items():
+            if change.kind == "watch":
+                self.watch(stream, cursor)
+            else:
+                self.unwatch(stream)
 
     def leave(self, reason: str) -> None:
         """Say goodbye, and end."""

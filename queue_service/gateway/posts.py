@@ -1,5 +1,5 @@
-"""What each POST does. Those that are about the connection change what it watches; the others are about a stream, and store
-what was said before they answer, so that the answer holds on every replica.
+"""What each POST does, on whichever replica it comes to. Those about a connection change what it watches, and are passed on
+to the replica that holds it; the others are about a stream, need no connection, and store what was said before they answer.
 """
 
 from __future__ import annotations
@@ -15,37 +15,44 @@ from queue_service.events import queries
 from queue_service.events.model import StreamState
 from queue_service.gateway import bodies
 from queue_service.gateway.access import Access, Principal
-from queue_service.gateway.connection import Connection
 from queue_service.gateway.refusals import Refused
-from queue_service.logs import get_logger
+from queue_service.gateway.run_options import RunOptions
+from queue_service.replicas.model import Change, Done
 from queue_service.turn import Turn
 from queue_service.turns.model import Marker, TurnFailure
 
-log = get_logger(__name__)
-
 # Turns of one stream that `stop` and `close` end at a time.
 MARKERS_AT_ONCE = 100
+
+CONNECTION = "X-Connection-ID"
 
 StatusAndBody = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """One request, its caller, and the connection it belongs to."""
+    """One request and its caller."""
 
     request: Request
     principal: Principal
-    connection: Connection
+
+    @property
+    def connection_id(self) -> str:
+        """The connection that this is about. Raises Refused (400) where it names none."""
+        connection_id = self.request.headers.get(CONNECTION)
+        if connection_id is None:
+            raise Refused(400, f"The header {CONNECTION} is missing: the id in `welcome`.", field=CONNECTION)
+        return connection_id
 
 
 class Posts:
     def __init__(
-        self, app: App, access: Access, *, task: str, queue: str | None, deployment: Callable[[str], str]
+        self, app: App, access: Access, *, task: str, options: RunOptions, deployment: Callable[[str], str]
     ) -> None:
         self._app = app
         self._access = access
         self._task = task
-        self._queue = queue
+        self._options = options
         self._deployment = deployment
         self.by_name: Mapping[str, Callable[[Post], Awaitable[StatusAndBody]]] = {
             "reconnect": self._reconnect,
@@ -53,6 +60,7 @@ class Posts:
             "unwatch": self._unwatch,
             "switch": self._switch,
             "send": self._send,
+            "unsend": self._unsend,
             "stop": self._stop,
             "interrupt": self._interrupt,
             "permission": self._permission,
@@ -64,29 +72,36 @@ class Posts:
     # The connection
 
     async def _reconnect(self, post: Post) -> StatusAndBody:
-        asked = await self._read(post, bodies.Reconnect)
+        connection_id, asked = post.connection_id, await self._read(post, bodies.Reconnect)
         for stream in asked.streams:
             await self._access.stream(post.principal, stream, "streams")
         heads = await self._app.fetch(queries.heads(list(asked.streams)))
-        post.connection.watch_only(asked.streams)
+        await self._change(post, connection_id, Change("only", asked.streams))
         return 200, {"streams": {stream: heads[stream][0] if stream in heads else 0 for stream in asked.streams}}
 
     async def _watch(self, post: Post) -> StatusAndBody:
-        asked = await self._about(post, bodies.Watch)
+        connection_id, asked = post.connection_id, await self._about(post, bodies.Watch)
         head = await self._app.events.head(asked.stream)
-        post.connection.watch(asked.stream, asked.cursor)
+        await self._change(post, connection_id, Change("watch", {asked.stream: asked.cursor}))
         return 200, {"stream": asked.stream, "head": head}
 
     async def _unwatch(self, post: Post) -> StatusAndBody:
-        asked = await self._about(post, bodies.StreamBody)
-        post.connection.unwatch(asked.stream)
+        connection_id, asked = post.connection_id, await self._about(post, bodies.StreamBody)
+        await self._change(post, connection_id, Change("unwatch", {asked.stream: 0}))
         return 200, {"stream": asked.stream}
 
     async def _switch(self, post: Post) -> StatusAndBody:
-        asked = await self._about(post, bodies.Watch)
+        connection_id, asked = post.connection_id, await self._about(post, bodies.Watch)
         head = await self._app.events.head(asked.stream)
-        post.connection.watch_only({asked.stream: asked.cursor})
+        await self._change(post, connection_id, Change("only", {asked.stream: asked.cursor}))
         return 200, {"stream": asked.stream, "head": head}
+
+    async def _change(self, post: Post, connection_id: str, change: Change) -> None:
+        done = await self._app.opened.replica.change(connection_id, post.principal.key, change)
+        if done is Done.GONE:
+            raise Refused(404, "You have no such connection (any more). Connect again.", field=CONNECTION)
+        if done is not Done.APPLIED:
+            raise Refused(503, "The replica with this connection did not answer. Try again.", retry_after=1)
 
     # Its streams
 
@@ -100,13 +115,19 @@ class Posts:
             user_id=post.principal.id,
             organization_id=post.principal.organization_id,
         )
-        receipt = await self._app.turns.send(turn, self._task, asked.body, queue=self._queue)
+        options = await self._options.of(post.principal, asked.stream, asked.body)
+        receipt = await self._app.turns.send(turn, self._task, asked.body, mode=asked.mode, **options)
         return 202, {
             "status": "accepted",
             "stream": receipt.stream,
             "client_message_id": receipt.message_id,
             "seq": receipt.seq,
         }
+
+    async def _unsend(self, post: Post) -> StatusAndBody:
+        asked = await self._about(post, bodies.Unsend)
+        taken_back = await self._app.turns.unsend(self._deployment(asked.stream), asked.client_message_id)
+        return 200, {"stream": asked.stream, "client_message_id": asked.client_message_id, "taken_back": taken_back}
 
     async def _stop(self, post: Post) -> StatusAndBody:
         asked = await self._about(post, bodies.About)

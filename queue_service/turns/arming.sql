@@ -131,22 +131,23 @@ with {asked}, open_streams as materialized (
     select deployment, message_id, stream from asked where exists (select from open_streams)
         on conflict (deployment, message_id) do nothing
     returning deployment, message_id
-), wanted as (
-    select from opened
-), {stored}, ahead as materialized (
+), ahead as materialized (
     select count(*)::integer as runs, (count(*) > 0)::integer as events
       from (select from queue_service.runs where runs.queue = %(queue)s and runs.ordering_key = %(ordering_key)s
              order by runs.queue, runs.ordering_key, runs.id limit 1000) as others
 ), heads as (
     insert into queue_service.streams (stream, head, state)
     select asked.stream, 1 + ahead.events, 'active' from asked, ahead
-     where {is_opened} and (select count(*) from stored) > 0
+     where {is_opened}
         on conflict (stream) do update
        set head = streams.head + excluded.head,
            state = case when streams.state in ('created', 'suspended') then 'active' else streams.state end
      where streams.state not in ('closing', 'ended')
     returning stream, head, head - (select ahead.events from ahead) as seq
-), said as (
+), wanted as (
+    -- Its id is given while the stream is locked: the order of the messages is that of their runs.
+    select from heads
+), {stored}, said as (
     insert into queue_service.events (stream, seq, kind, body)
     select stream, seq, 'message', %(message)s::jsonb from heads
     union all

@@ -12,9 +12,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
 
 from psycopg import errors as pg
 
@@ -23,14 +21,13 @@ from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.meaning import is_about_a_row
 from queue_service.db.pool import OwnConnection
-from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefused
 from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
 from queue_service.runs import settling
-from queue_service.runs.model import Ending, Return, Run, RunState
+from queue_service.runs.model import Ending, Return, RunState
 from queue_service.services.loop import Service
-from queue_service.turn import IN_METADATA
+from queue_service.worker.groups import Entry, Group, by_kind
 from queue_service.worker.leases import Held, Leases
 from queue_service.worker.tally import Settlement, Tally
 
@@ -48,46 +45,6 @@ AGAIN = 1.0
 # No handler is begun while so many endings, or so many bytes of results, are not written yet: they would be executed once
 # more if this process died.
 MAX_UNWRITTEN, MAX_BYTES = 2_000, 16 * 1024 * 1024
-
-
-# As the statements that make deliveries spell it.
-DELIVERIES = "thread_response"
-
-Entry = tuple[Held, Settlement | None]
-
-
-@dataclass(slots=True)
-class _Group:
-    """What one statement writes: endings, with runs that have ended already and only let go of their lease, or returns."""
-
-    entries: Sequence[Entry]
-    outcomes: list[Any] = field(init=False)
-    # A write that failed may have been done all the same; then its claims are found gone, and are not lost.
-    uncertain: bool = False
-    # What the database refused of it is not in it any more.
-    is_bare: bool = False
-    # What writes it, once that is known.
-    prepared: Query[set[settling.Done]] | None = None
-
-    def __post_init__(self) -> None:
-        self.hold(self.entries)
-
-    def hold(self, entries: Sequence[Entry]) -> None:
-        """These are in it from now on."""
-        self.entries = entries
-        self.outcomes = [outcome for _, outcome in entries if outcome is not None]
-        self.prepared = None
-
-    def query(self, worker_id: int, freed: Collection[int]) -> Query[set[settling.Done]]:
-        """The statement, which also lets go of these leases: those are not known before it is sent."""
-        if self.prepared is None:
-            write: Callable[..., Query[set[settling.Done]]] = settling.finish
-            if self.outcomes and isinstance(self.outcomes[0], Return):
-                write = settling.give_back
-            elif self.outcomes and self.outcomes[0].handed_on:
-                write = settling.hand_on
-            self.prepared = write(self.outcomes, worker_id=worker_id)
-        return settling.freeing(self.prepared, freed)
 
 
 class Verdict(Enum):
@@ -149,7 +106,7 @@ class Finisher:
         # Without an outcome, only the lease is still to be let go of.
         self._pending: list[Entry] = []
         # What is being written.
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._locked = _Aside(Pauses(AGAIN, AGAIN), self._wake.set)
@@ -254,7 +211,7 @@ class Finisher:
 
     async def _write(self, service: Service, taken: Sequence[Entry] = (), *, is_doubtful: bool = False) -> None:
         """Write it, but for what has to be set aside. Where that `is_doubtful`, it is looked at first."""
-        self._groups += _by_kind(taken)
+        self._groups += by_kind(taken)
         pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
         while self._groups:
             group = self._groups[0]
@@ -298,7 +255,7 @@ class Finisher:
         group = self._groups.pop(0)
         if (half := len(group.entries) // 2) > 0:
             parts = (group.entries[:half], group.entries[half:])
-            self._groups[:0] = [_Group(part, uncertain=group.uncertain) for part in parts]
+            self._groups[:0] = [Group(part, uncertain=group.uncertain) for part in parts]
             if isinstance(refused, DatabaseUnavailable):
                 self._at_once = half
             return
@@ -307,13 +264,13 @@ class Finisher:
             log.error("the database refused a result", run_id=held.run.id, why=type_name(refused))
             bare = codec.dumps_error("result_refused", message(refused))
             ending = Ending(held.run.claim, RunState.FAILED, error=bare)
-            self._groups.insert(0, _Group([(held, ending)], uncertain=group.uncertain, is_bare=True))
+            self._groups.insert(0, Group([(held, ending)], uncertain=group.uncertain, is_bare=True))
         else:
             log.error("the database refused an ending, which is tried again", run_id=held.run.id, why=message(refused))
             self._refused.add((held, outcome))
             self._forget(group.entries)
 
-    async def _set_locked_aside(self, group: _Group) -> None:
+    async def _set_locked_aside(self, group: Group) -> None:
         """What another session keeps from being written. Its leases stay, too."""
         busy = await self._connection.fetch(settling.busy([each.claim for each in group.outcomes]))
         aside = [(held, outcome) for held, outcome in group.entries if held.run.claim in busy]
@@ -322,7 +279,7 @@ class Finisher:
         self._forget(aside)
         group.hold([(held, outcome) for held, outcome in group.entries if held.run.claim not in busy])
 
-    async def _write_group(self, group: _Group) -> None:
+    async def _write_group(self, group: Group) -> None:
         outcomes = group.outcomes
         leases = Counter(held.lease for held, _ in group.entries)
         # Those that hold nothing more once this is written go with it.
@@ -349,7 +306,7 @@ class Finisher:
         to do in the time that takes."""
         if len(self._groups) == 1 and len(self._pending) >= self._at_once:
             taken, self._pending = self._pending[: self._at_once], self._pending[self._at_once :]
-            behind = _by_kind(taken)
+            behind = by_kind(taken)
             for group in behind:
                 group.query(self._worker_id, ())
             self._groups += behind
@@ -372,28 +329,6 @@ class Finisher:
         ended = [outcome.claim.run_id for outcome in outcomes if isinstance(outcome, Ending)]
         if ended:
             self._announce(ended)
-
-
-def _by_kind(entries: Sequence[Entry]) -> list[_Group]:
-    """One group for each statement. Turns and deliveries go apart: an ending of a turn locks the lane of its delivery, and
-    then the run's own. Who locked lanes of both kinds in another order would deadlock with it."""
-    if all(type(outcome) is not Return and _is_plain(held.run) for held, outcome in entries):
-        return [_Group(entries)] if entries else []
-    groups: dict[tuple[bool, ...], list[Entry]] = {}
-    for entry in entries:
-        held, outcome = entry
-        kind = (
-            isinstance(outcome, Return),
-            isinstance(outcome, Ending) and outcome.handed_on,
-            IN_METADATA in (held.run.metadata or ()),
-            held.run.queue == DELIVERIES,
-        )
-        groups.setdefault(kind, []).append(entry)
-    return [_Group(groups[kind]) for kind in sorted(groups)]
-
-
-def _is_plain(run: Run) -> bool:
-    return run.metadata is None and run.queue != DELIVERIES
 
 
 def _verdict(refused: Exception) -> Verdict:

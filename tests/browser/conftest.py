@@ -30,8 +30,9 @@ QUIET = (
     "backgrounding-occluded-windows", "renderer-backgrounding",
 )  # fmt: skip
 FLAGS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in QUIET)]
+GATEWAYS = ("gateway", "second gateway")
 COMMANDS = {
-    "gateway": ["gateway", "-a", "tests.browser.tasks_for_tests:app"],
+    **{name: ["gateway", "-a", "tests.browser.tasks_for_tests:app"] for name in GATEWAYS},
     "worker": ["worker", "-a", "tests.browser.tasks_for_tests:app", "-q", "agent:10"],
 }
 
@@ -87,26 +88,26 @@ async def app(database: str) -> AsyncIterator[App]:
 
 
 class Site:
-    """The processes. `start` and `kill` take `gateway` or `worker`."""
+    """The processes. `start` and `kill` take `gateway`, `second gateway` or `worker`."""
 
     def __init__(self, database: str, logs: Path) -> None:
         self._database = database
         self._logs = logs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._port = free_port()
+        self.ports = {name: free_port() for name in GATEWAYS}
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://127.0.0.1:{self.ports['gateway']}"
 
     async def start(self, *names: str, **settings: str) -> None:
-        """Returns once the gateway can be reached."""
-        paces = {"LEASE": "5s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms", "GATEWAY_PORT": str(self._port)}
+        """Returns once the gateways can be reached."""
+        paces = {"LEASE": "5s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
         env = {f"QUEUE_SERVICE_{name}": value for name, value in (paces | settings).items()}
         for name in names:
             self._running[name] = self._started(name, env)
-        if "gateway" in names:
-            await eventually(self._answers, within=60)
+        for name in self.ports.keys() & names:
+            await eventually(partial(self._answers, name), within=60)
 
     def kill(self, name: str) -> None:
         process = self._running.pop(name)
@@ -121,14 +122,19 @@ class Site:
         with (self._logs / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "queue_service", *COMMANDS[name]],
-                env={**os.environ, "QUEUE_SERVICE_DATABASE_URL": self._database, **env},
+                env={
+                    **os.environ,
+                    "QUEUE_SERVICE_DATABASE_URL": self._database,
+                    "QUEUE_SERVICE_GATEWAY_PORT": str(self.ports.get(name, 0)),
+                    **env,
+                },
                 stderr=log,
             )
 
-    async def _answers(self) -> bool:
-        assert self._running["gateway"].poll() is None, (self._logs / "gateway.log").read_text()
+    async def _answers(self, name: str) -> bool:
+        assert self._running[name].poll() is None, (self._logs / f"{name}.log").read_text()
         try:
-            _, writer = await asyncio.open_connection("127.0.0.1", self._port)
+            _, writer = await asyncio.open_connection("127.0.0.1", self.ports[name])
         except ConnectionRefusedError:
             return False
         writer.close()
@@ -204,7 +210,7 @@ async def visit(browser: Browser, site: Site, app: App) -> AsyncIterator[Visit]:
 
     async def open_page(path: str = "/", **options: Any) -> Chat:
         # What moves for ever is drawn for ever, here by the processor.
-        context = await browser.new_context(base_url=site.address, reduced_motion="reduce", **options)
+        context = await browser.new_context(**{"base_url": site.address, "reduced_motion": "reduce", **options})
         page = await context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", note)

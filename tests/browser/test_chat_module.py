@@ -163,6 +163,19 @@ class TestOpening:
         current.set()
         await client.heard("open")
 
+    async def test_what_it_watches_is_said_in_the_order_of_the_changes(self, server: Scripted, client: Client) -> None:
+        await client.open()
+        await client.heard("open")
+        known = server.hold("reconnect")
+        await client.page.evaluate("client.watch('t'); client.watch('u'); client.unwatch('t')")
+        await eventually(lambda: len(server.asked("reconnect")) == 2)
+        # However long an answer takes, the next one waits for it.
+        await client.page.evaluate("client.stop('s')")
+        assert len(server.asked("reconnect")) == 2
+        known.set()
+        await eventually(lambda: len(server.asked("reconnect")) == 4)
+        assert server.asked("reconnect")[-1].body == {"streams": {"s": 0, "u": 0}}
+
     async def test_a_reconnect_that_is_refused_makes_another_connection(self, server: Scripted, client: Client) -> None:
         server.will("reconnect", Answer(500), Answer(0))
         await client.open()

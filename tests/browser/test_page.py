@@ -12,10 +12,11 @@ from starlette.routing import Mount
 
 from queue_service import App, Run, Turn
 from queue_service.gateway import Gateway, loopback, page
-from tests.browser.conftest import Chat, Site, Visit
+from tests.balancer import Balancer
+from tests.browser.conftest import GATEWAYS, Chat, Site, Visit
 from tests.chaos.proxy import Proxy
 from tests.gateway.served import serving
-from tests.support import one, working
+from tests.support import eventually, one, working
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="session")]
 
@@ -28,6 +29,11 @@ async def turns(app: App, stream: str) -> tuple[int, int]:
     count = "select count(*) from queue_service.events where stream = %s and "
     async with app.pool.connection() as conn:
         return await one(conn, f"{count} kind = 'message'", stream), await one(conn, f"{count} terminal", stream)
+
+
+async def beaten(app: App, count: int) -> bool:
+    """Whether so many turns had a sign of life."""
+    return sum(marker.admitted_at is not None for marker in await app.turns.list()) == count
 
 
 async def picture(chat: Chat, name: str) -> None:
@@ -99,6 +105,31 @@ async def test_a_message_whose_receipt_is_lost_is_accepted_once(site: Site, visi
     await chat.say("hello")
     await expect(chat.replies).to_have_text(["You said: hello"])
     assert await turns(app, chat.stream) == (1, 1)
+
+
+async def test_behind_a_balancer_it_connects_once_whichever_replica_its_requests_come_to(
+    site: Site, visit: Visit, app: App
+) -> None:
+    await site.start(*GATEWAYS, "worker")
+    async with Balancer([*site.ports.values()]).open() as balancer:
+        chat = await visit(base_url=balancer.address)
+        for n in range(1, 7):
+            await chat.say(f"message {n}")
+            await expect(chat.replies).to_have_count(n)
+        await expect(chat.connection).to_have_text("Connected")
+        await chat.say("one (wait) two")
+        await expect(chat.growing).to_contain_text("one")
+        await chat.button("Stop").click()
+        await expect(chat.page.locator(".stopped .text")).to_have_text(["The turn was cancelled."])
+        assert len(balancer.ports("/chat/events")) == 1
+        assert set(balancer.ports("/send")) == set(site.ports.values())
+        # The connection is at one of them. Killed, it is at the other, while the balancer finds nobody at the first.
+        (holder,) = (name for name, port in site.ports.items() if port == balancer.ports("/chat/events")[0])
+        site.kill(holder)
+        await chat.say("after")
+        await expect(chat.replies).to_have_count(7)
+        await expect(chat.connection).to_have_text("Connected")
+        assert await turns(app, chat.stream) == (8, 8)
 
 
 async def test_a_reload_shows_the_conversation_again(site: Site, visit: Visit) -> None:
@@ -315,12 +346,13 @@ async def test_the_page_fits(site: Site, visit: Visit, scheme: str, name: str, w
     await expect(chat.replies).to_have_text(["You said: Which trains go from Porto to Lisbon on a Sunday evening?"])
     await chat.say("And a long word: " + "Donaudampfschifffahrt" * 4 + " (wait) and the rest of it")
     await expect(chat.growing).to_contain_text("Donaudampf")
-    await chat.say("Meanwhile, something else.")
-    await expect(chat.replies.last).to_have_text("You said: Meanwhile, something else.")
+    await chat.say("And then something else.")
+    # It waits for the one before, and the worker beats for both.
+    await eventually(lambda: beaten(chat.app, 2))
     await shot("streaming")
     site.kill("worker")
-    await expect(chat.errors).to_have_count(1)
-    await expect(chat.page.locator(".error .quote")).to_contain_text("And a long word")
+    await expect(chat.errors).to_have_count(2)
+    await expect(chat.page.locator(".error .quote").first).to_contain_text("And a long word")
     site.kill("gateway")
     await expect(chat.connection).to_have_text("Reconnecting…")
     await chat.say("Is anybody there?")

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,10 +23,11 @@ def start(database: str) -> Iterator[Start]:
     """Starts a gateway; it and its port."""
     running: list[subprocess.Popen[str]] = []
 
-    def start_one(*arguments: str, **env: str) -> tuple[subprocess.Popen[str], int]:
+    def start_one(*arguments: str, cwd: str | None = None, **env: str) -> tuple[subprocess.Popen[str], int]:
         child = subprocess.Popen(
             [sys.executable, "-m", "queue_service", "gateway", "--port", "0", *arguments],
             env={**os.environ, "QUEUE_SERVICE_DATABASE_URL": database, **env}, stderr=subprocess.PIPE, text=True,
+            cwd=cwd,
         )  # fmt: skip
         running.append(child)
         assert child.stderr is not None
@@ -42,11 +44,11 @@ def start(database: str) -> Iterator[Start]:
         child.stderr.close()
 
 
-def refused(database: str, *arguments: str, **env: str) -> tuple[int, str]:
+def refused(database: str, *arguments: str, cwd: str | None = None, **env: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "queue_service", "gateway", *arguments],
         env={**os.environ, "QUEUE_SERVICE_DATABASE_URL": database, **env},
-        stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        stderr=subprocess.PIPE, text=True, timeout=60, check=False, cwd=cwd,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
@@ -107,6 +109,70 @@ def test_with_a_token_lets_in_who_knows_it(start: Start, ask: Ask) -> None:
     _, port = start(QUEUE_SERVICE_GATEWAY_TOKEN=token)
     assert ask(port).status == 401
     assert ask(port, Authorization=f"Bearer {token}").status == 200
+
+
+AUTHORIZE = """
+from queue_service.gateway import Principal
+
+limit = 5
+
+def two(one, other): ...
+
+def at_once(request):
+    user = request.headers.get("x-user")
+    return None if user is None else Principal(user, lambda stream: stream.startswith(user))
+
+async def later(request):
+    return at_once(request)
+
+class Asker:
+    async def __call__(self, request):
+        return at_once(request)
+
+asker = Asker()
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A directory with a module, to be started in."""
+    (tmp_path / "web_for_tests.py").write_text(AUTHORIZE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["at_once", "later", "asker"])
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_asks_a_function_of_the_project_who_calls(start: Start, ask: Ask, project: Path, name: str, how: str) -> None:
+    path = f"web_for_tests:{name}"
+    arguments = ["--host", "0.0.0.0", *(["--authorize", path] if how == "option" else [])]  # noqa: S104
+    env = {"QUEUE_SERVICE_GATEWAY_AUTHORIZE": path} if how == "variable" else {}
+    _, port = start(*arguments, cwd=str(project), **env)
+    assert ask(port).status == 401
+    assert ask(port, **{"X-User": "a"}).status == 200
+    assert ask(port, **{"X-User": "b"}).status == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("web_for_tests", "names no function"),
+        (":later", "names no function"),
+        ("nowhere_at_all:later", "no module 'nowhere_at_all'"),
+        ("web_for_tests:latter", "Did you mean 'later'?"),
+        ("web_for_tests:limit", "is int, which cannot be called"),
+        ("web_for_tests:two", "cannot be called with one argument"),
+    ],
+)
+def test_says_what_is_wrong_with_a_function_that_cannot_be_asked(
+    database: str, project: Path, path: str, why: str
+) -> None:
+    code, said = refused(database, "--authorize", path, cwd=str(project))
+    assert (code, why in said) == (2, True), said
+
+
+def test_takes_a_token_or_a_function_and_not_both(database: str, project: Path) -> None:
+    code, said = refused(database, "--authorize", "web_for_tests:later", "--token", 20 * "x", cwd=str(project))
+    assert (code, "Pass one of them" in said) == (2, True), said
 
 
 def test_does_not_listen_beyond_this_machine_without_a_token(database: str) -> None:

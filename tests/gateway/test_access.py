@@ -16,7 +16,13 @@ from queue_service.gateway import Limits, Principal, Token, access, loopback
 from tests.gateway.served import Client, Served, named, serving
 from tests.support import eventually
 
+ACME, OTHER = {"x-organization": "acme"}, {"x-organization": "other"}
 TOKEN = "correct-horse-battery-staple"  # noqa: S105
+
+
+def by_organization(request: Request) -> Principal:
+    """Everybody is called Ann."""
+    return Principal("ann", lambda _stream: True, organization_id=request.headers.get("x-organization"))
 
 
 class TestAStreamOfSomebodyElse:
@@ -210,6 +216,37 @@ async def test_a_principal_has_so_many_connections_and_no_more(app: App) -> None
             await eventually(lambda: served.gateway.connections == 0)
             async with ann.connected():
                 pass
+
+
+class TestOneIdInTwoOrganizations:
+    """Two persons, who share nothing."""
+
+    async def test_has_connections_for_each(self, app: App) -> None:
+        async with serving(app, authorize=by_organization, limits=Limits(connections=1)) as served:
+            async with served.client() as client, client.connected(headers=ACME) as (_, of_acme):
+                assert (await client.get("/api/chat/events", **ACME)).status_code == 429
+                async with client.connected(headers=OTHER) as (_, of_other):
+                    assert (await client.get("/api/chat/events", **OTHER)).status_code == 429
+                    assert (await client.post("watch", of_acme, {"stream": "a"}, **ACME)).status_code == 200
+                    for connection_id, headers in ((of_acme, OTHER), (of_other, ACME), (of_acme, {})):
+                        answer = await client.post("watch", connection_id, {"stream": "a"}, **headers)
+                        assert (answer.status_code, answer.json()["field"]) == (404, "X-Connection-ID")
+
+    async def test_has_connections_for_each_on_every_replica(self, app: App, database: str) -> None:
+        async with App(database) as other, serving(app, authorize=by_organization) as here:
+            async with serving(other, authorize=by_organization) as there, here.client() as client:
+                async with there.client() as elsewhere, client.connected(headers=ACME) as (_, of_acme):
+                    assert (await elsewhere.post("watch", of_acme, {"stream": "a"}, **OTHER)).status_code == 404
+                    assert (await elsewhere.post("watch", of_acme, {"stream": "a"}, **ACME)).status_code == 200
+
+    async def test_has_a_pace_for_each(self, app: App) -> None:
+        async with serving(app, authorize=by_organization, limits=Limits(messages=0.01)) as served:
+            async with served.client() as client:
+                sent = [
+                    await client.post("send", None, {"stream": "a", "client_message_id": str(n), "body": {}}, **headers)
+                    for n, headers in enumerate((ACME, ACME, OTHER, OTHER, {}))
+                ]
+        assert [answer.status_code for answer in sent] == [202, 429, 202, 429, 202]
 
 
 @pytest.mark.parametrize("limits", [{"connections": 0}, {"messages": 0}, {"messages": -1}])

@@ -22,6 +22,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "unwatch": {"stream": "ann/a"},
     "switch": {"stream": "ann/a"},
     "send": {"stream": "ann/a", "client_message_id": "m1", "body": {"text": "hi"}},
+    "unsend": {"stream": "ann/a", "client_message_id": "m1"},
     "stop": {"stream": "ann/a"},
     "interrupt": {"stream": "ann/a"},
     "permission": {"stream": "ann/a", "request_id": "r", "answer": True},
@@ -29,6 +30,10 @@ BODIES: dict[str, dict[str, Any]] = {
     "suspend": {"stream": "ann/a"},
     "close": {"stream": "ann/a"},
 }
+
+
+ABOUT_A_CONNECTION = ("reconnect", "watch", "unwatch", "switch")
+ABOUT_A_STREAM = tuple(name for name in BODIES if name not in ABOUT_A_CONNECTION)
 
 
 def message(client_message_id: str = "m1", stream: str = "ann/a", **body: Any) -> dict[str, Any]:
@@ -51,7 +56,7 @@ class TestEveryPost:
         assert await one(conn, "select count(*) from queue_service.streams") == 0
         assert await one(conn, "select count(*) from queue_service.runs") == 0
 
-    @pytest.mark.parametrize("name", BODIES)
+    @pytest.mark.parametrize("name", ABOUT_A_CONNECTION)
     async def test_of_a_connection_that_is_gone_is_404(self, served: Served, ann: Client, name: str) -> None:
         async with ann.connected() as (_, connection_id):
             pass
@@ -59,16 +64,28 @@ class TestEveryPost:
         answer = await ann.post(name, connection_id, BODIES[name])
         assert (answer.status_code, answer.json()["field"]) == (404, "X-Connection-ID")
 
-    @pytest.mark.parametrize("name", BODIES)
+    @pytest.mark.parametrize("name", ABOUT_A_CONNECTION)
     async def test_with_the_connection_of_somebody_else_is_404(self, ann: Client, bob: Client, name: str) -> None:
         async with bob.connected() as (_, his):
             answer = await ann.post(name, his, BODIES[name])
         assert (answer.status_code, answer.json()["field"]) == (404, "X-Connection-ID")
 
-    @pytest.mark.parametrize("name", BODIES)
-    async def test_without_a_connection_is_400(self, ann: Client, name: str) -> None:
+    @pytest.mark.parametrize("name", ABOUT_A_CONNECTION)
+    @pytest.mark.parametrize("connection_id", ["", ".", "x", "x.y.z", "%", 5_000 * "x"])
+    async def test_of_what_is_no_connection_at_all_is_404(self, ann: Client, name: str, connection_id: str) -> None:
+        answer = await ann.post(name, None, BODIES[name], **{"x-connection-id": connection_id})
+        assert (answer.status_code, answer.json()["field"]) == (404, "X-Connection-ID")
+
+    @pytest.mark.parametrize("name", ABOUT_A_CONNECTION)
+    async def test_about_a_connection_without_its_id_is_400(self, ann: Client, name: str) -> None:
         answer = await ann.post(name, None, BODIES[name])
         assert (answer.status_code, answer.json()["field"]) == (400, "X-Connection-ID")
+
+    @pytest.mark.parametrize("name", ABOUT_A_STREAM)
+    @pytest.mark.parametrize("connection_id", [None, "gone.for-ever"])
+    async def test_about_a_stream_needs_no_connection(self, ann: Client, name: str, connection_id: str | None) -> None:
+        answer = await ann.post(name, connection_id, BODIES[name])
+        assert answer.status_code == (202 if name == "send" else 200), answer.text
 
     @pytest.mark.parametrize("name", BODIES)
     async def test_of_nobody_is_401(self, ann: Client, name: str) -> None:
@@ -205,6 +222,41 @@ class TestAMessage:
         assert run is not None
         assert (run.task, run.payload, run.organization_id) == ("agent_turn", {"text": "hello"}, "org")
         assert await one(conn, "select state from queue_service.streams") == "active"
+
+    async def test_waits_behind_another_shows_its_place_and_can_be_taken_back(self, ann: Client) -> None:
+        async with ann.connected("?stream=ann/a") as (stream, connection_id):
+            await ann.post("send", connection_id, message())
+            await ann.post("send", connection_id, message("m2") | {"mode": "steer"})
+            told = [await stream.event() for _ in range(3)]
+            unsend = {"stream": "ann/a", "client_message_id": "m2"}
+            first, again = [await ann.post("unsend", connection_id, unsend) for _ in range(2)]
+            ending = await stream.event()
+        assert [event["kind"] for event in told] == ["message", "message", "queued"]
+        assert told[1]["body"]["mode"] == "steer"
+        assert told[2]["body"] == {"message_id": "m2", "ahead": 1}
+        assert first.json() == {**unsend, "taken_back": True}
+        assert again.json() == {**unsend, "taken_back": False}
+        assert (ending["kind"], ending["body"]["reason"]) == ("error", "The message was taken back.")
+
+    async def test_interrupts_what_is_answered(self, app: App, ann: Client) -> None:
+        begun = asyncio.Event()
+
+        @app.task(name="agent_turn")
+        async def agent_turn(run: Run, text: str) -> None:
+            assert run.turn is not None
+            if text == "hi":
+                begun.set()
+                await asyncio.Event().wait()
+            await app.turns.commit_reply(run.turn.deployment, [run.turn.message_id], {"text": text})
+
+        async with working(app), ann.connected() as (_, connection_id):
+            await ann.post("send", connection_id, message())
+            await begun.wait()
+            await ann.post("send", connection_id, message("m2", text="stop that") | {"mode": "interrupt"})
+            assert (await app.turns.wait("ann/a", "m2", timeout=10)).kind == "reply"
+        outcome = await app.turns.outcome("ann/a", "m1")
+        assert outcome is not None
+        assert outcome.code == "cancelled"
 
     async def test_is_worked_on_and_its_reply_comes_back(self, app: App, ann: Client) -> None:
         @app.task(name="agent_turn")

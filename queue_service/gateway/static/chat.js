@@ -42,6 +42,9 @@ export class ChatClient {
   #generation = 0;
   // The server knows what we watch, and messages may go. `open` is said when those that waited have gone.
   #ready = false;
+  // What the server was told last of what we watch over this connection. One after the other: of two that are under way at
+  // once, the earlier one may arrive last.
+  #announced = Promise.resolve(true);
   #failures = 0;
   #starting = null;
   #flushing = Promise.resolve();
@@ -166,6 +169,7 @@ export class ChatClient {
     this.#connection = welcome.connection_id;
     this.#pulse.expect(1000 * GRACE * welcome.heartbeat);
     this.#ready = false;
+    this.#announced = Promise.resolve(true);
     let known;
     do {
       known = this.#tracksChanged;
@@ -180,7 +184,12 @@ export class ChatClient {
   }
 
   /** Tell the server what we watch. False: it does not know, or the connection this was about is gone. */
-  async #reconnect(generation) {
+  #reconnect(generation) {
+    return (this.#announced = this.#announced.then(() => this.#announce(generation)));
+  }
+
+  async #announce(generation) {
+    if (generation !== this.#generation) return false;
     const streams = Object.fromEntries([...this.#tracks.values()].map(({ stream, top }) => [stream, top]));
     try {
       await this.#post("reconnect", { streams });
