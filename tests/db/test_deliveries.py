@@ -12,8 +12,8 @@ import pytest
 from queue_service.connections import queries as connections
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import queries
-from queue_service.runs.model import Return, Run
+from queue_service.runs import lanes, queries
+from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 from tests.support import LEASE, blocked, claimed, enqueued, eventually, lapse, one, rows
@@ -86,6 +86,107 @@ async def test_a_reserved_run_whose_worker_was_lost_is_anyones(conn: Connection)
     await fetch(conn, queries.sweep(limit=10, max_losses=3))
     ((run, _),) = await fetch(conn, queries.claim_suspect(["default"], Claimant(["noop"], 2, LEASE)))
     assert run.id == run_id
+
+
+# Lanes
+
+
+class TestALaneWhoseHeadIsReserved:
+    """Others do not look at it for a second: a look locks it, and the owner would step over it."""
+
+    async def head(self, conn: Connection, owner: str | None = "a") -> int:
+        inserted = "insert into queue_service.runs (queue, task, payload, ordering_key, reserved_for) "
+        return int(await one(conn, f"{inserted} values ('default', 'noop', '{{}}', 'k', %s) returning id", owner))
+
+    async def claimed_by(self, conn: Connection, owner: str) -> list[int]:
+        """As a worker claims: what gives it nothing is tended."""
+        taken = await fetch(conn, queries.claim_lanes([("default", 10)], Claimant(["noop"], 1, LEASE, owner)))
+        if taken.barren:
+            await fetch(conn, lanes.tend_lanes(["default"], ["noop"], limit=100, owner=owner))
+        return [run.id for run, _ in taken.runs]
+
+    async def sees(self, conn: Connection, owner: str) -> bool:
+        return bool((await fetch(conn, queries.scan(["default"], ["noop"], owner=owner))).laned)
+
+    async def assert_is_for(self, conn: Connection, owner: str, run_id: int) -> None:
+        """For a second it is this owner's alone, and then anybody's."""
+        assert await self.sees(conn, owner)
+        assert not await self.sees(conn, "b")
+        assert await self.claimed_by(conn, "b") == []
+        await fetch(conn, lanes.tend_after(lanes.Lane("", ""), limit=10))
+        assert not await self.sees(conn, "b")
+        assert await self.sees(conn, owner)
+        async with conn.transaction(force_rollback=True):
+            assert await self.claimed_by(conn, owner) == [run_id]
+        async with conn.transaction(force_rollback=True):
+            # As if a second had passed: no trigger is to hear of it.
+            await conn.execute("set local session_replication_role = replica")
+            await conn.execute("update queue_service.runs set run_at = run_at - interval '1.1 s'")
+            await conn.execute("update queue_service.lanes set next_at = next_at - interval '1.1 s'")
+            await conn.execute("set local session_replication_role = origin")
+            assert await self.sees(conn, "b")
+            assert await self.claimed_by(conn, "b") == [run_id]
+
+    async def test_is_its_owners_for_a_second(self, conn: Connection) -> None:
+        await self.assert_is_for(conn, "a", await self.head(conn))
+
+    async def test_is_its_owners_when_it_is_handed_over(self, conn: Connection) -> None:
+        run_id = await self.head(conn, None)
+        behind = await self.head(conn, None)
+        ((run, lease),) = await claimed(conn, laned=True)
+        handed = Return(run.claim, delay=0.0, reserved_for="a")
+        await fetch(conn, queries.give_back([handed], worker_id=1, freed=[lease]))
+        await self.assert_is_for(conn, "a", run_id)
+        assert behind
+
+    async def test_is_the_owners_of_the_next_head_when_the_one_before_has_ended(self, conn: Connection) -> None:
+        await self.head(conn, "c")
+        behind = await self.head(conn, "a")
+        ((run, _),) = await claimed(conn, laned=True, owner="c")
+        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1))
+        await self.assert_is_for(conn, "a", behind)
+
+    async def test_is_its_owners_when_the_one_before_was_cancelled(self, conn: Connection) -> None:
+        first = await self.head(conn, None)
+        await conn.execute("update queue_service.runs set run_at = clock_timestamp() - interval '5 s'")
+        behind = await self.head(conn, "a")
+        await fetch(conn, queries.cancel(first))
+        assert await self.claimed_by(conn, "b") == []
+        await self.assert_is_for(conn, "a", behind)
+
+    async def test_is_anyones_when_it_has_waited_behind_another_for_longer(self, conn: Connection) -> None:
+        await self.head(conn, None)
+        behind = await self.head(conn, "a")
+        ((run, _),) = await claimed(conn, laned=True)
+        await conn.execute("update queue_service.runs set run_at = clock_timestamp() - interval '5 s'")
+        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1))
+        assert await self.claimed_by(conn, "b") == [behind]
+
+    async def test_is_not_locked_by_a_claim_of_another(
+        self, conn: Connection, session: Callable[[], Awaitable[Connection]]
+    ) -> None:
+        run_id, other = await self.head(conn, "a"), await session()
+        async with other.transaction():
+            assert await self.claimed_by(other, "b") == []
+            assert await self.claimed_by(conn, "a") == [run_id]
+
+    async def test_gives_nothing_that_stands_behind_it(self, conn: Connection) -> None:
+        await self.head(conn, "a")
+        await self.head(conn, "b")
+        assert await self.claimed_by(conn, "b") == []
+        assert await self.claimed_by(conn, "b") == []
+
+    async def test_waits_with_one_that_is_handed_over_for_later(self, conn: Connection) -> None:
+        await self.head(conn, None)
+        ((run, lease),) = await claimed(conn, laned=True)
+        later = Return(run.claim, delay=60.0, reserved_for="a")
+        await fetch(conn, queries.give_back([later], worker_id=1, freed=[lease]))
+        await self.head(conn, None)
+        for owner in ("a", "b"):
+            assert await self.claimed_by(conn, owner) == []
+        assert await rows(
+            conn, "select next_at > clock_timestamp() + interval '50 s', reserved_for from queue_service.lanes"
+        ) == [(True, "a")]  # fmt: skip
 
 
 # Giving back
