@@ -1,11 +1,11 @@
 """A durable runs queue on Postgres, and turns that always end."""
 
 from queue_service.app import App
-from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, Renderer
+from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, FailedDelivery, Renderer, Shown
 from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.supervisor import Supervisor
-from queue_service.tasks import Cancel, ProcessDied, Retry, RetryLater, Snooze
+from queue_service.tasks import Cancel, Defer, ProcessDied, Retry, RetryLater, Snooze
 from queue_service.turns.model import Outcome, Turn, TurnFailure
 from queue_service.version import VERSION
 from queue_service.worker.worker import Worker
@@ -17,9 +17,11 @@ __all__ = [
     "App",
     "Attempt",
     "Cancel",
+    "Defer",
     "Deliveries",
     "Delivery",
     "Event",
+    "FailedDelivery",
     "Outcome",
     "ProcessDied",
     "Progress",
@@ -28,6 +30,7 @@ __all__ = [
     "RetryLater",
     "Run",
     "RunState",
+    "Shown",
     "Snooze",
     "StreamState",
     "Supervisor",

@@ -16,6 +16,7 @@
     ├── TurnEnded                this turn has had its ending; it cannot be armed again
     ├── MessageConflict          another message was sent under this id
     ├── StreamEnded              this stream takes no more events
+    ├── DeliveryFailed           a delivery that would fail again however often it is tried
     ├── DeploymentDown           there is no child process to pass a turn to
     ├── NotConnected             a client has no connection to its gateway, or was closed
     ├── SendFailed               the gateway did not take what a client sent
@@ -167,6 +168,10 @@ class StreamEnded(QueueServiceError):
     def __init__(self, stream: str) -> None:
         self.stream = stream
         super().__init__(f"Stream {stream!r} has ended, and the event was not stored. Set its state to go on with it.")
+
+
+class DeliveryFailed(QueueServiceError):
+    """Its run ends `failed` without another try."""
 
 
 class DeploymentDown(QueueServiceError):

@@ -1,8 +1,8 @@
 """A lane knows for whom its head is reserved, and a turn under which id a platform shows it.
 
-A head that is reserved for one process, for a second, was found by the claims of the others, which could not take it; they put
-the lane off for a second, and so for its owner, too. Now the lane says whose it is, and the others do not look at it for that
-second. `renderings` has a row for each turn that a renderer gave an id of its platform's.
+A head that is reserved for one process, for a second, was found by the claims of the others, which could not take it; they
+put the lane off for a second, and so for its owner, too. Now the lane says whose it is, and the others do not look at it
+for that second. `renderings` has a row for each turn that a renderer gave an id of its platform's.
 
 Phase: expand. Lock: `lanes` exclusively, for a moment.
 """
@@ -50,9 +50,9 @@ $$;
 -- Lanes that runs have left, in their one order, and how many of those were running. A lane that is empty goes, of another
 -- it is written which task is next. This is looked up when the rows are locked, by a look that is younger than the locks:
 -- then nothing can come between. A snapshot that is as old as its transaction shows nothing of that kind, and no lane goes.
-create or replace function queue_service.leave_lanes(of_queues text[], with_keys text[], were_running integer[]) returns void
-language plpgsql set search_path = '' set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off
-set enable_mergejoin = off as $$
+create or replace function queue_service.leave_lanes(of_queues text[], with_keys text[], were_running integer[])
+returns void language plpgsql set search_path = '' set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
     places tid[];
     moment timestamptz := clock_timestamp();
@@ -239,9 +239,9 @@ $$;
 -- Lanes that runs have left, in their one order, and how many of those were running. A lane that is empty goes, of another
 -- it is written which task is next. This is looked up when the rows are locked, by a look that is younger than the locks:
 -- then nothing can come between. A snapshot that is as old as its transaction shows nothing of that kind, and no lane goes.
-create or replace function queue_service.leave_lanes(of_queues text[], with_keys text[], were_running integer[]) returns void
-language plpgsql set search_path = '' set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off
-set enable_mergejoin = off as $$
+create or replace function queue_service.leave_lanes(of_queues text[], with_keys text[], were_running integer[])
+returns void language plpgsql set search_path = '' set enable_seqscan = off set enable_bitmapscan = off
+set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
     places tid[];
     moment timestamptz := clock_timestamp();

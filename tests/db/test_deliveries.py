@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from queue_service.connections import queries as connections
+from queue_service.connections.queries import NewDelivery
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.runs import lanes, queries
@@ -248,7 +249,7 @@ async def test_a_connection_is_held_by_one_owner_at_a_time(conn: Connection) -> 
     assert await fetch(conn, connections.hold(CHANNEL, "a", LEASE))
     assert not await fetch(conn, connections.hold(CHANNEL, "b", LEASE))
     assert await fetch(conn, connections.hold(CHANNEL, "a", LEASE))
-    assert await fetch(conn, connections.owner(CHANNEL)) == "a"
+    assert (await fetch(conn, connections.owner(CHANNEL)))[0] == "a"
 
 
 async def test_of_two_that_want_a_connection_at_once_one_gets_it(
@@ -265,9 +266,9 @@ async def test_of_two_that_want_a_connection_at_once_one_gets_it(
 async def test_a_connection_whose_lease_lapsed_has_no_owner_and_can_be_taken(conn: Connection) -> None:
     await fetch(conn, connections.hold(CHANNEL, "a", LEASE))
     await lapse_connections(conn)
-    assert await fetch(conn, connections.owner(CHANNEL)) is None
+    assert (await fetch(conn, connections.owner(CHANNEL)))[0] is None
     assert await fetch(conn, connections.hold(CHANNEL, "b", LEASE))
-    assert await fetch(conn, connections.owner(CHANNEL)) == "b"
+    assert (await fetch(conn, connections.owner(CHANNEL)))[0] == "b"
 
 
 async def test_a_renewal_pushes_what_is_still_held_and_tells_what_is_not(conn: Connection) -> None:
@@ -277,16 +278,16 @@ async def test_a_renewal_pushes_what_is_still_held_and_tells_what_is_not(conn: C
     await lapse_connections(conn)
     await fetch(conn, connections.hold(other, "b", LEASE))
     assert await fetch(conn, connections.renew([CHANNEL, other], "a", LEASE)) == {CHANNEL}
-    assert await fetch(conn, connections.owner(CHANNEL)) == "a"
-    assert await fetch(conn, connections.owner(other)) == "b"
+    assert (await fetch(conn, connections.owner(CHANNEL)))[0] == "a"
+    assert (await fetch(conn, connections.owner(other)))[0] == "b"
 
 
 async def test_only_its_owner_lets_go_of_a_connection(conn: Connection) -> None:
     await fetch(conn, connections.hold(CHANNEL, "a", LEASE))
     assert await fetch(conn, connections.release([CHANNEL], "b")) == set()
-    assert await fetch(conn, connections.owner(CHANNEL)) == "a"
+    assert (await fetch(conn, connections.owner(CHANNEL)))[0] == "a"
     assert await fetch(conn, connections.release([CHANNEL], "a")) == {CHANNEL}
-    assert await fetch(conn, connections.owner(CHANNEL)) is None
+    assert (await fetch(conn, connections.owner(CHANNEL)))[0] is None
 
 
 async def test_connections_long_lapsed_are_forgotten_and_no_others(conn: Connection) -> None:
@@ -304,7 +305,7 @@ async def test_a_delivery_is_reserved_for_whoever_is_connected(conn: Connection,
     await fetch(conn, connections.hold(CHANNEL, "a", LEASE))
     if not held:
         await lapse_connections(conn)
-    run_id = await fetch(conn, connections.deliver("chat", "c1", '{"seq": 1}', "acme"))
+    run_id = await fetch(conn, connections.deliver(NewDelivery("chat", "c1", '{"seq": 1}', "acme", 3)))
     assert await rows(
         conn, "select id, queue, task, payload, organization_id, reserved_for, run_at <= clock_timestamp() "
         "from queue_service.runs",
@@ -313,5 +314,5 @@ async def test_a_delivery_is_reserved_for_whoever_is_connected(conn: Connection,
 
 async def test_a_delivery_without_a_channel_is_anyones(conn: Connection) -> None:
     await fetch(conn, connections.hold(CHANNEL, "a", LEASE))
-    await fetch(conn, connections.deliver("chat", None, "{}", None))
+    await fetch(conn, connections.deliver(NewDelivery("chat", None, "{}", None, 3)))
     assert await rows(conn, "select reserved_for from queue_service.runs") == [(None,)]
