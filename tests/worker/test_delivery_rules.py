@@ -129,7 +129,9 @@ async def test_a_headless_turn_is_shown_where_it_is_claimed_though_another_proce
     assert await rows(conn, ENDED) == [("succeeded", 1, 0)]
 
 
-async def test_a_delta_that_cannot_be_shown_holds_up_its_ending_for_three_tries(one_replica: Replica, conn: Connection) -> None:
+async def test_a_delta_that_cannot_be_shown_holds_up_its_ending_for_three_tries(
+    one_replica: Replica, conn: Connection
+) -> None:
     def broken(delivery: Delivery) -> None:
         if delivery.event.kind == "delta":
             raise RuntimeError("no room for deltas")
