@@ -42,8 +42,8 @@ update queue_service.runs set metadata = %(metadata)s::jsonb
 returning id
 
 -- name: shown
--- Remember under which id a platform shows a turn, for as long as the turn is remembered. Row: whether the claim was still
--- held, and whether the turn is remembered. Its outcome is kept from being pruned meanwhile: the two go together.
+-- Remember under which id a platform shows a turn, for as long as the turn is remembered. Row: its message id. None: the claim
+-- was lost, or the turn is not remembered. Its outcome is kept from being pruned meanwhile: the two go together.
 -- writes: renderings
 with held as materialized (
     select runs.id from queue_service.runs
@@ -60,7 +60,7 @@ with held as materialized (
        set platform_message_id = excluded.platform_message_id, updated_at = clock_timestamp()
      where r.platform_message_id <> excluded.platform_message_id
 )
-select exists (select from held), exists (select from turn)
+select turn.message_id from turn
 
 -- name: platform_message_id
 -- Row: the id under which the platform shows a turn. None: it was not given one.

@@ -64,12 +64,11 @@ def note(claim: Claim, metadata: str) -> Query[bool]:
     return SQL.query("note", found, run_id=claim[0], attempt=claim[1], metadata=metadata)
 
 
-def shown(claim: Claim, deployment: str, message_id: str, platform_message_id: str) -> Query[tuple[bool, bool]]:
-    """Remember the id under which the platform shows a turn: whether the claim was still held, and whether the turn is
-    remembered. Where either is not so, nothing is stored."""
+def shown(claim: Claim, deployment: str, message_id: str, platform_message_id: str) -> Query[bool]:
+    """Remember the id under which the platform shows a turn. False: the claim was lost, or the turn is not remembered."""
     return SQL.query(
-        "shown", lambda rows: (rows[0][0], rows[0][1]), run_id=claim[0], attempt=claim[1], deployment=deployment,
-        message_id=message_id, platform_message_id=platform_message_id,
+        "shown", found, run_id=claim[0], attempt=claim[1], deployment=deployment, message_id=message_id,
+        platform_message_id=platform_message_id,
     )  # fmt: skip
 
 

@@ -428,7 +428,7 @@ async def test_a_process_that_has_lost_its_claim_writes_no_id(conn: Connection, 
     run_id = await one(conn, "update queue_service.runs set state = 'running', attempt = 2, lease_id = 1 returning id")
     for attempt, stored in ((1, False), (2, True)):
         claim = (run_id, attempt)
-        assert (await fetch(conn, connections.shown(claim, "dep-1", "m1", "ts")))[0] is stored
+        assert await fetch(conn, connections.shown(claim, "dep-1", "m1", "ts")) is stored
         assert await fetch(conn, connections.note(claim, "{}")) is stored
         assert await one(conn, "select count(*) from queue_service.renderings") == int(stored)
 
