@@ -10,7 +10,7 @@ from benchmarks import pgbench
 from benchmarks.scenario import scenario
 from queue_service import App, Worker
 from queue_service.db.pool import OwnConnection
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending, Floor, RunState
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
@@ -85,7 +85,7 @@ async def _bare(app: App, count: int) -> float:
         claim = queries.claim([Wanted("default", BATCH, {0: place})], Claimant(["noop"], 1, lease))
         runs = await connection.fetch(claim)
         endings = [Ending(run.claim, RunState.SUCCEEDED) for run, _ in runs]
-        await connection.fetch(queries.finish(endings, worker_id=1, freed={held for _, held in runs}))
+        await connection.fetch(settling.finish(endings, worker_id=1, freed={held for _, held in runs}))
         left -= len(runs)
         place = Floor(runs[-1][0].run_at, runs[-1][0].id)
     taken = time.perf_counter() - begun

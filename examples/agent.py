@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from queue_service import App, Run, Snooze, Turn, Worker
+from queue_service import App, HandedOn, Run, Snooze, Turn, Worker
 from queue_service.errors import DeploymentDown
 from queue_service.supervisor import Supervisor
 from queue_service.supervisor.child import Conversation, serve
@@ -26,9 +26,10 @@ starting = asyncio.Lock()
 
 
 @app.task(queue="agent")
-async def agent_turn(text: str, run: Run) -> Snooze | None:
+async def agent_turn(text: str, run: Run) -> Snooze | HandedOn | None:
     """Hand the turn to its deployment; the answer comes later, from the child."""
-    turn = Turn(**(run.metadata or {})["turn"])
+    turn = run.turn
+    assert turn is not None
     if not await app.turns.is_live(turn.deployment, turn.message_id):
         return None
     supervisor = await supervisor_of(turn.deployment)
@@ -36,7 +37,7 @@ async def agent_turn(text: str, run: Run) -> Snooze | None:
         await supervisor.send(turn, {"text": text})
     except DeploymentDown:
         return Snooze(0.1)
-    return None
+    return HandedOn(turn.deployment)
 
 
 async def supervisor_of(deployment: str) -> Supervisor:

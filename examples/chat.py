@@ -13,7 +13,7 @@ import signal
 
 import uvicorn
 
-from queue_service import App, Run, Turn, Worker
+from queue_service import App, Run, Worker
 from queue_service.gateway import Gateway, loopback
 
 HOST = "127.0.0.1"
@@ -24,7 +24,8 @@ app = App()
 @app.task(queue="agent")
 async def agent_turn(run: Run, text: str) -> None:
     """One message. Its words are seen as they come; the reply is what counts, and is stored with the end of the turn."""
-    turn = Turn(**(run.metadata or {})["turn"])
+    turn = run.turn
+    assert turn is not None
     if not await app.turns.is_live(turn.deployment, turn.message_id):
         return
     answer = f"You said: {text}"

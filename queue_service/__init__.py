@@ -5,8 +5,9 @@ from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, FailedDeliv
 from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.supervisor import Supervisor
-from queue_service.tasks import Cancel, Defer, ProcessDied, Retry, RetryLater, Snooze
-from queue_service.turns.model import Outcome, Turn, TurnFailure
+from queue_service.tasks import Cancel, Defer, HandedOn, ProcessDied, Retry, RetryLater, Snooze
+from queue_service.turn import Turn
+from queue_service.turns.model import Outcome, TurnFailure
 from queue_service.version import VERSION
 from queue_service.worker.worker import Worker
 
@@ -22,6 +23,7 @@ __all__ = [
     "Delivery",
     "Event",
     "FailedDelivery",
+    "HandedOn",
     "Outcome",
     "ProcessDied",
     "Progress",

@@ -83,6 +83,7 @@ class Settings:
     execution: timedelta = _setting(
         timedelta(minutes=1), parse_duration, "how long a turn outlives its last sign of life"
     )
+    total: timedelta = _setting(timedelta(days=1), parse_duration, "how long a turn may take as a whole")
     retention: timedelta = _setting(timedelta(days=14), parse_duration, "how long finished runs are kept")
     retention_failed: timedelta = _setting(
         timedelta(days=14), parse_duration, "how long failed runs are kept, where that is longer"
@@ -97,7 +98,7 @@ class Settings:
         for name in ("pool_size", "payload_limit", "max_losses"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("lease", "poll_interval", "sweep_interval", "admission", "execution", "read_timeout"):
+        for name in ("lease", "poll_interval", "sweep_interval", "admission", "execution", "total", "read_timeout"):
             if getattr(self, name) < timedelta(milliseconds=10):
                 raise ConfigError(f"{name} must be at least 10ms, not {getattr(self, name)}.")
         if self.drain_timeout < timedelta(0) or self.retention < timedelta(days=1):

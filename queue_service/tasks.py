@@ -142,6 +142,18 @@ class Cancel:
         self.reason = reason
 
 
+class HandedOn:
+    """Returned by a handler whose turn is answered by somebody else, so that the end of its run does not end the turn: by
+    the run of this id, whose end will, or by the deployment of this name, which is the turn's own. The run succeeds."""
+
+    def __init__(self, to: int | str) -> None:
+        if isinstance(to, bool) or not isinstance(to, (int, str)):
+            raise ConfigError(f"HandedOn takes the id of a run or the name of a deployment, not {to!r}.")
+        if isinstance(to, str):
+            check_word(to, "The deployment of a HandedOn")
+        self.to = to
+
+
 class RetryLater(Exception):
     """Raised by a handler whose attempt failed and is to be tried again after `delay`, whatever the policy's wait and the
     run's `retry_delay` are. It counts as a failure like any other: the last one that is allowed ends the run."""
@@ -160,7 +172,7 @@ class ProcessDied(Exception):
 
 
 # What the handler of a batch may return: for all of its runs, or for each.
-BatchReturn = Snooze | Cancel | list[Any] | tuple[Any, ...] | Mapping[int, Any] | None
+BatchReturn = Snooze | Cancel | HandedOn | list[Any] | tuple[Any, ...] | Mapping[int, Any] | None
 
 MAX_BATCH = 1_000
 # A payload of a batch is read by its handler, and not taken apart into keywords.

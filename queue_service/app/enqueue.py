@@ -14,7 +14,7 @@ from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun,
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
 from queue_service.tasks import Tasks, duration
-from queue_service.turns.model import Turn
+from queue_service.turn import Turn
 from queue_service.words import check_word
 
 OnConflict = Literal["return", "replace", "raise"]

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from typing import Any
 
-from queue_service import codec
+from queue_service import codec, logs
 from queue_service.app.core import Core
 from queue_service.db import channels
 from queue_service.errors import ConfigError, StreamEnded
@@ -44,9 +44,16 @@ class Events:
         return seqs[0]
 
     async def append_many(self, stream: str, events: Iterable[tuple[str, Any]], *, conn: Any = None) -> list[int]:
-        """Store several events of one stream, given as (kind, body), one after the other and nothing between them."""
+        """Store several events of one stream, given as (kind, body), one after the other and nothing between them. In the
+        handler of a run that works on a turn of the stream, each says of which attempt it is."""
+        return await self.append_of(running_on(stream), stream, events, conn=conn)
+
+    async def append_of(
+        self, by: tuple[int, int] | None, stream: str, events: Iterable[tuple[str, Any]], *, conn: Any = None
+    ) -> list[int]:
+        """As `append_many`, for whoever appends on behalf of a run: its id and its attempt."""
         check_word(stream, "stream")
-        new = [self._new(stream, kind, body) for kind, body in events]
+        new = [self._new(stream, kind, body, by) for kind, body in events]
         if not new:
             return []
         seqs: Sequence[int | None]
@@ -159,9 +166,9 @@ class Events:
                 break
         return count
 
-    def _new(self, stream: str, kind: str, body: Any) -> NewEvent:
+    def _new(self, stream: str, kind: str, body: Any, by: tuple[int, int] | None) -> NewEvent:
         check_kind(kind)
-        return NewEvent(stream, kind, codec.dumps(body, what="body", limit=self._core.settings.payload_limit))
+        return NewEvent(stream, kind, codec.dumps(body, what="body", limit=self._core.settings.payload_limit), by)
 
     async def _append(self, calls: Sequence[Sequence[NewEvent]]) -> Sequence[Sequence[int | None] | Busy]:
         flat = [event for call in calls for event in call]
@@ -178,6 +185,13 @@ class Events:
             answers.append(BUSY if seqs[at] == queries.BUSY else seqs[at : at + len(call)])
             at += len(call)
         return answers
+
+
+def running_on(stream: str) -> tuple[int, int] | None:
+    """The run whose handler this is and its attempt, if it works on a turn of the stream."""
+    run = logs.running.get()
+    turn = None if run is None else run.turn
+    return None if run is None or turn is None or turn.stream != stream else (run.id, run.attempt)
 
 
 def _check_range(after: int, limit: int) -> None:

@@ -28,6 +28,7 @@ from queue_service.logs import get_logger
 from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.services.sweeper import about_turns
 from queue_service.tasks import duration
+from queue_service.turn import Turn
 from queue_service.turns import queries
 from queue_service.turns.model import (
     EndedTurn,
@@ -35,7 +36,6 @@ from queue_service.turns.model import (
     Outcome,
     Receipt,
     Standing,
-    Turn,
     TurnEnding,
     TurnFailure,
     failed,
@@ -71,15 +71,17 @@ class Turns:
         *,
         admission: timedelta | float | None = None,
         execution: timedelta | float | None = None,
+        total: timedelta | float | None = None,
         conn: Any = None,
     ) -> bool:
         """Owe this turn an ending. Do this before any worker can see its message, and if it raises, do not go on.
 
         `admission` is how long it may wait for a worker's first sign of life, `execution` how long for each one after
-        that (seconds or timedelta; by default the settings of those names). Returns True if it is armed now; False if it
-        was armed before, and nothing changed. Raises TurnEnded, with the outcome, for one that has had its ending.
+        that, and `total` bounds the whole of it, however many signs of life there are (seconds or timedelta; by default the
+        settings of those names). Returns True if it is armed now; False if it was armed before, and nothing changed. Raises
+        TurnEnded, with the outcome, for one that has had its ending.
         """
-        owed = self._owed(turn, admission, execution)
+        owed = self._owed(turn, admission, execution, total)
         for _ in range(MAX_TRIES):
             if conn is None:
                 armed = await self._arming(owed)
@@ -100,6 +102,7 @@ class Turns:
         *,
         admission: timedelta | float | None = None,
         execution: timedelta | float | None = None,
+        total: timedelta | float | None = None,
         metadata: Mapping[str, Any] | None = None,
         conn: Any = None,
         **options: Any,
@@ -110,7 +113,7 @@ class Turns:
         again returns that one's id. The run's metadata says under `turn` which turn it is. A turn that was only armed
         gets its run, and a fresh admission. Raises TurnEnded.
         """
-        owed, limit = self._owed(turn, admission, execution), self._core.settings.payload_limit
+        owed, limit = self._owed(turn, admission, execution, total), self._core.settings.payload_limit
         run, notice = enqueueing.of_turn(self._core.tasks, limit, turn, task, payload, metadata, options)
         notifier = None if conn is not None else self._core.opened.notifier
         rides = notice is not None and (notifier is None or notifier.try_reserve(notice.channel))
@@ -136,6 +139,7 @@ class Turns:
         *,
         admission: timedelta | float | None = None,
         execution: timedelta | float | None = None,
+        total: timedelta | float | None = None,
         metadata: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Receipt:
@@ -145,7 +149,7 @@ class Turns:
         The event's body is `{"message_id", "user_id", "body": payload}`; the rest is as in `dispatch`. Raises
         MessageConflict for another payload under a message id that was used, StreamEnded for a stream that is closing too.
         """
-        owed, limit = self._owed(turn, admission, execution), self._core.settings.payload_limit
+        owed, limit = self._owed(turn, admission, execution, total), self._core.settings.payload_limit
         run, notice = enqueueing.of_turn(self._core.tasks, limit, turn, task, payload, metadata, options)
         body = msgspec.Raw(run["payload"].encode())
         said = {"message_id": turn.message_id, "user_id": turn.user_id, "body": body}
@@ -308,13 +312,19 @@ class Turns:
 
     # Inside
 
-    def _owed(self, turn: Turn, admission: timedelta | float | None, execution: timedelta | float | None) -> Owed:
+    def _owed(
+        self,
+        turn: Turn,
+        admission: timedelta | float | None,
+        execution: timedelta | float | None,
+        total: timedelta | float | None,
+    ) -> Owed:
         settings = self._core.settings
-        return Owed(
-            turn.fields(settings.payload_limit),
-            settings.admission if admission is None else duration(admission, "admission", positive=True),
-            settings.execution if execution is None else duration(execution, "execution", positive=True),
-        )
+        waits = settings.admission if admission is None else duration(admission, "admission", positive=True)
+        works = settings.execution if execution is None else duration(execution, "execution", positive=True)
+        # Who asks for a longer deadline than the setting allows as a whole is not to be cut short by it.
+        whole = max(settings.total, waits, works) if total is None else duration(total, "total", positive=True)
+        return Owed(turn.fields(settings.payload_limit), waits, works, whole)
 
     async def _arm(self, turns: Sequence[Owed]) -> Sequence[bool | None]:
         armed = await self._core.fetch(queries.arm(turns))

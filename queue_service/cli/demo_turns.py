@@ -15,7 +15,8 @@ from typing import NamedTuple
 from queue_service.app import App
 from queue_service.cli import render
 from queue_service.errors import QueueServiceError
-from queue_service.turns.model import Outcome, Turn
+from queue_service.turn import Turn
+from queue_service.turns.model import Outcome
 
 EXECUTION = 2.0
 ENDING_TIMEOUT = 60.0

@@ -1,6 +1,6 @@
 -- Deliveries: runs that hand an event to the renderer of its platform. Those of one platform and channel are a lane, so that
--- they are rendered one after the other, in the order in which they were stored. (The endings of turns store their own, in
--- `turns/ending.sql`.)
+-- they are rendered one after the other, in the order in which they were stored. (The endings of turns store their own:
+-- `store_endings`, migration 0014.)
 --
 -- What a renderer's process writes is fenced by its claim. Locks: the run, then the outcome of its turn.
 
@@ -42,8 +42,8 @@ update queue_service.runs set metadata = %(metadata)s::jsonb
 returning id
 
 -- name: shown
--- Remember under which id a platform shows a turn, for as long as the turn is remembered. Row: its message id. None: the claim
--- was lost, or the turn is not remembered. Its outcome is kept from being pruned meanwhile: the two go together.
+-- Remember under which id a platform shows a turn, for as long as the turn is remembered. Row: its message id. None: the
+-- claim was lost, or the turn is not remembered. Its outcome is kept from being pruned meanwhile: the two go together.
 -- writes: renderings
 with held as materialized (
     select runs.id from queue_service.runs

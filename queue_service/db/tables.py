@@ -208,6 +208,7 @@ turn_markers = Table(
     Column("user_id", Text),
     Column("organization_id", Text),
     Column("metadata", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("ends_by", _TIMESTAMPTZ),
     PrimaryKeyConstraint("deployment", "message_id", name="turn_markers_pkey"),
     CheckConstraint(
         "deployment <> '' and message_id <> '' and stream <> '' and platform <> '' and channel_id <> '' "
@@ -220,6 +221,7 @@ turn_markers = Table(
         name="turn_markers_deadline_check",
     ),
     CheckConstraint("failure_code is not null or failure_reason is null", name="turn_markers_failure_check"),
+    CheckConstraint("ends_by > '1900-01-01Z' and ends_by < '9000-01-01Z'", name="turn_markers_ends_by_check"),
     CheckConstraint("jsonb_typeof(metadata) = 'object'", name="turn_markers_metadata_check"),
 )
 Index("turn_markers_deadline_idx", turn_markers.c.deadline)
@@ -279,6 +281,8 @@ events = Table(
     Column("terminal", Boolean, nullable=False, server_default=text("false")),
     Column("kind", Text, nullable=False),
     Column("body", JSONB, nullable=False),
+    Column("run_id", BigInteger),
+    Column("attempt", Integer),
     PrimaryKeyConstraint("stream", "seq", name="events_pkey"),
     CheckConstraint("seq > 0", name="events_seq_check"),
     CheckConstraint("kind <> '' and terminal = (kind in ('reply', 'error'))", name="events_kind_check"),

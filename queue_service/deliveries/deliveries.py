@@ -27,7 +27,7 @@ from queue_service.events.model import RESERVED, Event
 from queue_service.logs import get_logger
 from queue_service.services.loop import Services, every
 from queue_service.tasks import Retry, duration
-from queue_service.turns.model import Turn
+from queue_service.turn import Turn
 from queue_service.words import check_word
 
 log = get_logger(__name__)

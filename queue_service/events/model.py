@@ -18,6 +18,9 @@ MAX_KIND = 64
 class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One entry of a stream. `seq` counts from 1 without gaps, in the order of commits. `terminal` events end a turn.
 
+    `attempt` is that of the run which appended it while it worked on a turn of the stream; None where none did. Kind
+    `reset` says that a new attempt at message `body["message_id"]` begins: forget what was shown of its answer.
+
     Kind `gap` is made up by whoever reads: events `body["from"]` to `body["to"]` are no longer stored, and `body["head"]`
     is the last one that is. Where `to` is beyond the head, the database went back, and the stream goes on after the head.
     Where something of an event cannot be read as it is stored, `body["unreadable"]` says what; None stands in its place.
@@ -29,6 +32,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     body: Any
     terminal: bool = False
     created_at: datetime | None = None
+    attempt: int | None = None
 
 
 class StreamState(StrEnum):

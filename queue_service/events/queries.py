@@ -19,11 +19,12 @@ BUSY = 0
 
 
 class NewEvent(NamedTuple):
-    """`body` is JSON text."""
+    """`body` is JSON text; `by` the run that appends it and its attempt, where it works on a turn of the stream."""
 
     stream: str
     kind: str
     body: str
+    by: tuple[int, int] | None = None
 
 
 def append(events: Sequence[NewEvent], *, notify: bool) -> Query[list[int | None]]:
@@ -39,7 +40,7 @@ def append_free(events: Sequence[NewEvent], *, notify: bool) -> Query[list[int |
 
 def _append(statement: str, events: Sequence[NewEvent], notify: bool) -> Query[list[int | None]]:
     texts = [
-        f'{{"stream":{json_literal(each.stream)},"kind":{json_literal(each.kind)},"body":{each.body}}}'
+        f'{{"stream":{json_literal(each.stream)},"kind":{json_literal(each.kind)},"body":{each.body}{_origin(each)}}}'
         for each in events
     ]
 
@@ -50,6 +51,13 @@ def _append(statement: str, events: Sequence[NewEvent], notify: bool) -> Query[l
         return seqs
 
     return SQL.query(statement, decode, events="[" + ",".join(texts) + "]", notify=notify)
+
+
+def reset(stream: str, deployment: str, message_id: str, by: tuple[int, int]) -> Query[bool]:
+    """Whether there was something to forget of the attempts before this one. Followers are notified with the commit."""
+    return SQL.query(
+        "reset", found, stream=stream, deployment=deployment, message_id=message_id, run_id=by[0], attempt=by[1]
+    )
 
 
 def read(stream: str, *, after: int, limit: int) -> Query[list[Event]]:
@@ -120,7 +128,7 @@ def aged(age: timedelta, *, after: str, limit: int) -> Query[list[tuple[str, int
 
 
 def _found(rows: Rows) -> Found:
-    return Found(_events([row for row in rows if row[1] is not None]), rows[0][6], rows[0][7])
+    return Found(_events([row for row in rows if row[1] is not None]), rows[0][7], rows[0][8])
 
 
 def _events(rows: Rows) -> list[Event]:
@@ -132,6 +140,11 @@ def _events(rows: Rows) -> list[Event]:
             terminal=row[3],
             created_at=row[4],
             body=read_body(row[5], flaw_of(row)),
+            attempt=row[6],
         )
         for row in rows
     ]
+
+
+def _origin(event: NewEvent) -> str:
+    return "" if event.by is None else f',"run_id":{event.by[0]},"attempt":{event.by[1]}'

@@ -11,8 +11,9 @@
 with given as materialized (
     select given.*, row_number() over (partition by stream order by place) as nth
       from rows from (
-        jsonb_to_recordset(%(events)s::jsonb) as (stream text, kind text, body jsonb)
-      ) with ordinality as given (stream, kind, body, place)
+        jsonb_to_recordset(%(events)s::jsonb)
+            as (stream text, kind text, body jsonb, run_id bigint, attempt integer)
+      ) with ordinality as given (stream, kind, body, run_id, attempt, place)
 ), heads as (
     insert into queue_service.streams (stream, head)
     select stream, count(*) from given group by stream order by stream
@@ -26,8 +27,8 @@ with given as materialized (
      where ends.heads ? given.stream
 ), stored as (
     -- A recordset turns the null of JSON into that of SQL.
-    insert into queue_service.events (stream, seq, kind, body)
-    select stream, seq, kind, coalesce(body, 'null'::jsonb) from numbered
+    insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
+    select stream, seq, kind, coalesce(body, 'null'::jsonb), run_id, attempt from numbered
 )
 select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
   from numbered
@@ -39,8 +40,9 @@ select place, seq, case when %(notify)s then pg_notify('queue_service_events', s
 with given as materialized (
     select given.*, row_number() over (partition by stream order by place) as nth
       from rows from (
-        jsonb_to_recordset(%(events)s::jsonb) as (stream text, kind text, body jsonb)
-      ) with ordinality as given (stream, kind, body, place)
+        jsonb_to_recordset(%(events)s::jsonb)
+            as (stream text, kind text, body jsonb, run_id bigint, attempt integer)
+      ) with ordinality as given (stream, kind, body, run_id, attempt, place)
 ), free_streams as materialized (
     select s.stream from queue_service.streams as s
      where s.stream = any(array(select given.stream from given))
@@ -64,32 +66,57 @@ with given as materialized (
       from given cross join (select jsonb_object_agg(stream, head) as heads from heads) as ends
      where ends.heads ? given.stream
 ), stored as (
-    insert into queue_service.events (stream, seq, kind, body)
-    select stream, seq, kind, coalesce(body, 'null'::jsonb) from numbered
+    insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
+    select stream, seq, kind, coalesce(body, 'null'::jsonb), run_id, attempt from numbered
 )
 select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
   from numbered
 union all
 select busy.place, 0, null from busy
 
+-- name: reset
+-- An attempt at a turn begins: where the attempts before have left events since the last reset, append one, so that a reader
+-- forgets the half answer. Row: its seq; none where there is nothing to forget, or the turn has ended. Of a stream's events
+-- the last thousand are looked at.
+-- writes: streams, events
+with left_over as materialized (
+    select latest.kind
+      from (select events.kind, events.run_id, events.attempt from queue_service.events
+             where events.stream = %(stream)s order by events.seq desc limit 1000) as latest
+     where latest.run_id = %(run_id)s and latest.attempt < %(attempt)s
+     limit 1
+), heads as (
+    update queue_service.streams set head = head + 1
+     where stream = %(stream)s and state <> 'ended'
+       and exists (select from left_over where left_over.kind <> 'reset')
+       and exists (select from queue_service.turn_markers as m
+                    where m.deployment = %(deployment)s and m.message_id = %(message_id)s and m.run_id = %(run_id)s)
+    returning head
+)
+insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
+select %(stream)s, heads.head, 'reset', jsonb_build_object('message_id', %(message_id)s::text), %(run_id)s, %(attempt)s
+  from heads
+returning seq, pg_notify('queue_service_events', seq || ' ' || stream)::text
+
 -- name: read
 -- Events of a stream after a cursor, in order.
-select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text
+select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text, e.attempt
   from queue_service.events as e
  where e.stream = %(stream)s and e.seq > %(after)s
  order by e.seq
  limit %(limit)s
 
 -- define: found
--- The events at the places `chosen` in the stream, in order, as of `read`, and with each how far this has looked (null: there
--- is nothing) and how many events it looked at. One row of these two comes even where nothing was found.
-select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body, walk.place, walk.looked
+-- The events at the places `chosen` in the stream, in order, as of `read`, and with each how far this has looked (null:
+-- there is nothing) and how many events it looked at. One row of these two comes even where nothing was found.
+select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body, e.attempt, walk.place, walk.looked
   from walk
   left join lateral (
     select here.*
       from chosen
      cross join lateral (
-        select events.stream, events.seq, events.kind, events.terminal, events.created_at, events.body::text as body
+        select events.stream, events.seq, events.kind, events.terminal, events.created_at, events.body::text as body,
+               events.attempt
           from queue_service.events
          where events.stream = %(stream)s and events.seq = chosen.seq limit 1
      ) as here
@@ -135,7 +162,7 @@ select stream, head, state from queue_service.streams where stream = any(%(strea
 
 -- name: tails
 -- What came after a cursor, in each of these streams: at most `limit` events of each, in order. Columns as of `read`.
-select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text
+select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text, e.attempt
   from unnest(%(streams)s::text[], %(cursors)s::bigint[]) as given (stream, cursor)
  cross join lateral (
     select events.* from queue_service.events

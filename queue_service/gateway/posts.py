@@ -18,7 +18,8 @@ from queue_service.gateway.access import Access, Principal
 from queue_service.gateway.connection import Connection
 from queue_service.gateway.refusals import Refused
 from queue_service.logs import get_logger
-from queue_service.turns.model import Marker, Turn, TurnFailure
+from queue_service.turn import Turn
+from queue_service.turns.model import Marker, TurnFailure
 
 log = get_logger(__name__)
 

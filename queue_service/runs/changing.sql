@@ -4,7 +4,7 @@
 -- A queued run ends `cancelled`; a running one is marked for its worker. One whose lease does not exist any more (`orphans`
 -- says how) has no worker, and ends, too. Row: 'cancelled' or 'requested'; none if no live run has this id. The row is
 -- locked before its state is looked at, so that a claim cannot slip between.
--- writes: runs, finished_runs
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with target as materialized (
     select case when state = 'running' and claimed_at < clock_timestamp() - interval '1 minute'
                      and lease_id not in (select leases.id from queue_service.leases)
@@ -22,14 +22,40 @@ with target as materialized (
            coalesce(error, jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.')),
            attempts
       from gone
-    returning id
-), asked as (
+    returning id, metadata -> 'turn' as turn, state, error
+), over as materialized (
+    select id, turn, state, error from ended where turn is not null
+), {end_turns}, asked as (
     update queue_service.runs set cancel_requested = true
      where id = %(run_id)s and (select target.state from target) = 'running'
     returning id
 )
-select 'cancelled' from ended where (select count(*) from lanes_left) >= 0
+select 'cancelled' from ended
+ where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 union all select 'requested' from asked
+
+-- name: take_back
+-- A turn's run that was never begun ends `cancelled`, and the turn with it. Row: its id; none where it was begun, or has ended.
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+with target as materialized (
+    select runs.id from queue_service.runs
+     where runs.id = (select m.run_id from queue_service.turn_markers as m
+                       where m.deployment = %(deployment)s and m.message_id = %(message_id)s)
+       and runs.state = 'queued' and runs.attempt = 0
+       for update
+), gone as (
+    delete from queue_service.runs where id = any(array(select target.id from target)) returning runs.*
+), {leave_lanes}, ended as (
+    insert into queue_service.finished_runs ({history_columns})
+    select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
+           'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
+           metadata, null, jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.'), attempts
+      from gone
+    returning id, metadata -> 'turn' as turn, state, error
+), over as materialized (
+    select id, turn, state, error from ended where turn is not null
+), {end_turns}
+select id from ended where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 
 -- define: end_late
 -- Ends those of the runs `passable` whose time to start has passed. The guard is spelt with coalesce, or the index on
@@ -42,15 +68,17 @@ gone as (
               priority, 'expired' as state, queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
               timeout, metadata, null::jsonb,
               coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.')), attempts
-), {leave_lanes}
+), {leave_lanes}, over as materialized (
+    select id, metadata -> 'turn' as turn, state, null::jsonb as error from gone where metadata ? 'turn'
+), {end_turns}
 insert into queue_service.finished_runs ({history_columns})
-select * from gone where (select count(*) from lanes_left) >= 0
+select * from gone where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 returning id
 
 -- name: expire
 -- End queued runs whose time to start has passed, at most `limit` of them; those of a lane that another session has locked
 -- are left for later. Rows: run ids.
--- writes: runs, finished_runs
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with late as materialized (
     select id, queue, ordering_key from queue_service.runs
      where expires_at < (select clock_timestamp()) and state = 'queued'
@@ -69,7 +97,7 @@ with late as materialized (
 
 -- name: expire_one
 -- As `expire`, this one.
--- writes: runs, finished_runs
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with passable as materialized (
     select id from queue_service.runs where id = %(run_id)s and state = 'queued' for update
 ), {end_late}
@@ -170,17 +198,22 @@ select moment.until, stretch.last,
 
 -- name: delete
 -- Forget a run that is queued or finished. Row: its id; none if it is running or unknown.
--- writes: runs, finished_runs
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with gone as (
-    delete from queue_service.runs where id = %(run_id)s and state = 'queued' returning id, queue, ordering_key, state
-), {leave_lanes}, finished as (
+    delete from queue_service.runs where id = %(run_id)s and state = 'queued'
+    returning id, queue, ordering_key, state, metadata -> 'turn' as turn
+), {leave_lanes}, over as materialized (
+    select id, turn, 'deleted' as state, null::jsonb as error from gone where turn is not null
+), {end_turns}, finished as (
     delete from queue_service.finished_runs where id = %(run_id)s returning id
 )
-select id from gone where (select count(*) from lanes_left) >= 0 union all select id from finished
+select id from gone where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
+union all
+select id from finished
 
 -- name: purge
 -- Forget queued runs of a queue, at most `limit` of them. Row: how many went.
--- writes: runs
+-- writes: runs, turn_markers, turn_outcomes, streams, events
 with gone as (
     delete from queue_service.runs
      where id = any(array(select id from queue_service.runs
@@ -190,6 +223,8 @@ with gone as (
                               where queue = %(queue)s and state = 'queued' and ordering_key is not null
                               order by queue, ordering_key, id limit %(limit)s for update skip locked))
        and state = 'queued'
-    returning queue, ordering_key, state
-), {leave_lanes}
-select count(*) from gone where (select count(*) from lanes_left) >= 0
+    returning id, queue, ordering_key, state, metadata -> 'turn' as turn
+), {leave_lanes}, over as materialized (
+    select id, turn, 'deleted' as state, null::jsonb as error from gone where turn is not null
+), {end_turns}
+select count(*) from gone where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0

@@ -40,6 +40,15 @@ lanes_left as materialized (
     having count(*) > 0
 )
 
+-- define: end_turns
+-- Ends the turns of the runs `over`, which have ended or were deleted, after their lanes are left: migration 0014. Each
+-- statement that deletes runs does it, or turns would be owed an ending by nobody.
+turns_ended as materialized (
+    select queue_service.end_turns(array_agg(over.id), array_agg(over.turn), array_agg(over.state), array_agg(over.error))
+      from over
+    having count(*) > 0 and (select count(*) from lanes_left) >= 0
+)
+
 -- define: unlocked
 -- Which of the runs `mine`, and which of their lanes, no other session has locked.
 unlocked as materialized (

@@ -66,8 +66,10 @@ moved as materialized (
                when coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                then ' Its task says on_lost="fail": it is begun again only if you retry it.' else '' end), attempts
       from gone
-    returning id, state, queue, priority
-), queued as (
+    returning id, state, queue, priority, metadata -> 'turn' as turn, error
+), over as materialized (
+    select id, turn, state, error from ended where turn is not null
+), {end_turns}, queued as (
     update queue_service.runs
        set state = 'queued', lease_id = null, claimed_at = null, losses = least(losses, 2147483646) + 1,
            error = jsonb_build_object(
@@ -82,12 +84,13 @@ moved as materialized (
 )
 select id, state, queue, priority from queued where (select count(*) from locked_lanes) >= 0
 union all
-select id, state, queue, priority from ended where (select count(*) from lanes_left) >= 0
+select id, state, queue, priority from ended
+ where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 
 -- name: sweep
 -- Take the leases that have lapsed, at most `limit` of them, `excluding` these, and with them the runs they held. The guard
 -- stands in the DELETE: an extend that commits first wins.
--- writes: leases, runs, finished_runs
+-- writes: leases, runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with lapsed as materialized (
     delete from queue_service.leases
      where id = any(array(select id from queue_service.leases
@@ -99,7 +102,7 @@ with lapsed as materialized (
 
 -- name: sweep_lease
 -- As `sweep`, this lease alone.
--- writes: leases, runs, finished_runs
+-- writes: leases, runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with lapsed as materialized (
     delete from queue_service.leases where id = %(lease_id)s and expires_at < clock_timestamp()
     returning id, worker_id, run_ids, final_tasks
@@ -107,7 +110,7 @@ with lapsed as materialized (
 
 -- name: sweep_run
 -- As `sweep`, one run of a lease, which stays: it holds what cannot be taken.
--- writes: runs, finished_runs
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with lapsed as materialized (
     select id, worker_id, array[%(run_id)s::bigint] as run_ids, final_tasks from queue_service.leases
      where id = %(lease_id)s and expires_at < clock_timestamp()
@@ -145,7 +148,7 @@ select (select max(looked.id) from looked),
 
 -- name: sweep_orphans
 -- As `sweep`, such runs.
--- writes: runs, finished_runs
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with lapsed as materialized (
     select lease_id as id, null::bigint as worker_id, array_agg(id) as run_ids, %(final_tasks)s::text[] as final_tasks
       from queue_service.runs

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import msgspec
 
+from queue_service import turn
 from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs import context, stopped
 from queue_service.runs.claim import Claim, assert_held
 from queue_service.runs.context import RunContext, RunTransaction
+from queue_service.turn import Turn
 
 if TYPE_CHECKING:
     import psycopg
@@ -108,6 +110,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return Claim(self.id, self.attempt)
 
     @property
+    def turn(self) -> Turn | None:
+        """The turn that this run works on, as it was dispatched; None for a run that works on none."""
+        return turn.of_run(self.metadata)
+
+    @property
     def cancelled(self) -> bool:
         """For the handler this run was given to: whether it should stop, and its outcome no longer counts. True once the
         run was cancelled, lost, over its time, or handed back because the worker stops. A handler in a thread cannot be
@@ -195,12 +202,16 @@ class NewRun:
 
 
 class Ending(msgspec.Struct, frozen=True, gc=False):
-    """How a claimed run ends. `result` and `error` are JSON text."""
+    """How a claimed run ends. `result` and `error` are JSON text. Its turn ends with it, unless that is `handed_on`: then
+    the turn ends with the run `heir`, or without one is its deployment's to answer.
+    """
 
     claim: Claim
     state: RunState
     result: str = "null"
     error: str = "null"
+    handed_on: bool = False
+    heir: int | None = None
 
 
 class Return(msgspec.Struct, frozen=True, gc=False):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.query import Query, Rows, array_literal, column, found, interval_literal, nothing, scalar
-from queue_service.runs.claim import Claim
-from queue_service.runs.model import Ending, Floor, NewRun, Return, Run, RunState
+from queue_service.runs.model import Floor, NewRun, Run, RunState
 from queue_service.runs.rows import read_claimed, read_runs
 from queue_service.runs.sql import SQL
 
@@ -22,11 +20,6 @@ MAX_PRIORITIES = 64
 
 # Above this, a count is shown as "this many or more": counting a backlog is work nobody asked for.
 COUNT_LIMIT = 50_001
-
-_claim_of = attrgetter("claim")
-
-# A claim as its row: it equals the Claim, both being tuples, and need not be made into one.
-Done = tuple[Any, ...]
 
 
 class DuePriority(NamedTuple):
@@ -180,37 +173,6 @@ def plan_as_ours() -> Query[None]:
     return SQL.query("plan_as_ours", nothing)
 
 
-def report(reports: Mapping[Claim, str]) -> Query[set[Done]]:
-    """Store how far runs are, as JSON text for each. The claims that are missing were lost, or another session has their
-    runs locked."""
-    claims = sorted(reports)
-    return SQL.query("report", _done, **_named(claims), reports=_json_array([reports[claim] for claim in claims]))
-
-
-def finish(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
-    """The claims that were still held and have ended. A missing one was lost: nothing about its run changed."""
-    ordered = sorted(endings, key=_claim_of)
-    outcomes = [_ending_json(ending) for ending in ordered]
-    return SQL.query("finish", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
-
-
-def busy(claims: Collection[Claim]) -> Query[set[Done]]:
-    """Those that are held, but an ending of which would wait for another session."""
-    return SQL.query("busy", _done, **_named(sorted(claims)))
-
-
-def give_back(returns: Sequence[Return], *, worker_id: int, freed: Collection[int] = ()) -> Query[set[Done]]:
-    """The claims that were still held and whose runs are queued again (or `cancelled`, where that had been asked)."""
-    ordered = sorted(returns, key=_claim_of)
-    outcomes = [_return_json(back) for back in ordered]
-    return SQL.query("give_back", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed))
-
-
-def freeing(write: Query[set[Done]], leases: Collection[int]) -> Query[set[Done]]:
-    """As a `finish` or `give_back` that was made before, and lets go of these leases."""
-    return Query(write.text, write.decode, {**write.params, "leases": array_literal(sorted(leases))})
-
-
 def sweep(*, limit: int, max_losses: int, excluding: Collection[int] = ()) -> Query[list[SweptRun]]:
     """What was taken from lapsed leases, `excluding` these. `limit` counts leases; each holds what one claim took."""
     return SQL.query(
@@ -220,6 +182,11 @@ def sweep(*, limit: int, max_losses: int, excluding: Collection[int] = ()) -> Qu
 
 def expire_one(run_id: int) -> Query[list[int]]:
     return SQL.query("expire_one", column, run_id=run_id)
+
+
+def take_back(deployment: str, message_id: str) -> Query[int | None]:
+    """The run of a turn, which has ended before it was ever begun, and the turn with it. None: it was too late for that."""
+    return SQL.query("take_back", scalar, deployment=deployment, message_id=message_id)
 
 
 def late(*, limit: int) -> Query[list[int]]:
@@ -317,48 +284,6 @@ def _from_floors(asked: Sequence[Wanted]) -> dict[str, object]:
 
 def _from_lanes(asked: Sequence[tuple[str, int]]) -> dict[str, object]:
     return {"queues": [queue for queue, _ in asked], "wanted": [wanted for _, wanted in asked]}
-
-
-def _batch(
-    claims: Sequence[Claim], outcomes: Sequence[str], worker_id: int, freed: Collection[int]
-) -> dict[str, object]:
-    return {
-        **_named(claims),
-        "outcomes": _json_array(outcomes),
-        "worker_id": worker_id,
-        "leases": array_literal(sorted(freed)),
-    }
-
-
-def _named(claims: Sequence[Claim]) -> dict[str, str]:
-    return {
-        "ids": array_literal([claim.run_id for claim in claims]),
-        "attempts": array_literal([claim.attempt for claim in claims]),
-    }
-
-
-def _ending_json(ending: Ending) -> str:
-    if ending.state is RunState.SUCCEEDED:
-        return "null" if ending.result == "null" else f'{{"result":{ending.result}}}'
-    error = "" if ending.error == "null" else f',"error":{ending.error}'
-    return f'{{"state":"{ending.state.value}"{error}}}'
-
-
-def _return_json(back: Return) -> str:
-    parts = [] if back.delay is None else [f'"delay":{back.delay!r}']
-    parts += ['"failed":true'] if back.failed else []
-    parts += [] if back.error == "null" else [f'"error":{back.error}']
-    parts += [] if back.reserved_for is None else [f'"reserved_for":{msgspec.json.encode(back.reserved_for).decode()}']
-    return "{" + ",".join(parts) + "}"
-
-
-def _json_array(texts: Sequence[str]) -> str | None:
-    # All null is the common case of a drain, and then the server has nothing to parse.
-    return None if all(text == "null" for text in texts) else "[" + ",".join(texts) + "]"
-
-
-def _done(rows: Rows) -> set[Done]:
-    return set(rows)
 
 
 def _first(rows: Rows) -> Run | None:

@@ -27,7 +27,8 @@ from queue_service.piped_process import PipedProcess
 from queue_service.supervisor.protocol import BeatLine, ReadyLine, decoded, may_end_a_turn
 from queue_service.supervisor.writer import Writer
 from queue_service.tasks import duration
-from queue_service.turns.model import Turn, TurnFailure
+from queue_service.turn import Turn
+from queue_service.turns.model import TurnFailure
 from queue_service.words import check_word
 
 log = get_logger(__name__)

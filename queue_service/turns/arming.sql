@@ -4,10 +4,11 @@
 -- define: asked
 -- The turns of the parameter, as the table `asked`, each once.
 asked as materialized (
-    select distinct on (deployment, message_id) *
+    select distinct on (deployment, message_id) *, clock_timestamp() as at
       from jsonb_to_recordset(%(turns)s::jsonb)
         as asked (deployment text, message_id text, stream text, platform text, channel_id text, user_id text,
-                  organization_id text, metadata jsonb, admission interval, execution interval)
+                  organization_id text, metadata jsonb, admission interval, execution interval,
+                  total interval)
      order by deployment, message_id
 )
 
@@ -17,12 +18,12 @@ asked as materialized (
 
 -- define: marker_columns
 (deployment, message_id, stream, platform, channel_id, user_id, organization_id, metadata, admission, execution,
-        deadline, run_id)
+        deadline, ends_by, run_id)
 
 -- define: marker_values
 asked.deployment, asked.message_id, asked.stream, asked.platform, asked.channel_id, asked.user_id,
            asked.organization_id, asked.metadata, asked.admission, asked.execution,
-           clock_timestamp() + asked.admission
+           asked.at + least(asked.admission, asked.total), asked.at + asked.total
 
 -- define: opened
 -- Makes `opened`, those of the turns `asked` that are new, their streams, and `known`, those that are not.
@@ -46,6 +47,20 @@ opened as (
         select o.deployment, o.message_id, o.kind from queue_service.turn_outcomes as o
          where o.deployment = asked.deployment and o.message_id = asked.message_id limit 1
     ) as o
+)
+
+-- define: stored
+-- Stores the run of a turn, if it is `wanted`.
+stored as (
+    insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, max_attempts,
+                                    retry_delay, timeout, metadata, organization_id)
+    select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.run_at + %(expires_in)s::interval,
+           %(ordering_key)s, %(max_attempts)s, %(retry_delay)s::interval, %(timeout)s::interval, %(metadata)s::jsonb,
+           %(organization_id)s
+      from (select coalesce(%(run_at)s::timestamptz,
+                            clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
+     where exists (select from wanted)
+    returning id
 )
 
 -- name: arm
@@ -75,22 +90,14 @@ with {asked}, {opened}, pending as (
          where m.deployment = asked.deployment and m.message_id = asked.message_id and m.run_id is null
          limit 1 for update
      ) as m
-), stored as (
-    insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, max_attempts,
-                                    retry_delay, timeout, metadata, organization_id)
-    select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.run_at + %(expires_in)s::interval,
-           %(ordering_key)s, %(max_attempts)s, %(retry_delay)s::interval, %(timeout)s::interval, %(metadata)s::jsonb,
-           %(organization_id)s
-      from (select coalesce(%(run_at)s::timestamptz,
-                            clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
-     where exists (select from opened) or exists (select from pending)
-    returning id
-), armed as (
+), wanted as (
+    select from opened union all select from pending
+), {stored}, armed as (
     insert into queue_service.turn_markers {marker_columns}
     select {marker_values}, stored.id from asked cross join stored where {is_opened}
 ), begun as (
     update queue_service.turn_markers as m
-       set run_id = stored.id, deadline = clock_timestamp() + m.admission, admitted_at = null
+       set run_id = stored.id, deadline = least(clock_timestamp() + m.admission, m.ends_by), admitted_at = null
       from stored
      where m.deployment = (select pending.deployment from pending)
        and m.message_id = (select pending.message_id from pending)
@@ -105,66 +112,62 @@ select 'known', (select m.run_id from queue_service.turn_markers as m
 
 -- name: send
 -- Take in a message: store it as an event of its stream, arm its turn, and store the run that works on it, all or nothing,
--- and once. A stream that was new or suspended is active then. Row: 'sent' or 'known', the seq of the event and the digest
--- of the message (both null for a turn that was armed by other means); 'ended' where the stream takes no messages. No row:
--- another session is sending it, send it again; and so where this is a not-null violation: the stream was closed after this
--- statement began to look, its head was not moved, and a receipt without a seq takes everything back.
+-- and once. Where runs of its lane are before it, a second event says how many. A stream that was new or suspended is active
+-- then. The run is stored before the stream is locked: the end of a run takes its lane first, too. Row: 'sent' or 'known',
+-- the seq of the event and the digest of the message (null for a turn that was armed by other means); 'ended' where the
+-- stream takes no messages. No row: another session is sending it, send it again; and so where this is a not-null violation: the
+-- stream was closed after this statement began to look, its head was not moved, and a receipt without a seq takes all back.
 -- writes: turn_outcomes, turn_markers, streams, events, runs, receipts
 with {asked}, open_streams as materialized (
     select asked.stream from asked
      where (select s.state from queue_service.streams as s where s.stream = asked.stream limit 1)
            not in ('closing', 'ended') is not false
+), known as materialized (
+    select o.* from asked cross join lateral (
+        select o.deployment from queue_service.turn_outcomes as o
+         where o.deployment = asked.deployment and o.message_id = asked.message_id limit 1) as o
 ), opened as (
     insert into queue_service.turn_outcomes (deployment, message_id, stream)
     select deployment, message_id, stream from asked where exists (select from open_streams)
         on conflict (deployment, message_id) do nothing
     returning deployment, message_id
+), wanted as (
+    select from opened
+), {stored}, ahead as materialized (
+    select count(*)::integer as runs, (count(*) > 0)::integer as events
+      from (select from queue_service.runs where runs.queue = %(queue)s and runs.ordering_key = %(ordering_key)s
+             order by runs.queue, runs.ordering_key, runs.id limit 1000) as others
 ), heads as (
     insert into queue_service.streams (stream, head, state)
-    select asked.stream, 1, 'active' from asked where {is_opened}
+    select asked.stream, 1 + ahead.events, 'active' from asked, ahead
+     where {is_opened} and (select count(*) from stored) > 0
         on conflict (stream) do update
-       set head = streams.head + 1,
+       set head = streams.head + excluded.head,
            state = case when streams.state in ('created', 'suspended') then 'active' else streams.state end
      where streams.state not in ('closing', 'ended')
-    returning stream, head
+    returning stream, head, head - (select ahead.events from ahead) as seq
 ), said as (
     insert into queue_service.events (stream, seq, kind, body)
-    select heads.stream, heads.head, 'message', %(message)s::jsonb from heads
-), stored as (
-    insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, max_attempts,
-                                    retry_delay, timeout, metadata, organization_id)
-    select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.run_at + %(expires_in)s::interval,
-           %(ordering_key)s, %(max_attempts)s, %(retry_delay)s::interval, %(timeout)s::interval, %(metadata)s::jsonb,
-           %(organization_id)s
-      from (select coalesce(%(run_at)s::timestamptz,
-                            clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
-     where exists (select from opened)
-    returning id
+    select stream, seq, 'message', %(message)s::jsonb from heads
+    union all
+    select heads.stream, head, 'queued', jsonb_build_object('message_id', asked.message_id, 'ahead', ahead.runs)
+      from heads, ahead, asked where ahead.events = 1
 ), armed as (
     insert into queue_service.turn_markers {marker_columns}
     select {marker_values}, stored.id from asked cross join stored where {is_opened}
 ), receipt as (
     insert into queue_service.receipts (deployment, message_id, seq, digest)
-    select asked.deployment, asked.message_id, (select heads.head from heads), %(digest)s from asked where {is_opened}
+    select deployment, message_id, (select heads.seq from heads), %(digest)s from asked where {is_opened}
     returning seq, digest
 )
 select 'sent', seq, digest, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end,
-       case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || %(stream)s::text)::text end
-  from receipt
+       case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || %(stream)s::text)::text end from receipt
 union all
 select 'known', r.seq, r.digest, null, null
-  from asked
- cross join lateral (
-    select true as known from queue_service.turn_outcomes as o
-     where o.deployment = asked.deployment and o.message_id = asked.message_id limit 1
- ) as o
-  left join lateral (
+  from asked left join lateral (
     select receipts.seq, receipts.digest from queue_service.receipts
-     where receipts.deployment = asked.deployment and receipts.message_id = asked.message_id limit 1
- ) as r on true
- where not exists (select from opened)
+     where receipts.deployment = asked.deployment and receipts.message_id = asked.message_id limit 1) as r on true
+ where exists (select from known) and not exists (select from opened)
 union all
 select 'ended', null, null, null, null from asked
- where not exists (select from open_streams)
-   and (select true from queue_service.turn_outcomes as o
-         where o.deployment = asked.deployment and o.message_id = asked.message_id limit 1) is null
+ where not exists (select from open_streams) and not exists (select from known)

@@ -7,8 +7,8 @@
 -- writes: turn_markers
 with extended as (
     update queue_service.turn_markers as m
-       set deadline = case when m.failure_code is null then clock_timestamp() + m.execution
-                           else least(m.deadline, clock_timestamp() + m.execution) end,
+       set deadline = least(clock_timestamp() + m.execution, m.ends_by,
+                            case when m.failure_code is not null then m.deadline end),
            admitted_at = coalesce(m.admitted_at, clock_timestamp())
      where m.deployment = %(deployment)s and m.message_id = any(array(
             select owed.message_id from queue_service.turn_markers as owed
@@ -37,7 +37,7 @@ returning m.message_id
 -- The provider recovered, which is a sign of life. Rows: ids of the messages that had been withheld.
 -- writes: turn_markers
 update queue_service.turn_markers as m
-   set failure_code = null, failure_reason = null, deadline = clock_timestamp() + m.execution,
+   set failure_code = null, failure_reason = null, deadline = least(clock_timestamp() + m.execution, m.ends_by),
        admitted_at = coalesce(m.admitted_at, clock_timestamp())
  where m.deployment = %(deployment)s and m.message_id = any(array(
         select owed.message_id from queue_service.turn_markers as owed
@@ -50,6 +50,6 @@ returning m.message_id
 -- The turn waits to be taken up again, with a whole admission before it. Row: its message id.
 -- writes: turn_markers
 update queue_service.turn_markers as m
-   set deadline = clock_timestamp() + m.admission, admitted_at = null
+   set deadline = least(clock_timestamp() + m.admission, m.ends_by), admitted_at = null
  where m.deployment = %(deployment)s and m.message_id = %(message_id)s
 returning m.message_id

@@ -1,77 +1,23 @@
 -- Ending turns. An armed turn is a row of `turn_markers`; deleting it is the election of whoever writes the ending, and the
 -- ending is written by the very statement that deletes it.
 --
--- Locks are taken in this order: outcomes, markers, streams; those of one kind by ascending key. A statement that ends
--- turns touches their outcomes last all the same: it holds the marker, and nobody else writes the outcome of a turn
--- whose marker is held.
+-- Locks are taken in this order: leases, runs, lanes, outcomes, markers, streams, and at last the lanes of deliveries; those
+-- of one kind by ascending key. A statement that ends turns touches their outcomes last all the same: it holds the marker, and
+-- nobody else writes the outcome of a turn whose marker is held. The run of a turn that is answered while it is queued ends
+-- with it: a message that was consumed by the answer to another is not begun.
 
--- define: ended
--- Of the turns `taken`, each with the kind, code and body of its ending: makes `endings`, those that had none yet, each
--- with the seq of its event. Stores the outcome, the event and, for a channel, the run that delivers it.
-due as materialized (
-    -- A turn that has had its ending gets no second one, even if somebody put its marker back by hand.
-    select taken.*
-      from taken
-      left join lateral (
-        select true as ended from queue_service.turn_outcomes as o
-         where o.deployment = taken.deployment and o.message_id = taken.message_id and o.kind is not null
-         limit 1
-      ) as had on true
-     where had.ended is null
-), heads as (
-    -- The row lock is kept to the end of the transaction: the order of seq is the order of commits, without gaps.
-    insert into queue_service.streams (stream, head)
-    select due.stream, count(*) from due group by due.stream order by due.stream
-        on conflict (stream) do update set head = streams.head + excluded.head
-    returning stream, head
-), numbered as materialized (
-    select due.*,
-           ((select jsonb_object_agg(heads.stream, heads.head) from heads) -> due.stream)::bigint
-           + 1 - row_number() over (partition by due.stream order by armed_at desc, message_id desc) as seq
-      from due
-), outcomes as (
-    -- The unique key has the last word, whatever this statement's snapshot did not show.
-    insert into queue_service.turn_outcomes (deployment, message_id, stream, armed_at, ended_at, seq, kind, code)
-    select deployment, message_id, stream, armed_at, clock_timestamp(), seq, kind, code from numbered
-     order by deployment, message_id
-        on conflict (deployment, message_id) do update
-       set stream = excluded.stream, ended_at = excluded.ended_at, seq = excluded.seq, kind = excluded.kind,
-           code = excluded.code
-     where turn_outcomes.kind is null
-    returning deployment, message_id
-), endings as materialized (
-    select numbered.* from numbered
-     where ((deployment, message_id) in (select outcomes.deployment, outcomes.message_id from outcomes)) is true
-), stored as (
-    insert into queue_service.events (stream, seq, kind, terminal, body)
-    select stream, seq, kind, true,
-           body || jsonb_build_object('deployment', deployment, 'message_ids', jsonb_build_array(message_id),
-                                      'platform', platform, 'organization_id', organization_id)
-      from endings
-), deliveries as (
-    -- For the API the event is the delivery. Elsewhere a renderer has to deliver it, first of all the one that is connected.
-    -- Those of one channel are a lane. Its key begins with the length of the platform's name, since names may hold colons.
-    insert into queue_service.runs (queue, task, ordering_key, payload, organization_id, reserved_for)
-    select 'thread_response', 'deliver', length(platform) || ':' || platform || ':' || channel_id,
-           jsonb_build_object('stream', stream, 'seq', seq, 'kind', kind, 'deployment', deployment,
-                              'message_id', message_id, 'platform', platform, 'channel_id', channel_id,
-                              'user_id', user_id, 'metadata', metadata),
-           organization_id,
-           (select owner from queue_service.connections as c
-             where c.platform = endings.platform and c.channel_id = endings.channel_id
-               and c.expires_at > clock_timestamp())
-      from endings where platform <> 'api'
-     -- Lanes are locked in this order, and those of one lane come in the order of their events.
-     order by length(platform) || ':' || platform || ':' || channel_id, armed_at, message_id
-    returning id
+-- define: endings
+-- Of the turns `taken`, each with the kind, code and body of its ending: stores the endings of those that had none yet
+-- (`store_endings`, migration 0014, which the ends of runs call too).
+endings as materialized (
+    select e.* from queue_service.store_endings(array(
+        select row(deployment, message_id, stream, platform, channel_id, user_id, organization_id, metadata, armed_at,
+                   run_id, kind, code, body)::queue_service.turn_ending
+          from taken), %(notify)s) as e
 )
 
 -- define: ended_rows
-select endings.deployment, endings.message_id, endings.stream, endings.seq, endings.kind, endings.platform,
-       case when %(notify)s then pg_notify('queue_service_events', endings.seq || ' ' || endings.stream)::text end,
-       case when %(notify)s and endings.platform <> 'api' then
-           pg_notify('queue_service_runs', '0 thread_response')::text end
-  from endings
+select endings.deployment, endings.message_id, endings.stream, endings.seq, endings.kind, endings.platform from endings
 
 -- name: end
 -- End those of these turns that are still owed an ending, each with the event it was given. `endings` is a JSON array of
@@ -92,9 +38,8 @@ with asked as materialized (
        and m.deployment = any(array(select asked.deployment from asked))
        and m.message_id = any(array(select asked.message_id from asked))
     returning {marker_fields}, asked.kind, asked.code, asked.body
-), {ended}
+), {endings}
 {ended_rows}
- order by stream, seq
 
 -- define: free_streams
 -- Of the streams of the turns `owed`: `free` are those that nobody is writing to, `known` those that exist.
@@ -110,8 +55,8 @@ free as materialized (
 )
 
 -- name: end_free
--- As `end`, for several calls at once, waiting for nobody: a call of which another session holds a marker, or writes to a
--- stream, is left alone as a whole, or it would hold up the others. Its turns come back as rows without an event.
+-- As `end`, for several calls at once, waiting for nobody: a call of which another session holds a marker or a queued run, or
+-- writes to a stream, is left alone as a whole, or it would hold up the others. Its turns come back as rows without an event.
 -- writes: turn_markers, turn_outcomes, streams, events, runs
 with asked as materialized (
     select distinct on (deployment, message_id) *
@@ -121,10 +66,10 @@ with asked as materialized (
       ) with ordinality as asked (call, deployment, message_id, kind, code, body, place)
      order by deployment, message_id, place
 ), owed as materialized (
-    select asked.call, m.*
+    select asked.call, asked.kind, m.*
       from asked
      cross join lateral (
-        select m.deployment, m.message_id, m.stream from queue_service.turn_markers as m
+        select m.deployment, m.message_id, m.stream, m.run_id from queue_service.turn_markers as m
          where m.deployment = asked.deployment and m.message_id = asked.message_id limit 1
      ) as m
 ), locked as materialized (
@@ -138,6 +83,9 @@ with asked as materialized (
     select owed.call from owed
      where (owed.deployment, owed.message_id) not in (select locked.deployment, locked.message_id from locked)
         or owed.stream not in (select free.stream from free) and owed.stream in (select known.stream from known)
+    union all
+    select owed.call from owed
+     where owed.run_id is not null and owed.kind = 'reply' and not queue_service.may_retire(owed.run_id)
 ), taken as (
     delete from queue_service.turn_markers as m
      using asked
@@ -147,10 +95,10 @@ with asked as materialized (
        and (m.deployment, m.message_id) in (select locked.deployment, locked.message_id from locked)
        and asked.call not in (select busy.call from busy)
     returning {marker_fields}, asked.kind, asked.code, asked.body
-), {ended}
+), {endings}
 {ended_rows}
 union all
-select owed.deployment, owed.message_id, owed.stream, null, null, null, null, null
+select owed.deployment, owed.message_id, owed.stream, null, null, null
   from owed where owed.call in (select busy.call from busy)
 
 -- name: fail_deployment
@@ -170,27 +118,27 @@ with failure as materialized (
     returning {marker_fields}, 'error' as kind, failure.code,
               jsonb_strip_nulls(jsonb_build_object(
                   'code', failure.code,
-                  'message', coalesce(failure.message, %(sentences)s::jsonb ->> failure.code),
+                  'message', coalesce(failure.message, queue_service.sentence_of(failure.code)),
                   'reason', failure.reason)) as body
-), {ended}
+), {endings}
 {ended_rows}
- order by stream, seq
 
 -- define: lapsed
 -- Makes `taken` of the markers that were `deleted` when their deadline had passed, each with the failure that it was.
 taken as materialized (
     select {marker_fields}, 'error' as kind, failure.code,
            jsonb_strip_nulls(jsonb_build_object(
-               'code', failure.code,
-               'message', coalesce(failure.message, %(sentences)s::jsonb ->> failure.code),
-               'reason', failure.reason)) as body
+               'code', failure.code, 'message', queue_service.sentence_of(failure.code), 'reason', failure.reason)) as body
       from deleted as m
      cross join lateral (
-        select case when m.failure_code is null then 'worker_unresponsive'
-                    when %(sentences)s::jsonb ? m.failure_code then m.failure_code else 'internal_error' end as code,
-               null::text as message,
+        select case when m.failure_code is null and m.ends_by < clock_timestamp() then 'timeout'
+                    when m.failure_code is null then 'worker_unresponsive'
+                    when queue_service.sentence_of(m.failure_code) is not null then m.failure_code
+                    else 'internal_error' end as code,
                case when m.failure_code is not null then m.failure_reason
-                    when m.admitted_at is null then format('No worker took it up within %%s.', m.admission)
+                    when m.ends_by < clock_timestamp()
+                         then format('It was not answered within %%s as a whole.', m.ends_by - m.armed_at)
+                    when m.admitted_at is null then queue_service.why_unanswered(m.run_id, m.admission)
                     else format('No sign of life for %%s.', m.execution) end as reason
     ) as failure
 )
@@ -213,10 +161,10 @@ with owed as materialized (
             select owed.place from owed
              where owed.stream in (select free.stream from free) or owed.stream not in (select known.stream from known)))
        and m.deadline < clock_timestamp()
-    returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution
-), {lapsed}, {ended}
+    returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution,
+              m.ends_by
+), {lapsed}, {endings}
 {ended_rows}
- order by stream, seq
 
 -- name: sweep_one
 -- As `sweep`, for one turn, and waiting for whoever holds it.
@@ -224,10 +172,35 @@ with owed as materialized (
 with deleted as (
     delete from queue_service.turn_markers as m
      where m.deployment = %(deployment)s and m.message_id = %(message_id)s and m.deadline < clock_timestamp()
-    returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution
-), {lapsed}, {ended}
+    returning {marker_fields}, m.failure_code, m.failure_reason, m.admitted_at, m.admission, m.execution,
+              m.ends_by
+), {lapsed}, {endings}
 {ended_rows}
- order by stream, seq
+
+-- name: interrupt
+-- End the turns of a message's stream that came before it and are being worked on, `cancelled`. Rows as of `end`, and the run.
+-- writes: turn_markers, turn_outcomes, streams, events, runs
+with mine as materialized (
+    select m.stream, m.armed_at from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id = %(message_id)s
+), begun as materialized (
+    select m.message_id, m.run_id from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id <> %(message_id)s
+       and m.stream = (select mine.stream from mine) and m.armed_at < (select mine.armed_at from mine)
+       and (m.run_id is null
+            or (select runs.state from queue_service.runs where runs.id = m.run_id) is not distinct from 'running')
+     order by m.message_id
+       for update
+), taken as (
+    delete from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id = any(array(select begun.message_id from begun))
+    returning {marker_fields}, 'error' as kind, 'cancelled' as code, jsonb_build_object(
+        'code', 'cancelled', 'message', queue_service.sentence_of('cancelled'),
+        'reason', 'Another message interrupted it.') as body
+), {endings}
+select endings.deployment, endings.message_id, endings.stream, endings.seq, endings.kind, endings.platform,
+       (select begun.run_id from begun where begun.message_id = endings.message_id)
+  from endings
 
 -- name: discharge
 -- Forget what is owed to a turn, without an event: it was answered by other means. Row: its stream.

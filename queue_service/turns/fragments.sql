@@ -7,4 +7,5 @@
 -- become a join) or in an object, not joined by a loop within a loop.
 
 -- define: marker_fields
-m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata, m.armed_at
+m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata, m.armed_at,
+              m.run_id

@@ -1,9 +1,9 @@
-"""What a turn is, how it may fail, and how it stands."""
+"""How a turn may fail, how it stands, and what it ends with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ from queue_service.codec import sanitised
 from queue_service.errors import ConfigError, PayloadRefused, nearest
 from queue_service.exceptions import message
 from queue_service.logs import get_logger
+from queue_service.turn import Turn
 from queue_service.words import check_word
 
 log = get_logger(__name__)
@@ -30,6 +31,7 @@ SENTENCES: Mapping[str, str] = {
     "provider_unavailable": "The model provider cannot be reached. Please try again later.",
     "context_too_large": "The conversation is too long for the model. Please start a new one.",
     "reply_refused": "The agent answered, but its answer could not be stored.",
+    "no_answer": "The agent finished without an answer. Please send the message again.",
     "rejected": "The message was rejected.",
     "cancelled": "The turn was cancelled.",
     "timeout": "The agent took too long to answer. Please send the message again.",
@@ -68,38 +70,6 @@ def known_code(code: str | None) -> str | None:
     return code if code is None or code in SENTENCES else "internal_error"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """One message dispatched to a deployment, owed one ending in its stream. `(deployment, message_id)` is its identity.
-
-    `platform` is where the person waits: for `api` the event in the stream is the delivery, for any other a renderer is
-    notified (`channel_id` says which connection it needs). `metadata` is the platform's own. Texts hold up to 1,024 bytes.
-    """
-
-    deployment: str
-    message_id: str
-    stream: str
-    platform: str = "api"
-    channel_id: str | None = None
-    user_id: str | None = None
-    organization_id: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("deployment", "message_id", "stream", "platform"):
-            check_word(getattr(self, name), name)
-        for name in ("channel_id", "user_id", "organization_id"):
-            value = getattr(self, name)
-            if value is not None:
-                check_word(value, name)
-
-    def fields(self, limit: int) -> dict[str, Any]:
-        """As a JSON object for the arming statements. PayloadRefused for metadata that cannot be stored."""
-        encoded = codec.dumps_object(dict(self.metadata), what="metadata", limit=limit)
-        words = {name: getattr(self, name) for name in Turn.__slots__ if name != "metadata"}
-        return {**words, "metadata": msgspec.Raw(encoded.encode())}
-
-
 def key_of(deployment: str, message_id: str) -> tuple[str, str]:
     """The identity of a turn. Raises ConfigError, PayloadRefused for what names none."""
     check_word(deployment, "deployment")
@@ -118,7 +88,8 @@ def may_name(message_id: str) -> bool:
 
 
 class Marker(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn that is owed its ending. `deadline` is when it lapses; `admitted_at` the first sign of life."""
+    """A turn that is owed its ending. `deadline` is when it lapses, `admitted_at` the first sign of life, `ends_by` when it
+    lapses whatever signs of life there are (None: never)."""
 
     deployment: str
     message_id: str
@@ -137,6 +108,12 @@ class Marker(msgspec.Struct, frozen=True, kw_only=True):
     failure_code: str | None
     failure_reason: str | None
     overdue: bool
+    ends_by: datetime | None = None
+
+    @property
+    def turn(self) -> Turn:
+        """The turn that this is the marker of."""
+        return Turn(**{name: getattr(self, name) for name in Turn.__slots__})
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,6 @@ from queue_service.db.query import Query, Rows, column, found, interval_literal,
 from queue_service.db.rows import flaw_of
 from queue_service.db.statements import Statements
 from queue_service.turns.model import (
-    SENTENCES,
     EndedTurn,
     Marker,
     Outcome,
@@ -29,17 +28,17 @@ SQL = Statements("queue_service.turns")
 
 Key = tuple[str, str]
 
-_SENTENCES = msgspec.json.encode(SENTENCES).decode()
 # Above this, a count is shown as "this many or more".
 COUNT_LIMIT = 50_001
 
 
 class Owed(NamedTuple):
-    """A turn as the arming statements take it: its fields, and its two deadlines."""
+    """A turn as the arming statements take it: its fields, its two deadlines, and the bound on the whole of it."""
 
     fields: dict[str, Any]
     admission: timedelta
     execution: timedelta
+    total: timedelta | None = None
 
     @property
     def key(self) -> Key:
@@ -138,20 +137,27 @@ def fail_deployment(deployment: str, failure: TurnFailure, *, notify: bool) -> Q
         code=failure.code,
         message=failure.message,
         reason=failure.reason,
-        sentences=_SENTENCES,
         notify=notify,
     )
 
 
 def sweep(*, limit: int, notify: bool = False) -> Query[list[EndedTurn]]:
-    return SQL.query("sweep", _ended, limit=limit, sentences=_SENTENCES, notify=notify)
+    return SQL.query("sweep", _ended, limit=limit, notify=notify)
 
 
 def sweep_one(deployment: str, message_id: str) -> Query[list[EndedTurn]]:
     """Ends the turn if its deadline has passed, and notifies those who follow."""
-    return SQL.query(
-        "sweep_one", _ended, deployment=deployment, message_id=message_id, sentences=_SENTENCES, notify=True
-    )
+    return SQL.query("sweep_one", _ended, deployment=deployment, message_id=message_id, notify=True)
+
+
+def interrupt(deployment: str, message_id: str) -> Query[list[tuple[EndedTurn, int | None]]]:
+    """The turns before this one that were being worked on and have ended now, and the run of each. Followers are notified
+    with the commit."""
+
+    def decode(rows: Rows) -> list[tuple[EndedTurn, int | None]]:
+        return [(EndedTurn(*row[:6]), row[6]) for row in rows]
+
+    return SQL.query("interrupt", decode, deployment=deployment, message_id=message_id, notify=True)
 
 
 def discharge(deployment: str, message_id: str) -> Query[bool]:
@@ -235,7 +241,12 @@ def prune(age: timedelta, *, limit: int) -> Query[int]:
 
 def _turns(turns: Sequence[Owed]) -> str:
     objects = [
-        {**turn.fields, "admission": interval_literal(turn.admission), "execution": interval_literal(turn.execution)}
+        {
+            **turn.fields,
+            "admission": interval_literal(turn.admission),
+            "execution": interval_literal(turn.execution),
+            "total": None if turn.total is None else interval_literal(turn.total),
+        }
         for turn in turns
     ]
     return msgspec.json.encode(objects).decode()
@@ -281,7 +292,7 @@ def _markers(rows: Rows) -> list[Marker]:
             deployment=row[0], message_id=row[1], stream=row[2], platform=row[3], channel_id=row[4], user_id=row[5],
             organization_id=row[6], metadata=read_object(row[7]).value, armed_at=row[8], deadline=row[9],
             admitted_at=row[10], admission=row[11], execution=row[12], run_id=row[13], failure_code=known_code(row[14]),
-            failure_reason=row[15], overdue=row[16],
+            failure_reason=row[15], ends_by=row[16], overdue=row[17],
         )
         for row in rows
     ]  # fmt: skip

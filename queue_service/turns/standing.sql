@@ -44,7 +44,7 @@ select clock_timestamp() - min(m.deadline) from queue_service.turn_markers as m
 -- Markers, those first that lapse first, after the place `after_*` says.
 select m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id, m.organization_id, m.metadata::text,
        m.armed_at, m.deadline, m.admitted_at, m.admission, m.execution, m.run_id, m.failure_code,
-       m.failure_reason, m.deadline < clock_timestamp()
+       m.failure_reason, m.ends_by, m.deadline < clock_timestamp()
   from queue_service.turn_markers as m
  where (%(deployment)s::text is null or m.deployment = %(deployment)s)
    and (%(message_id)s::text is null or m.message_id = %(message_id)s)

@@ -20,10 +20,12 @@ from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 
+from queue_service.db.query import Fetch
 from queue_service.exceptions import is_a
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
+from queue_service.worker.again import after_reset, may_follow_another
 from queue_service.worker.ahead import MAX_RUNS, Ahead
 from queue_service.worker.execution import Cause, Execution, outcome_to_write
 from queue_service.worker.finisher import Finisher
@@ -54,6 +56,7 @@ class Executor:
         concurrency: int,
         *,
         tasks: Tasks,
+        fetch: Fetch,
         finisher: Finisher,
         threads: Threads,
         processes: Processes,
@@ -66,6 +69,7 @@ class Executor:
         self.queue = queue
         self.concurrency = concurrency
         self._tasks = tasks
+        self._fetch = fetch
         self._finisher = finisher
         self._threads = threads
         self._processes = processes
@@ -256,8 +260,12 @@ class Executor:
         # A context for each run: what one handler binds there is not found by the next.
         running.set(run)
         try:
-            answer = await watched(self._invoke(execution, task, run), contextvars.copy_context(), self._rouse)
-            outcome: Settlement = answer if task.process else results.returned(run, answer, limit=self._result_limit)
+            call = self._invoke(execution, task, run)
+            if run.attempt > 1 and may_follow_another(run):
+                call = after_reset(self._fetch, run, call)
+            answer = await watched(call, contextvars.copy_context(), self._rouse)
+            is_decided = task.process and isinstance(answer, (Ending, Return))
+            outcome: Settlement = answer if is_decided else results.returned(run, answer, limit=self._result_limit)
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot
             outcome = self._stopped(execution, task, error)
         finally:
@@ -296,7 +304,10 @@ class Executor:
             execution.limit(task.timeout)
         running.set(runs[0] if alone else None)
         try:
-            answer = await watched(self._invoke_batch(task, list(runs)), contextvars.copy_context(), self._rouse)
+            call = self._invoke_batch(task, list(runs))
+            if alone and may_follow_another(runs[0]):
+                call = after_reset(self._fetch, runs[0], call)
+            answer = await watched(call, contextvars.copy_context(), self._rouse)
             answers = zip(executions.items(), batches.answers(runs, answer), strict=True)
             outcomes = {held: self._answered(execution, task, each) for (held, execution), each in answers}
         except BaseException as error:  # noqa: BLE001 - raised again if it is meant for the slot

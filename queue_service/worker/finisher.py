@@ -27,9 +27,10 @@ from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefused
 from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
-from queue_service.runs import queries
+from queue_service.runs import settling
 from queue_service.runs.model import Ending, Return, RunState
 from queue_service.services.loop import Service
+from queue_service.turn import IN_METADATA
 from queue_service.worker.leases import Held, Leases
 from queue_service.worker.tally import Settlement, Tally
 
@@ -63,7 +64,7 @@ class _Group:
     # What the database refused of it is not in it any more.
     is_bare: bool = False
     # What writes it, once that is known.
-    prepared: Query[set[queries.Done]] | None = None
+    prepared: Query[set[settling.Done]] | None = None
 
     def __post_init__(self) -> None:
         self.hold(self.entries)
@@ -74,13 +75,16 @@ class _Group:
         self.outcomes = [outcome for _, outcome in entries if outcome is not None]
         self.prepared = None
 
-    def query(self, worker_id: int, freed: Collection[int]) -> Query[set[queries.Done]]:
+    def query(self, worker_id: int, freed: Collection[int]) -> Query[set[settling.Done]]:
         """The statement, which also lets go of these leases: those are not known before it is sent."""
         if self.prepared is None:
-            is_return = bool(self.outcomes) and isinstance(self.outcomes[0], Return)
-            write: Callable[..., Query[set[queries.Done]]] = queries.give_back if is_return else queries.finish
+            write: Callable[..., Query[set[settling.Done]]] = settling.finish
+            if self.outcomes and isinstance(self.outcomes[0], Return):
+                write = settling.give_back
+            elif self.outcomes and self.outcomes[0].handed_on:
+                write = settling.hand_on
             self.prepared = write(self.outcomes, worker_id=worker_id)
-        return queries.freeing(self.prepared, freed)
+        return settling.freeing(self.prepared, freed)
 
 
 class Verdict(Enum):
@@ -308,7 +312,7 @@ class Finisher:
 
     async def _set_locked_aside(self, group: _Group) -> None:
         """What another session keeps from being written. Its leases stay, too."""
-        busy = await self._connection.fetch(queries.busy([each.claim for each in group.outcomes]))
+        busy = await self._connection.fetch(settling.busy([each.claim for each in group.outcomes]))
         aside = [(held, outcome) for held, outcome in group.entries if held.run.claim in busy]
         for entry in aside:
             self._locked.add(entry)
@@ -320,7 +324,7 @@ class Finisher:
         leases = Counter(held.lease for held, _ in group.entries)
         # Those that hold nothing more once this is written go with it.
         freed = [lease.id for lease, runs in leases.items() if lease.outstanding == runs]
-        done: Collection[queries.Done] = ()
+        done: Collection[settling.Done] = ()
         if outcomes or freed:
             asyncio.get_running_loop().call_soon(self._prepare_next)
             began = time.monotonic()
@@ -353,7 +357,7 @@ class Finisher:
         elif seconds < QUICK and self._at_once < ENDINGS_AT_ONCE:
             self._at_once = min(ENDINGS_AT_ONCE, 2 * self._at_once)
 
-    def _account(self, outcomes: Sequence[Settlement], done: Collection[queries.Done], uncertain: bool) -> None:
+    def _account(self, outcomes: Sequence[Settlement], done: Collection[settling.Done], uncertain: bool) -> None:
         written = outcomes
         if len(done) < len(outcomes) and not uncertain:
             written = [outcome for outcome in outcomes if outcome.claim in done]
@@ -368,11 +372,20 @@ class Finisher:
 
 
 def _by_kind(entries: Sequence[Entry]) -> list[_Group]:
-    endings = [entry for entry in entries if type(entry[1]) is not Return]
-    if len(endings) == len(entries):
+    """One group for each statement. What works on turns goes apart: their statements lock streams, and then the lanes of
+    deliveries, which those that end deliveries have locked from the beginning."""
+    if all(type(outcome) is not Return and held.run.metadata is None for held, outcome in entries):
         return [_Group(entries)] if entries else []
-    returns = [entry for entry in entries if isinstance(entry[1], Return)]
-    return [_Group(endings), _Group(returns)] if endings else [_Group(returns)]
+    groups: dict[tuple[bool, bool, bool], list[Entry]] = {}
+    for entry in entries:
+        held, outcome = entry
+        kind = (
+            isinstance(outcome, Return),
+            isinstance(outcome, Ending) and outcome.handed_on,
+            IN_METADATA in (held.run.metadata or ()),
+        )
+        groups.setdefault(kind, []).append(entry)
+    return [_Group(groups[kind]) for kind in sorted(groups)]
 
 
 def _verdict(refused: Exception) -> Verdict:

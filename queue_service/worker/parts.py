@@ -22,7 +22,7 @@ from queue_service.db.listener import Listener, NoticesMissed
 from queue_service.db.pool import SESSION, OwnConnection, options
 from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
-from queue_service.runs import queries
+from queue_service.runs import settling
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.runs.queries import Claimant
 from queue_service.services.loop import Service, Services, Work
@@ -152,12 +152,14 @@ class Parts:
         outcomes = [outcome for _, outcome in entries if outcome is not None]
         leases = sorted({held.lease.id for held, _ in entries})
         log.error("this worker ends though handlers go on; their runs are given up", runs=len(outcomes))
-        endings = [outcome for outcome in outcomes if isinstance(outcome, Ending)]
+        handed_on = [outcome for outcome in outcomes if isinstance(outcome, Ending) and outcome.handed_on]
+        endings = [outcome for outcome in outcomes if isinstance(outcome, Ending) and not outcome.handed_on]
         returns = [outcome for outcome in outcomes if isinstance(outcome, Return)]
         with translated(), psycopg.connect(options(self._conninfo, "queue_service leaving"), autocommit=True) as conn:
             conn.execute(SESSION)
-            fetch_sync(conn, queries.give_back(returns, worker_id=self._worker_id))
-            fetch_sync(conn, queries.finish(endings, worker_id=self._worker_id, freed=leases))
+            fetch_sync(conn, settling.give_back(returns, worker_id=self._worker_id))
+            fetch_sync(conn, settling.hand_on(handed_on, worker_id=self._worker_id))
+            fetch_sync(conn, settling.finish(endings, worker_id=self._worker_id, freed=leases))
 
     async def _close(self) -> None:
         for executor in self.executors.values():
@@ -180,6 +182,7 @@ class Parts:
             queue,
             concurrency,
             tasks=self._app.tasks,
+            fetch=self._app.fetch,
             finisher=self.finisher,
             threads=self._threads,
             processes=self._processes,

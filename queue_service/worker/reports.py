@@ -14,7 +14,7 @@ from queue_service.db.execute import REFUSED
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
-from queue_service.runs import queries
+from queue_service.runs import settling
 from queue_service.runs.claim import Claim
 from queue_service.runs.model import Run
 
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 REPORT_PERIOD = 1.0
 
-StoredClaims = set[queries.Done]
+StoredClaims = set[settling.Done]
 
 
 class Reports:
@@ -64,7 +64,7 @@ class Reports:
             return
         stored: StoredClaims = set()
         try:
-            stored = await self._fetch(queries.report({claim: progress for claim, (_, progress) in due.items()}))
+            stored = await self._fetch(settling.report({claim: progress for claim, (_, progress) in due.items()}))
         except DatabaseUnavailable as lost:
             log.debug("cannot store progress; trying again", why=str(lost))
         except REFUSED as refused:

@@ -7,14 +7,15 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from queue_service import App, Run, Turn
+from queue_service import App, Run
 
 app = App()
 
 
 @app.task(queue="agent")
 async def agent_turn(run: Run, text: str) -> None:
-    turn = Turn(**(run.metadata or {})["turn"])
+    turn = run.turn
+    assert turn is not None
     if not await app.turns.is_live(turn.deployment, turn.message_id):
         return
     answer = f"You said: {text}"

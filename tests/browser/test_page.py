@@ -10,7 +10,7 @@ from playwright.async_api import Browser, Route, expect
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from queue_service import App, Run, Turn
+from queue_service import App, Run
 from queue_service.gateway import Gateway, loopback, page
 from tests.browser.conftest import Chat, Site, Visit
 from tests.chaos.proxy import Proxy
@@ -250,7 +250,8 @@ async def test_a_connection_that_dies_without_a_sign_is_noticed_and_costs_the_pa
 async def test_the_page_works_mounted_under_a_prefix(browser: Browser, app: App) -> None:
     @app.task(queue="agent")
     async def agent_turn(run: Run, text: str) -> None:
-        turn = Turn(**(run.metadata or {})["turn"])
+        turn = run.turn
+        assert turn is not None
         await app.turns.commit_reply(turn.deployment, [turn.message_id], {"text": f"You said: {text}"})
 
     gateway = Gateway(app, authorize=loopback)

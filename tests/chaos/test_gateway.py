@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from queue_service import App, Run, Turn
+from queue_service import App, Run
 from queue_service.client import ChatClient, Event, MessageReceipt
 from queue_service.db.pool import Connection
 from tests.chaos.proxy import Proxy
@@ -38,7 +38,8 @@ app = App(os.environ.get("QUEUE_SERVICE_DATABASE_URL", "postgresql:///unused"))
 
 @app.task
 async def agent_turn(run: Run, text: str) -> None:
-    turn = Turn(**(run.metadata or {})["turn"])
+    turn = run.turn
+    assert turn is not None
     for word in text.split():
         await app.events.append(turn.stream, "delta", {"of": turn.message_id, "text": word})
         await asyncio.sleep(random.uniform(0, 0.05))  # the work of the agent

@@ -17,7 +17,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from queue_service import App, Event, Run, Snooze, Turn
+from queue_service import App, Event, HandedOn, Run, Snooze, Turn
 from queue_service.db.pool import Connection
 from queue_service.errors import DatabaseUnavailable, DeploymentDown
 from queue_service.supervisor import Supervisor
@@ -42,8 +42,9 @@ starting = asyncio.Lock()
 
 
 @app.task
-async def agent_turn(run: Run) -> Snooze | None:
-    turn = Turn(**(run.metadata or {})["turn"])
+async def agent_turn(run: Run) -> Snooze | HandedOn | None:
+    turn = run.turn
+    assert turn is not None
     if not await app.turns.is_live(turn.deployment, turn.message_id):
         return None
     async with starting:
@@ -58,7 +59,7 @@ async def agent_turn(run: Run) -> Snooze | None:
         await child.send(turn, {})
     except DeploymentDown:
         return Snooze(0.1)
-    return None
+    return HandedOn(turn.deployment)
 
 
 # In the agents

@@ -13,7 +13,7 @@ from queue_service import Attempt, Run, RunState
 from queue_service.codec import describe_error
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending, NewRun, Return
 from queue_service.runs.queries import Claimant
 from tests.support import LEASE, claimed, enqueued, lapse, one
@@ -39,7 +39,7 @@ async def fail(conn: Connection, message: str = "m", *, worker_id: int = 1, susp
     run, lease = await begun(conn, worker_id=worker_id, suspect=suspect)
     error = msgspec.json.encode({"reason": "raised", "message": message}).decode()
     back = Return(run.claim, failed=True, error=error)
-    assert await fetch(conn, queries.give_back([back], worker_id=worker_id, freed=[lease]))
+    assert await fetch(conn, settling.give_back([back], worker_id=worker_id, freed=[lease]))
 
 
 async def lose(conn: Connection, *, worker_id: int = 1) -> None:
@@ -52,7 +52,7 @@ async def lose(conn: Connection, *, worker_id: int = 1) -> None:
 async def end(conn: Connection, state: RunState, *, suspect: bool = False) -> None:
     run, lease = await begun(conn, worker_id=9, suspect=suspect)
     ending = Ending(run.claim, state, error='{"reason": "raised", "message": "the last"}')
-    assert await fetch(conn, queries.finish([ending], worker_id=9, freed=[lease]))
+    assert await fetch(conn, settling.finish([ending], worker_id=9, freed=[lease]))
 
 
 def brief(attempts: tuple[Attempt, ...]) -> list[tuple[int, int | None, Any]]:
@@ -68,7 +68,7 @@ async def test_a_run_that_never_failed_keeps_nothing_and_tells_of_the_attempt_it
     running = await found(conn, run_id)
     assert running.claimed_at is not None
     assert running.attempts == (Attempt(attempt=1, worker_id=3, claimed_at=running.claimed_at),)
-    await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=3, freed=[lease]))
+    await fetch(conn, settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=3, freed=[lease]))
     done = await found(conn, run_id)
     assert done.attempts == (Attempt(attempt=1, worker_id=3, claimed_at=running.claimed_at, ended_at=done.finished_at),)
     assert await one(conn, "select attempts is null from queue_service.finished_runs") is True
@@ -110,7 +110,7 @@ async def test_what_is_handed_back_or_snoozes_is_not_kept(conn: Connection) -> N
     await fail(conn, "first")
     for delay in (None, -1.0):
         run, lease = await begun(conn)
-        assert await fetch(conn, queries.give_back([Return(run.claim, delay)], worker_id=1, freed=[lease]))
+        assert await fetch(conn, settling.give_back([Return(run.claim, delay)], worker_id=1, freed=[lease]))
     await fail(conn, "fourth")
     assert brief((await found(conn, run_id)).attempts) == [(1, 1, "first"), (4, 1, "fourth")]
 
@@ -133,7 +133,7 @@ async def test_long_errors_are_shortened_but_for_the_last(conn: Connection) -> N
     described = describe_error(RuntimeError("x" * 50_000))
     run, lease = await begun(conn)
     back = Return(run.claim, failed=True, error=described)
-    assert await fetch(conn, queries.give_back([back], worker_id=1, freed=[lease]))
+    assert await fetch(conn, settling.give_back([back], worker_id=1, freed=[lease]))
     run = await found(conn, run_id)
     (kept,) = run.attempts
     whole = msgspec.json.decode(described)
@@ -141,7 +141,7 @@ async def test_long_errors_are_shortened_but_for_the_last(conn: Connection) -> N
     assert kept.error == whole | {"message": whole["message"][:1_000], "traceback": whole["traceback"][-2_000:]}
     run, lease = await begun(conn)
     assert await fetch(
-        conn, queries.finish([Ending(run.claim, RunState.FAILED, error=described)], worker_id=1, freed=[lease])
+        conn, settling.finish([Ending(run.claim, RunState.FAILED, error=described)], worker_id=1, freed=[lease])
     )
     assert (await found(conn, run_id)).attempts[-1].error == whole
 
@@ -154,7 +154,7 @@ async def ended_by_finish(conn: Connection) -> tuple[RunState, list[Any]]:
 async def ended_by_hand_back(conn: Connection) -> tuple[RunState, list[Any]]:
     run, lease = await begun(conn, suspect=True)
     assert await fetch(conn, queries.cancel(run.id)) == "requested"
-    assert await fetch(conn, queries.give_back([Return(run.claim)], worker_id=6, freed=[lease]))
+    assert await fetch(conn, settling.give_back([Return(run.claim)], worker_id=6, freed=[lease]))
     return RunState.CANCELLED, [(3, 6, "It was cancelled while it ran.")]
 
 
@@ -162,7 +162,7 @@ async def ended_by_a_failure(conn: Connection) -> tuple[RunState, list[Any]]:
     run, _ = await begun(conn, suspect=True)
     assert await fetch(conn, queries.cancel(run.id)) == "requested"
     failed = Return(run.claim, failed=True, error='{"message": "third"}')
-    assert await fetch(conn, queries.give_back([failed], worker_id=6))
+    assert await fetch(conn, settling.give_back([failed], worker_id=6))
     return RunState.CANCELLED, [(3, 6, "third")]
 
 

@@ -13,7 +13,7 @@ from queue_service.connections import queries as connections
 from queue_service.connections.queries import NewDelivery
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import lanes, queries
+from queue_service.runs import lanes, queries, settling
 from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
@@ -46,7 +46,7 @@ async def found_by(conn: Connection, owner: str | None) -> list[int]:
 async def given_back(conn: Connection, **fields: Any) -> None:
     ((run, lease),) = await claimed(conn)
     back = Return(run.claim, **fields)
-    assert await fetch(conn, queries.give_back([back], worker_id=1, freed=[lease])) == {run.claim}
+    assert await fetch(conn, settling.give_back([back], worker_id=1, freed=[lease])) == {run.claim}
 
 
 # Claims
@@ -136,7 +136,7 @@ class TestALaneWhoseHeadIsReserved:
         behind = await self.head(conn, None)
         ((run, lease),) = await claimed(conn, laned=True)
         handed = Return(run.claim, delay=0.0, reserved_for="a")
-        await fetch(conn, queries.give_back([handed], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.give_back([handed], worker_id=1, freed=[lease]))
         await self.assert_is_for(conn, "a", run_id)
         assert behind
 
@@ -144,7 +144,7 @@ class TestALaneWhoseHeadIsReserved:
         await self.head(conn, "c")
         behind = await self.head(conn, "a")
         ((run, _),) = await claimed(conn, laned=True, owner="c")
-        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1))
+        await fetch(conn, settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1))
         await self.assert_is_for(conn, "a", behind)
 
     async def test_is_its_owners_when_the_one_before_was_cancelled(self, conn: Connection) -> None:
@@ -160,7 +160,7 @@ class TestALaneWhoseHeadIsReserved:
         behind = await self.head(conn, "a")
         ((run, _),) = await claimed(conn, laned=True)
         await conn.execute("update queue_service.runs set run_at = clock_timestamp() - interval '5 s'")
-        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1))
+        await fetch(conn, settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1))
         assert await self.claimed_by(conn, "b") == [behind]
 
     async def test_is_not_locked_by_a_claim_of_another(
@@ -181,7 +181,7 @@ class TestALaneWhoseHeadIsReserved:
         await self.head(conn, None)
         ((run, lease),) = await claimed(conn, laned=True)
         later = Return(run.claim, delay=60.0, reserved_for="a")
-        await fetch(conn, queries.give_back([later], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.give_back([later], worker_id=1, freed=[lease]))
         await self.head(conn, None)
         for owner in ("a", "b"):
             assert await self.claimed_by(conn, owner) == []
@@ -214,7 +214,7 @@ async def test_the_owner_of_a_run_that_is_handed_over_hears_of_it_when_that_comm
     await enqueued(conn, priority=3)
     ((run, lease),) = await claimed(conn, priorities=(3,))
     handed = Return(run.claim, delay=0.0, reserved_for="a")
-    await fetch(conn, queries.give_back([handed], worker_id=1, freed=[lease]))
+    await fetch(conn, settling.give_back([handed], worker_id=1, freed=[lease]))
     assert [notice.payload async for notice in other.notifies(timeout=5, stop_after=1)] == ["3 default"]
 
 
@@ -234,7 +234,7 @@ async def test_a_run_that_is_handed_over_after_its_cancellation_was_asked_ends_s
     ((run, lease),) = await claimed(conn)
     await fetch(conn, queries.cancel(run_id))
     back = Return(run.claim, delay=0.0, reserved_for="a")
-    assert await fetch(conn, queries.give_back([back], worker_id=1, freed=[lease])) == {run.claim}
+    assert await fetch(conn, settling.give_back([back], worker_id=1, freed=[lease])) == {run.claim}
     assert await rows(conn, "select state from queue_service.finished_runs") == [("cancelled",)]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim, hold
 from queue_service.runs.model import Ending, Return, RunState
 from queue_service.runs.queries import Claimant
@@ -31,20 +31,20 @@ async def swept_and_claimed_again(conn: Connection) -> None:
 
 async def handed_back_and_claimed_again(conn: Connection) -> None:
     (held,) = await rows(conn, "select id, attempt, lease_id from queue_service.runs")
-    await fetch(conn, queries.give_back([Return(Claim(held[0], held[1]))], worker_id=1, freed=[held[2]]))
+    await fetch(conn, settling.give_back([Return(Claim(held[0], held[1]))], worker_id=1, freed=[held[2]]))
     assert await claimed(conn, worker_id=2)
 
 
 async def finished(conn: Connection) -> None:
     (held,) = await rows(conn, "select id, attempt, lease_id from queue_service.runs")
     ending = Ending(Claim(held[0], held[1]), RunState.SUCCEEDED, '"first"')
-    assert await fetch(conn, queries.finish([ending], worker_id=1, freed=[held[2]]))
+    assert await fetch(conn, settling.finish([ending], worker_id=1, freed=[held[2]]))
 
 
 async def failed_and_retried_from_history(conn: Connection) -> None:
     (held,) = await rows(conn, "select id, attempt, lease_id from queue_service.runs")
     ending = Ending(Claim(held[0], held[1]), RunState.FAILED)
-    await fetch(conn, queries.finish([ending], worker_id=1, freed=[held[2]]))
+    await fetch(conn, settling.finish([ending], worker_id=1, freed=[held[2]]))
     assert await fetch(conn, queries.retry(held[0]))
     assert await claimed(conn, worker_id=2)
 
@@ -66,16 +66,16 @@ async def test_every_write_of_a_stale_claim_changes_no_row(
     leases = await rows(conn, "select id, run_ids from queue_service.leases")
 
     late = Ending(run.claim, RunState.SUCCEEDED, '"late"')
-    assert await fetch(conn, queries.finish([late], worker_id=1)) == set()
+    assert await fetch(conn, settling.finish([late], worker_id=1)) == set()
     assert (
         await fetch(
-            conn, queries.finish([msgspec.structs.replace(late, state=RunState.FAILED)], worker_id=1, freed=[lease])
+            conn, settling.finish([msgspec.structs.replace(late, state=RunState.FAILED)], worker_id=1, freed=[lease])
         )
         == set()
     )
-    assert await fetch(conn, queries.give_back([Return(run.claim, 5.0, failed=True)], worker_id=1)) == set()
-    assert await fetch(conn, queries.give_back([Return(run.claim)], worker_id=1, freed=[lease])) == set()
-    assert await fetch(conn, queries.report({run.claim: '{"value":0.5}'})) == set()
+    assert await fetch(conn, settling.give_back([Return(run.claim, 5.0, failed=True)], worker_id=1)) == set()
+    assert await fetch(conn, settling.give_back([Return(run.claim)], worker_id=1, freed=[lease])) == set()
+    assert await fetch(conn, settling.report({run.claim: '{"value":0.5}'})) == set()
     assert await fetch(conn, hold(run.claim)) is False
     assert await fetch(conn, queries.extend([lease], timedelta(hours=1))) == set()
 
@@ -91,7 +91,7 @@ async def test_a_batch_ends_the_claims_that_are_held_and_no_other(conn: Connecti
     claims = [run.claim for run, _ in taken]
     stale = {Claim(claim.run_id, claim.attempt + 1) for claim in claims[::2]}
     batch = [Ending(claim, RunState.SUCCEEDED, str(claim.run_id)) for claim in [*stale, *claims[1::2]]]
-    assert await fetch(conn, queries.finish(batch, worker_id=1)) == set(claims[1::2])
+    assert await fetch(conn, settling.finish(batch, worker_id=1)) == set(claims[1::2])
     assert await rows(conn, "select id, result from queue_service.finished_runs order by id") == [
         (claim.run_id, claim.run_id) for claim in claims[1::2]
     ]
@@ -111,7 +111,7 @@ async def test_each_outcome_of_a_large_shuffled_batch_lands_with_its_own_run(con
         Ending(run.claim, states[run.id % 3], f'{{"n":{run.id}}}', f'{{"reason":"raised","message":"{run.id}"}}')
         for run, _ in reversed(taken)
     ]
-    done = await fetch(conn, queries.finish(endings[::2] + endings[1::2], worker_id=9, freed=[lease]))
+    done = await fetch(conn, settling.finish(endings[::2] + endings[1::2], worker_id=9, freed=[lease]))
     assert done == {run.claim for run, _ in taken}
     for run_id, state, result, error, failures, worker_id in await rows(
         conn, "select id, state, result, error, failures, worker_id from queue_service.finished_runs"
@@ -132,7 +132,7 @@ async def test_returns_wait_as_long_as_each_says_and_count_failures_only_where_a
         Return(taken[ids[1]], 600.0),
         Return(taken[ids[2]]),
     ]
-    assert await fetch(conn, queries.give_back(returns, worker_id=1)) == set(taken.values())
+    assert await fetch(conn, settling.give_back(returns, worker_id=1)) == set(taken.values())
     found = await rows(
         conn,
         "select failures, error, state, lease_id, extract(epoch from run_at - clock_timestamp())::float8, run_at "

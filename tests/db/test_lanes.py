@@ -16,7 +16,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.errors import Deadlock
-from queue_service.runs import lanes, lost, queries, walks
+from queue_service.runs import lanes, lost, queries, settling, walks
 from queue_service.runs.model import Ending, NewRun, Return
 from queue_service.runs.queries import Claimant, Scan
 from tests.support import LEASE, blocked, claim, enqueued, eventually, lapse, one, rows
@@ -40,11 +40,11 @@ async def heads(conn: Connection, **options: Any) -> list[Run]:
 
 
 async def finished(conn: Connection, run: Run, state: RunState = RunState.SUCCEEDED) -> None:
-    assert await fetch(conn, queries.finish([Ending(run.claim, state)], worker_id=1)) == {run.claim}
+    assert await fetch(conn, settling.finish([Ending(run.claim, state)], worker_id=1)) == {run.claim}
 
 
 async def back(conn: Connection, run: Run, delay: float | None = None, *, failed: bool = False) -> None:
-    assert await fetch(conn, queries.give_back([Return(run.claim, delay, failed=failed)], worker_id=1)) == {run.claim}
+    assert await fetch(conn, settling.give_back([Return(run.claim, delay, failed=failed)], worker_id=1)) == {run.claim}
 
 
 async def scanned(conn: Connection) -> Scan:
@@ -464,11 +464,11 @@ async def test_all_statements_lock_the_lanes_they_share_in_one_order(
     runs = [] if what == "purge" else await heads(conn)
     query: Query[Any]
     if what == "finish":
-        query = queries.finish([Ending(run.claim, RunState.SUCCEEDED) for run in runs], worker_id=1)
+        query = settling.finish([Ending(run.claim, RunState.SUCCEEDED) for run in runs], worker_id=1)
     elif what == "give_back":
         # One ends, and two go back.
         await fetch(conn, queries.cancel(runs[0].id))
-        query = queries.give_back([Return(run.claim) for run in runs], worker_id=1)
+        query = settling.give_back([Return(run.claim) for run in runs], worker_id=1)
     elif what == "sweep":
         await lapse(conn)
         query = queries.sweep(limit=10, max_losses=3)
@@ -477,7 +477,7 @@ async def test_all_statements_lock_the_lanes_they_share_in_one_order(
     elif what == "purge":
         query = queries.purge("default", limit=10)
     else:
-        await fetch(conn, queries.finish([Ending(run.claim, RunState.FAILED) for run in runs], worker_id=1))
+        await fetch(conn, settling.finish([Ending(run.claim, RunState.FAILED) for run in runs], worker_id=1))
         query = walks.retry_many(walks.Filter(RunState.FAILED), walks.Place(), limit=10)
     await a.execute("begin")
     await laned(a, "m")

@@ -14,7 +14,7 @@ from queue_service import App, Run, RunState
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable
-from queue_service.runs import queries, walks
+from queue_service.runs import queries, settling, walks
 from queue_service.runs.model import Ending, Return
 from queue_service.runs.queries import Claimant, Taken, Wanted
 from queue_service.worker.floors import FRONT
@@ -43,7 +43,7 @@ async def wait_of(conn: Connection, queue: str = "default") -> float | None:
 
 
 async def finished(conn: Connection, *runs: Run) -> None:
-    done = await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED) for run in runs], worker_id=1))
+    done = await fetch(conn, settling.finish([Ending(run.claim, RunState.SUCCEEDED) for run in runs], worker_id=1))
     assert len(done) == len(runs)
 
 
@@ -85,7 +85,7 @@ class TestMaxRunning:
         await full_of(conn)
         await app.queues.limit("default", max_running=2)
         one_run, _ = await begun(conn)
-        await fetch(conn, queries.give_back([Return(one_run.claim)], worker_id=1))
+        await fetch(conn, settling.give_back([Return(one_run.claim)], worker_id=1))
         assert len(await begun(conn)) == 1
         await lapse(conn)
         assert len(await fetch(conn, queries.sweep(max_losses=3, limit=10))) == 2
@@ -208,7 +208,7 @@ class TestMaxRunningPerKey:
         await app.queues.limit("default", max_running_per_key=3)
         await full_of(conn, 5, ordering_key="k")
         (first, _), *_ = await claimed(conn, laned=True)
-        assert await fetch(conn, queries.give_back([Return(first.claim, 60.0, failed=True)], worker_id=1))
+        assert await fetch(conn, settling.give_back([Return(first.claim, 60.0, failed=True)], worker_id=1))
         # It keeps its place, and the others theirs.
         assert await claimed(conn, laned=True) == []
         await conn.execute("update queue_service.runs set run_at = now() - interval '1 s' where id = %s", [first.id])

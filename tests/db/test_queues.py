@@ -10,7 +10,7 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.queues import queries as queues
 from queue_service.roster import queries as roster
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending, RunState
 from tests.support import claimed, enqueued, one, rows
 
@@ -61,7 +61,7 @@ class TestPause:
         await fetch(conn, queues.pause("default"))
         assert await fetch(conn, queries.extend([lease], timedelta(minutes=1))) == {lease}
         ending = Ending(run.claim, RunState.SUCCEEDED)
-        assert await fetch(conn, queries.finish([ending], worker_id=1, freed=[lease])) == {run.claim}
+        assert await fetch(conn, settling.finish([ending], worker_id=1, freed=[lease])) == {run.claim}
 
     async def test_a_paused_queue_takes_new_runs(self, conn: Connection) -> None:
         await fetch(conn, queues.pause("default"))
@@ -95,7 +95,7 @@ class TestRoster:
         taken = await claimed(conn, limit=2, worker_id=busy)
         await claimed(conn, limit=2, worker_id=busy)
         await claimed(conn, worker_id=999)
-        await fetch(conn, queries.finish([Ending(taken[0][0].claim, RunState.SUCCEEDED)], worker_id=busy))
+        await fetch(conn, settling.finish([Ending(taken[0][0].claim, RunState.SUCCEEDED)], worker_id=busy))
         listed = await fetch(conn, roster.listed(timedelta(minutes=1)))
         assert [(each.id, each.name, each.holds, each.is_alive) for each in listed] == [
             (busy, "busy", 3, True),

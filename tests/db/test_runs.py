@@ -17,7 +17,7 @@ from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.errors import DuplicateRun
 from queue_service.queues import queries as queues
-from queue_service.runs import queries, walks
+from queue_service.runs import queries, settling, walks
 from queue_service.runs.claim import Claim
 from queue_service.runs.model import Ending, Floor, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant, Wanted
@@ -48,7 +48,7 @@ async def ended(conn: Connection, state: RunState = RunState.FAILED, **fields: A
     ((run, lease),) = await claimed(conn, limit=1, laned="ordering_key" in fields)
     assert run.id == run_id
     ending = Ending(run.claim, state, '"result"', '{"reason": "raised", "message": "m"}')
-    await fetch(conn, queries.finish([ending], worker_id=7, freed=[lease]))
+    await fetch(conn, settling.finish([ending], worker_id=7, freed=[lease]))
     return await found(conn, run_id)
 
 
@@ -101,7 +101,7 @@ class TestEnqueue:
         if end in {"finish", "sweep"}:
             ((run, lease),) = await claimed(conn)
             await lapse(conn)
-            finish = queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
+            finish = settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
             assert await fetch(conn, finish if end == "finish" else queries.sweep(limit=1, max_losses=1))
         elif end == "expire":
             await conn.execute("update queue_service.runs set expires_at = '2000-01-01Z'")
@@ -139,11 +139,11 @@ class TestReplace:
         await enqueued(conn, singleton_key="k")
         ((run, lease),) = await claimed(conn)
         back = Return(run.claim, failed=True, error='{"reason": "raised"}')
-        await fetch(conn, queries.give_back([back], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.give_back([back], worker_id=1, freed=[lease]))
         await fetch(conn, queries.replace(NewRun("noop", "default", "{}", singleton_key="k")))
         ((again, _),) = await claimed(conn)
         assert (again.failures, again.error, again.attempt) == (0, None, 2)
-        assert await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1)) == set()
+        assert await fetch(conn, settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1)) == set()
 
     async def test_without_a_holder_it_is_a_plain_enqueue(self, conn: Connection) -> None:
         run_id = await fetch(conn, queries.replace(NewRun("noop", "default", "{}", singleton_key="k")))
@@ -382,7 +382,7 @@ class TestFinish:
         ((run, lease),) = await claimed(conn, laned=True)
         before = await found(conn, run_id)
         ending = Ending(run.claim, state, '{"r": [1]}', '{"reason": "raised", "message": "m"}')
-        assert await fetch(conn, queries.finish([ending], worker_id=42, freed=[lease])) == {run.claim}
+        assert await fetch(conn, settling.finish([ending], worker_id=42, freed=[lease])) == {run.claim}
         after = await found(conn, run_id)
         changed = {"state", "finished_at", "worker_id", "result", "error", "failures", "attempts"}
         assert {n: getattr(after, n) for n in Run.__struct_fields__ if n not in changed} == {
@@ -401,7 +401,7 @@ class TestFinish:
         plain, run_id = await enqueued(conn), await enqueued(conn)
         taken = await claimed(conn)
         endings = [Ending(run.claim, RunState.SUCCEEDED, result if run.id == run_id else "null") for run, _ in taken]
-        assert len(await fetch(conn, queries.finish(endings, worker_id=1, freed=[taken[0][1]]))) == 2
+        assert len(await fetch(conn, settling.finish(endings, worker_id=1, freed=[taken[0][1]]))) == 2
         stored = "select result::text, state, failures from queue_service.finished_runs where id = %s"
         assert await rows(conn, stored, run_id) == [(None if result == "null" else result, "succeeded", 0)]
         assert await rows(conn, stored, plain) == [(None, "succeeded", 0)]
@@ -409,14 +409,14 @@ class TestFinish:
     async def test_both_claims_of_one_run_in_a_batch_end_it_as_the_held_one_says(self, conn: Connection) -> None:
         others = [await enqueued(conn) for _ in range(2)]
         ((stale, lease), *_) = await claimed(conn, limit=1)
-        await fetch(conn, queries.give_back([Return(stale.claim)], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.give_back([Return(stale.claim)], worker_id=1, freed=[lease]))
         taken = {run.id: run for run, _ in await claimed(conn)}
         batch = [
             Ending(taken[others[1]].claim, RunState.SUCCEEDED, '"other"'),
             Ending(taken[stale.id].claim, RunState.SUCCEEDED, '"held"'),
             Ending(stale.claim, RunState.SUCCEEDED, '"stale"'),
         ]
-        assert await fetch(conn, queries.finish(batch, worker_id=1)) == {run.claim for run in taken.values()}
+        assert await fetch(conn, settling.finish(batch, worker_id=1)) == {run.claim for run in taken.values()}
         assert await rows(conn, "select id, result from queue_service.finished_runs order by id") == [
             (others[0], "held"),
             (others[1], "other"),
@@ -426,23 +426,23 @@ class TestFinish:
         over = await ended(conn)
         waiting = await enqueued(conn)
         batch = [Ending(Claim(run_id, 1), RunState.SUCCEEDED) for run_id in (over.id, waiting, 999)]
-        assert await fetch(conn, queries.finish(batch, worker_id=1)) == set()
-        assert await fetch(conn, queries.finish([Ending(Claim(waiting, 0), RunState.SUCCEEDED)], worker_id=1)) == set()
+        assert await fetch(conn, settling.finish(batch, worker_id=1)) == set()
+        assert await fetch(conn, settling.finish([Ending(Claim(waiting, 0), RunState.SUCCEEDED)], worker_id=1)) == set()
         assert await found(conn, over.id) == over
         assert (await found(conn, waiting)).state is RunState.QUEUED
 
     async def test_an_empty_batch_lets_go_of_leases(self, conn: Connection) -> None:
-        assert await fetch(conn, queries.finish([], worker_id=1)) == set()
+        assert await fetch(conn, settling.finish([], worker_id=1)) == set()
         await conn.execute("insert into queue_service.leases (worker_id, expires_at, run_ids) values (1, now(), '{}')")
         ((lease, _),) = await leases(conn)
-        assert await fetch(conn, queries.finish([], worker_id=1, freed=[lease])) == set()
+        assert await fetch(conn, settling.finish([], worker_id=1, freed=[lease])) == set()
         assert await leases(conn) == []
 
     async def test_a_lease_that_is_not_let_go_goes_on_holding_the_others(self, conn: Connection) -> None:
         for _ in range(3):
             await enqueued(conn)
         taken = await claimed(conn)
-        await fetch(conn, queries.finish([Ending(taken[0][0].claim, RunState.SUCCEEDED)], worker_id=1))
+        await fetch(conn, settling.finish([Ending(taken[0][0].claim, RunState.SUCCEEDED)], worker_id=1))
         assert len(await leases(conn)) == 1
         await lapse(conn)
         swept = await fetch(conn, queries.sweep(limit=1, max_losses=3))
@@ -452,7 +452,7 @@ class TestFinish:
         await enqueued(conn)
         ((run, _),) = await claimed(conn)
         error = '{"reason": "raised", "message": "%(ids)s {outcome} %s \' \\" \\\\ ; drop table x"}'
-        await fetch(conn, queries.finish([Ending(run.claim, RunState.FAILED, "null", error)], worker_id=1))
+        await fetch(conn, settling.finish([Ending(run.claim, RunState.FAILED, "null", error)], worker_id=1))
         after = await found(conn, run.id)
         assert after.error == {"reason": "raised", "message": "%(ids)s {outcome} %s ' \" \\ ; drop table x"}
 
@@ -470,7 +470,7 @@ class TestGiveBack:
         ]
         shuffled = returns[1::3] + returns[::-3] + returns[0::3]
         every = {back.claim: back for back in [*shuffled, *returns]}
-        done = await fetch(conn, queries.give_back(list(every.values()), worker_id=1, freed=[taken[0][1]]))
+        done = await fetch(conn, settling.give_back(list(every.values()), worker_id=1, freed=[taken[0][1]]))
         assert done == {run.claim for run, _ in taken}
         for run_id, failures, message, place, wait in await rows(
             conn,
@@ -484,7 +484,7 @@ class TestGiveBack:
     async def test_a_run_that_keeps_its_place_is_the_next_to_be_claimed(self, conn: Connection) -> None:
         first, second = await enqueued(conn), await enqueued(conn)
         ((run, lease),) = await claimed(conn, limit=1)
-        await fetch(conn, queries.give_back([Return(run.claim)], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.give_back([Return(run.claim)], worker_id=1, freed=[lease]))
         again = await claimed(conn)
         assert claimed_ids(again) == [first, second]
         assert [each.attempt for each, _ in again] == [2, 1]
@@ -494,7 +494,7 @@ class TestGiveBack:
         for error in ('{"message": "first"}', "null"):
             ((run, lease),) = await claimed(conn)
             back = Return(run.claim, failed=error != "null", error=error)
-            await fetch(conn, queries.give_back([back], worker_id=1, freed=[lease]))
+            await fetch(conn, settling.give_back([back], worker_id=1, freed=[lease]))
         run = await found(conn, run_id)
         assert (run.error, run.failures, run.attempt) == ({"message": "first"}, 1, 2)
 
@@ -504,7 +504,7 @@ class TestGiveBack:
         for run_id in ids[1::2]:
             await fetch(conn, queries.cancel(run_id))
         back = [Return(run.claim, 5.0, failed=True, error=f'{{"message": "{run.id}"}}') for run, _ in taken]
-        done = await fetch(conn, queries.give_back(back, worker_id=42, freed=[taken[0][1]]))
+        done = await fetch(conn, settling.give_back(back, worker_id=42, freed=[taken[0][1]]))
         assert done == {run.claim for run, _ in taken}
         assert await ids_of(conn, "state = 'queued'") == ids[::2]
         assert await rows(
@@ -565,7 +565,7 @@ class TestSweep:
             await enqueued(conn)
         taken = await claimed(conn)
         moved = taken[0][0]
-        await fetch(conn, queries.give_back([Return(moved.claim)], worker_id=1))
+        await fetch(conn, settling.give_back([Return(moved.claim)], worker_id=1))
         ((again, lease),) = await claimed(conn)
         await conn.execute("update queue_service.leases set expires_at = '2020-01-01Z' where id <> %s", [lease])
         assert [each.run_id for each in await fetch(conn, queries.sweep(limit=10, max_losses=3))] == [taken[1][0].id]
@@ -575,7 +575,7 @@ class TestSweep:
     async def test_a_lease_whose_runs_are_all_gone_vanishes(self, conn: Connection) -> None:
         await enqueued(conn)
         ((run, _),) = await claimed(conn)
-        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1))
+        await fetch(conn, settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1))
         await lapse(conn)
         assert await fetch(conn, queries.sweep(limit=10, max_losses=3)) == []
         assert await leases(conn) == []
@@ -645,7 +645,7 @@ class TestExpire:
         run_id = await enqueued(conn, expires_in=timedelta(hours=1))
         ((run, lease),) = await claimed(conn)
         back = Return(run.claim, failed=True, error='{"reason": "raised"}')
-        await fetch(conn, queries.give_back([back], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.give_back([back], worker_id=1, freed=[lease]))
         await conn.execute("update queue_service.runs set expires_at = '2020-01-01Z'")
         await fetch(conn, queries.expire(limit=1))
         after = await found(conn, run_id)
@@ -698,14 +698,14 @@ class TestRetry:
         await fetch(conn, queries.retry(before.id))
         ((run, _),) = await claimed(conn)
         assert run.attempt == before.attempt + 1
-        assert await fetch(conn, queries.finish([Ending(before.claim, RunState.SUCCEEDED)], worker_id=1)) == set()
+        assert await fetch(conn, settling.finish([Ending(before.claim, RunState.SUCCEEDED)], worker_id=1)) == set()
         assert (await found(conn, run.id)).state is RunState.RUNNING
 
     async def test_what_was_to_be_cancelled_is_no_longer(self, conn: Connection) -> None:
         run_id = await enqueued(conn)
         ((run, lease),) = await claimed(conn)
         await fetch(conn, queries.cancel(run_id))
-        await fetch(conn, queries.give_back([Return(run.claim)], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.give_back([Return(run.claim)], worker_id=1, freed=[lease]))
         await fetch(conn, queries.retry(run_id))
         assert not (await found(conn, run_id)).cancel_requested
 
@@ -850,5 +850,5 @@ class TestDepth:
         await enqueued(conn)
         ((run, lease),) = await fetch(conn, claim())
         assert (await fetch(conn, queries.depth("default"))).running == 1
-        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease]))
         assert (await fetch(conn, queries.depth("default"))).running == 0

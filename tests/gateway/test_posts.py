@@ -209,7 +209,8 @@ class TestAMessage:
     async def test_is_worked_on_and_its_reply_comes_back(self, app: App, ann: Client) -> None:
         @app.task(name="agent_turn")
         async def agent_turn(run: Run, text: str) -> None:
-            turn = Turn(**(run.metadata or {})["turn"])
+            turn = run.turn
+            assert turn is not None
             await app.events.append(turn.stream, "delta", {"text": text})
             await app.turns.commit_reply(turn.deployment, [turn.message_id], {"text": f"You said {text}."})
 

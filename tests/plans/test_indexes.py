@@ -14,7 +14,7 @@ from queue_service import App
 from queue_service.db import pool
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim, hold
 from queue_service.runs.model import Ending, Return, RunState
 from queue_service.runs.queries import Claimant
@@ -43,13 +43,13 @@ def statements() -> dict[str, Query[Any]]:
         "claim_lanes": claim(limit=500, laned=True),
         "claim_suspect": queries.claim_suspect(["default"], Claimant(["noop"], 1, LEASE)),
         "scan": queries.scan(["default", "other"], ["noop"]),
-        "finish": queries.finish([Ending(each, RunState.SUCCEEDED) for each in claims], worker_id=1, freed=[1]),
-        "give_back": queries.give_back([Return(each) for each in claims], worker_id=1, freed=[1]),
+        "finish": settling.finish([Ending(each, RunState.SUCCEEDED) for each in claims], worker_id=1, freed=[1]),
+        "give_back": settling.give_back([Return(each) for each in claims], worker_id=1, freed=[1]),
         "sweep": queries.sweep(limit=20, max_losses=3),
         "busy_leases": queries.busy_leases(limit=20),
         "hold": hold(Claim(1, 1)),
-        "busy": queries.busy(claims),
-        "report": queries.report(dict.fromkeys(claims, '{"value":0.5}')),
+        "busy": settling.busy(claims),
+        "report": settling.report(dict.fromkeys(claims, '{"value":0.5}')),
         "expire": queries.expire(limit=1_000),
         "extend": queries.extend([1, 2, 3], LEASE),
         "cancel": queries.cancel(1),

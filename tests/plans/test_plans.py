@@ -16,7 +16,7 @@ import pytest
 from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim, hold
 from queue_service.runs.model import Ending, Floor, Return, RunState
 from queue_service.runs.queries import Claimant, Wanted
@@ -174,9 +174,9 @@ def test_a_batch_is_ended_by_id(stage: Stage, conn: Sync, write: str) -> None:
     claims, leases = claims_of(conn, 200)
     query: Query[Any]
     if write == "finish":
-        query = queries.finish([Ending(each, RunState.SUCCEEDED) for each in claims], worker_id=1, freed=leases)
+        query = settling.finish([Ending(each, RunState.SUCCEEDED) for each in claims], worker_id=1, freed=leases)
     else:
-        query = queries.give_back([Return(each, 5.0) for each in claims], worker_id=1, freed=leases)
+        query = settling.give_back([Return(each, 5.0) for each in claims], worker_id=1, freed=leases)
     plan = done(conn, query)
     assert_by_index(plan, "runs_pkey")
     assert plan.visited <= (1 if write == "finish" else 3) * len(claims)
@@ -186,7 +186,7 @@ def test_a_batch_is_ended_by_id(stage: Stage, conn: Sync, write: str) -> None:
 
 def test_what_another_session_has_locked_is_found_by_id(stage: Stage, conn: Sync) -> None:
     claims, _ = claims_of(conn, 200)
-    plan = done(conn, queries.busy(claims))
+    plan = done(conn, settling.busy(claims))
     assert_by_index(plan, "runs_pkey")
     assert plan.visited <= 2 * len(claims)
     if stage.holds:
@@ -195,7 +195,7 @@ def test_what_another_session_has_locked_is_found_by_id(stage: Stage, conn: Sync
 
 def test_reports_are_stored_by_id(stage: Stage, conn: Sync) -> None:
     claims, _ = claims_of(conn, 200)
-    plan = done(conn, queries.report(dict.fromkeys(claims, '{"value":0.5}')))
+    plan = done(conn, settling.report(dict.fromkeys(claims, '{"value":0.5}')))
     assert_by_index(plan, "runs_pkey")
     assert plan.visited <= 3 * len(claims)
     if stage.holds:
@@ -283,7 +283,7 @@ class TestHeapOnly:
             conn.execute(FILL.encode(), [100])
             claims, _ = claims_of(conn, 10)
             for _ in range(3):
-                assert fetch_sync(conn, queries.report(dict.fromkeys(claims, '{"value":0.5}'))) == set(claims)
+                assert fetch_sync(conn, settling.report(dict.fromkeys(claims, '{"value":0.5}'))) == set(claims)
             assert hot_updates(conn) == (40, 40)
 
     def test_claims_of_a_backlog_are_heap_only_updates(self, database: str) -> None:

@@ -17,8 +17,9 @@ from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.events import queries as events
 from queue_service.events.queries import NewEvent
+from queue_service.turn import Turn
 from queue_service.turns import queries as turns
-from queue_service.turns.model import Turn, TurnEnding, TurnFailure
+from queue_service.turns.model import TurnEnding, TurnFailure
 from queue_service.turns.queries import Owed
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 

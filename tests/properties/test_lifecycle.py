@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim
 from queue_service.runs.model import Ending, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant
@@ -106,7 +106,7 @@ class Lifecycle(RuleBasedStateMachine):
     def finish(self, held: Claim, state: RunState) -> None:
         was_held = self.held(held)
         freed = self.let_go(held.run_id) if was_held else []
-        done = self.run_query(queries.finish([Ending(held, state)], worker_id=1, freed=freed))
+        done = self.run_query(settling.finish([Ending(held, state)], worker_id=1, freed=freed))
         assert done == ({held} if was_held else set())
         if was_held:
             self.state[held.run_id] = state
@@ -115,7 +115,7 @@ class Lifecycle(RuleBasedStateMachine):
     def give_back(self, held: Claim, failed: bool) -> None:
         was_held = self.held(held)
         freed = self.let_go(held.run_id) if was_held else []
-        done = self.run_query(queries.give_back([Return(held, failed=failed)], worker_id=1, freed=freed))
+        done = self.run_query(settling.give_back([Return(held, failed=failed)], worker_id=1, freed=freed))
         assert done == ({held} if was_held else set())
         if was_held:
             cancelled = held.run_id in self.asked

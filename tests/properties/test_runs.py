@@ -20,7 +20,7 @@ from queue_service import Run
 from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim
 from queue_service.runs.model import Ending, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant
@@ -184,7 +184,7 @@ class Runs(RuleBasedStateMachine):
             Ending(each, state, f'"{each.run_id}/{each.attempt}"' if says else "null", f'{{"message":"{each.run_id}"}}')
             for each, (state, says) in batch.items()
         ]
-        assert self.ask(queries.finish(endings, worker_id=1, freed=self.model.freed(held))) == held
+        assert self.ask(settling.finish(endings, worker_id=1, freed=self.model.freed(held))) == held
         for each in held:
             (state, says), run = batch[each], self.model.runs[each.run_id]
             run.end(state)
@@ -203,7 +203,7 @@ class Runs(RuleBasedStateMachine):
             Return(each, failed=failed, error=f'{{"message":"back {each.run_id}"}}' if failed else "null")
             for each, (_, failed) in batch.items()
         ]
-        assert self.ask(queries.give_back(returns, worker_id=1, freed=self.model.freed(held))) == held
+        assert self.ask(settling.give_back(returns, worker_id=1, freed=self.model.freed(held))) == held
         for each in held:
             (_, failed), run = batch[each], self.model.runs[each.run_id]
             run.failures += failed

@@ -19,8 +19,9 @@ from queue_service.db.query import Query
 from queue_service.events import queries as events
 from queue_service.events.model import StreamState
 from queue_service.runs.model import NewRun
+from queue_service.turn import Turn
 from queue_service.turns import queries
-from queue_service.turns.model import EndedTurn, Turn, TurnFailure, failed, replied
+from queue_service.turns.model import EndedTurn, TurnFailure, failed, replied
 from queue_service.turns.queries import Key
 
 T = TypeVar("T")

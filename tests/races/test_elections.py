@@ -12,7 +12,7 @@ import pytest
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim
 from queue_service.runs.model import Ending, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant
@@ -74,7 +74,7 @@ class TestRace:
         await enqueued(conn)
         ((run, lease),) = await claimed(conn)
         await lapse(conn)
-        finish = queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
+        finish = settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
         done, swept = await collide.of(finish, queries.sweep(limit=10, max_losses=3), commit=commit, waits=False)
         assert (done, swept) == ({run.claim}, [])
         await assert_sound(conn)
@@ -89,7 +89,7 @@ class TestRace:
             await enqueued(conn)
         taken = await claimed(conn)
         await lapse(conn)
-        finish = queries.finish([Ending(taken[0][0].claim, RunState.SUCCEEDED)], worker_id=1)
+        finish = settling.finish([Ending(taken[0][0].claim, RunState.SUCCEEDED)], worker_id=1)
         _, swept = await collide.of(finish, queries.sweep(limit=10, max_losses=3), commit=commit)
         assert len(swept) == (1 if commit else 2)
         await assert_sound(conn)
@@ -98,7 +98,7 @@ class TestRace:
         await enqueued(conn)
         ((run, lease),) = await claimed(conn)
         await lapse(conn)
-        finish = queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
+        finish = settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
         swept, done = await collide.of(queries.sweep(limit=10, max_losses=3), finish, commit=commit)
         assert len(swept) == 1
         assert done == (set() if commit else {run.claim})
@@ -130,7 +130,7 @@ class TestRace:
     async def test_a_cancel_comes_before_a_finish(self, conn: Connection, collide: Collision, commit: bool) -> None:
         run_id = await enqueued(conn)
         ((run, lease),) = await claimed(conn)
-        finish = queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
+        finish = settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
         asked, done = await collide.of(queries.cancel(run_id), finish, commit=commit)
         assert (asked, done) == ("requested", {run.claim})
         assert await rows(conn, "select id, state from queue_service.finished_runs") == [(run_id, "succeeded")]
@@ -139,7 +139,7 @@ class TestRace:
     async def test_a_finish_comes_before_a_cancel(self, conn: Connection, collide: Collision, commit: bool) -> None:
         run_id = await enqueued(conn)
         ((run, lease),) = await claimed(conn)
-        finish = queries.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
+        finish = settling.finish([Ending(run.claim, RunState.SUCCEEDED)], worker_id=1, freed=[lease])
         _, asked = await collide.of(finish, queries.cancel(run_id), commit=commit)
         assert asked == (None if commit else "requested")
         await assert_sound(conn)
@@ -163,7 +163,7 @@ class TestRace:
     ) -> None:
         run_id = await enqueued(conn)
         ((run, lease),) = await claimed(conn)
-        back = queries.give_back([Return(run.claim, 1.0)], worker_id=1, freed=[lease])
+        back = settling.give_back([Return(run.claim, 1.0)], worker_id=1, freed=[lease])
         asked, returned = await collide.of(queries.cancel(run_id), back, commit=commit)
         assert (asked, returned) == ("requested", {run.claim})
         found = await fetch(conn, queries.get(run_id))
@@ -206,7 +206,7 @@ class TestRace:
 async def test_a_retry_meets_a_live_run_with_its_singleton_key_and_loses_nothing(conn: Connection) -> None:
     old = await enqueued(conn, singleton_key="only")
     ((run, lease),) = await claimed(conn)
-    await fetch(conn, queries.finish([Ending(run.claim, RunState.FAILED)], worker_id=1, freed=[lease]))
+    await fetch(conn, settling.finish([Ending(run.claim, RunState.FAILED)], worker_id=1, freed=[lease]))
     await enqueued(conn, singleton_key="only")
     with pytest.raises(Exception, match="runs_singleton_idx"):
         await fetch(conn, queries.retry(old))

@@ -20,8 +20,9 @@ from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query, column
 from queue_service.services.combiner import BUSY
+from queue_service.turn import Turn
 from queue_service.turns import queries
-from queue_service.turns.model import Turn, TurnEnding, TurnFailure, failed, replied
+from queue_service.turns.model import TurnEnding, TurnFailure, failed, replied
 from tests.races.stepper import Actor, Finish, History, Role, Stage
 
 HOUR = timedelta(hours=1)

@@ -17,7 +17,7 @@ from psycopg import errors as pg
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending, NewRun, Return, Run, RunState
 from queue_service.runs.queries import Claimant
 from tests.support import LEASE, blocked, claim, claimed, enqueued, eventually, lapse, one, rows
@@ -100,16 +100,16 @@ async def held(conn: Connection) -> tuple[Run, int]:
     return taken
 
 
-def finish(run: Run, *freed: int, state: RunState = RunState.SUCCEEDED) -> Query[set[queries.Done]]:
-    return queries.finish([Ending(run.claim, state)], worker_id=1, freed=freed)
+def finish(run: Run, *freed: int, state: RunState = RunState.SUCCEEDED) -> Query[set[settling.Done]]:
+    return settling.finish([Ending(run.claim, state)], worker_id=1, freed=freed)
 
 
-def give_back(run: Run, *freed: int) -> Query[set[queries.Done]]:
-    return queries.give_back([Return(run.claim)], worker_id=1, freed=freed)
+def give_back(run: Run, *freed: int) -> Query[set[settling.Done]]:
+    return settling.give_back([Return(run.claim)], worker_id=1, freed=freed)
 
 
-def failed(run: Run, *freed: int) -> Query[set[queries.Done]]:
-    return queries.give_back([Return(run.claim, failed=True, error='{"reason": "raised"}')], worker_id=1, freed=freed)
+def failed(run: Run, *freed: int) -> Query[set[settling.Done]]:
+    return settling.give_back([Return(run.claim, failed=True, error='{"reason": "raised"}')], worker_id=1, freed=freed)
 
 
 class TestSweep:
@@ -452,8 +452,8 @@ class TestThreeSessions:
         return taken
 
     @staticmethod
-    def ending(batch: list[tuple[Run, int]], *freed: int) -> Query[set[queries.Done]]:
-        return queries.finish([Ending(run.claim, RunState.SUCCEEDED) for run, _ in batch], worker_id=1, freed=freed)
+    def ending(batch: list[tuple[Run, int]], *freed: int) -> Query[set[settling.Done]]:
+        return settling.finish([Ending(run.claim, RunState.SUCCEEDED) for run, _ in batch], worker_id=1, freed=freed)
 
     @pytest.mark.parametrize("place", range(4))
     async def test_a_sweep_steps_over_a_lease_whose_finish_is_half_done(

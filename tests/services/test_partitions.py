@@ -12,7 +12,7 @@ import pytest
 from queue_service import App, RunState, Worker
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending
 from queue_service.services.loop import Work, every
 from queue_service.services.partitions import DAYS_AHEAD, Changed, Partitions
@@ -95,7 +95,7 @@ class TestMaking:
     async def test_what_the_default_partition_caught_moves_along(self, app: App, conn: Connection) -> None:
         await enqueued(conn)
         ((run, lease),) = await claimed(conn)
-        await fetch(conn, queries.finish([Ending(run.claim, RunState.SUCCEEDED, "1")], worker_id=1, freed=[lease]))
+        await fetch(conn, settling.finish([Ending(run.claim, RunState.SUCCEEDED, "1")], worker_id=1, freed=[lease]))
         assert await one(conn, "select count(*) from queue_service.finished_runs_default") == 1
         await of(app).make_and_drop()
         assert await one(conn, "select count(*) from queue_service.finished_runs_default") == 0

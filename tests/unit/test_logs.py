@@ -153,6 +153,7 @@ class Handled:
     task: str = "greet"
     queue: str = "mail"
     attempt: int = 2
+    turn: None = None
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ def test_every_setting_can_be_given_by_its_variable() -> None:
         "max_losses": ("1", 1),
         "admission": ("7m", timedelta(minutes=7)),
         "execution": ("20s", timedelta(seconds=20)),
+        "total": ("2h", timedelta(hours=2)),
         "retention": ("2d", timedelta(days=2)),
         "retention_failed": ("60d", timedelta(days=60)),
         "read_timeout": ("5s", timedelta(seconds=5)),

@@ -29,9 +29,15 @@ class Found(NamedTuple):
     text: str
 
 
+ENDINGS = {"turn_outcomes", "streams", "events", "runs"}
+# What is written by functions that statements call.
+CALLED = {"store_endings(": ENDINGS, "end_turns(": ENDINGS | {"turn_markers"}}
+
+
 def written(text: str) -> set[str]:
-    """The tables a statement inserts into, updates or deletes from."""
-    return set(_WRITES.findall(text.lower()))
+    """The tables a statement inserts into, updates or deletes from, itself or by a function."""
+    by_functions = [tables for function, tables in CALLED.items() if f"queue_service.{function}" in text]
+    return set(_WRITES.findall(text.lower())).union(*by_functions)
 
 
 def everything() -> list[Found]:
@@ -177,6 +183,13 @@ def test_a_statement_that_takes_runs_away_tells_their_lanes(found: Found) -> Non
     if "delete from queue_service.runs" in found.text:
         assert "queue_service.leave_lanes(" in found.text
         assert "select count(*) from lanes_left" in found.text, "a select that nobody reads is not executed"
+
+
+@each_statement
+def test_a_statement_that_takes_runs_away_ends_their_turns(found: Found) -> None:
+    if "delete from queue_service.runs" in found.text:
+        assert "queue_service.end_turns(" in found.text
+        assert "select count(*) from turns_ended" in found.text, "a select that nobody reads is not executed"
 
 
 @each_statement

@@ -58,7 +58,7 @@ class Bench:
     @asynccontextmanager
     async def executing(self, concurrency: int = 1) -> AsyncIterator[Executor]:
         executor = Executor(
-            "default", concurrency, tasks=self.app.tasks, finisher=cast("Any", self), threads=cast("Any", None),
+            "default", concurrency, tasks=self.app.tasks, fetch=self.app.fetch, finisher=cast("Any", self), threads=cast("Any", None),
             processes=cast("Any", None), reported=cast("Any", None), result_limit=1_000, spawn=self._spawn, room=lambda: None,
         )  # fmt: skip
         try:

@@ -15,7 +15,7 @@ from queue_service import App, Progress, Retry, Run, RunState, Snooze, Worker
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import hold
 from queue_service.worker import reports
 from queue_service.worker.reports import Reports
@@ -114,7 +114,7 @@ async def test_many_reports_of_many_runs_are_one_statement_each_period(
 ) -> None:
     monkeypatch.setattr(reports, "REPORT_PERIOD", 0.2)
     batches: list[int] = []
-    report = queries.report
+    report = settling.report
 
     def counted(given: Any) -> Any:
         batches.append(len(given))
@@ -148,7 +148,7 @@ async def test_the_next_attempt_begins_without_it(app: App, conn: Connection, ho
     if how == "is lost":
         run_id = await enqueued(conn)
         ((run, _),) = await claimed(conn)
-        assert await fetch(conn, queries.report({run.claim: '{"value":0.5}'})) == {run.claim}
+        assert await fetch(conn, settling.report({run.claim: '{"value":0.5}'})) == {run.claim}
         assert await progress(app, run_id) == (0.5, None)
         await lapse(conn)
         await fetch(conn, queries.sweep(limit=1, max_losses=3))

@@ -11,7 +11,7 @@ from queue_service import App, Run, RunState, Worker, __version__
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending
 from queue_service.services.pruner import Pruner
 from tests.support import blocked, claimed, enqueued, eventually, one, rows, working
@@ -123,7 +123,7 @@ async def test_a_finished_run_is_seen_at_the_moment_its_partition_is_attached(
     holder, reader, waiter, witness = [await session() for _ in range(4)]
     run_id = await enqueued(witness)
     ((claimed_run, _),) = await claimed(witness)
-    await fetch(witness, queries.finish([Ending(claimed_run.claim, RunState.SUCCEEDED)], worker_id=1))
+    await fetch(witness, settling.finish([Ending(claimed_run.claim, RunState.SUCCEEDED)], worker_id=1))
     async with holder.transaction():
         await holder.execute("select from queue_service.finished_runs_default")
         pruning = asyncio.create_task(Pruner(app.pool, retention=timedelta(days=14)).once())

@@ -39,6 +39,7 @@ export class Log {
     const draw = {
       message: () => this.#message(event.body),
       delta: () => this.#delta(event.body ?? {}),
+      reset: () => this.#reset(event.body ?? {}),
       status: () => this.#line("status", event.body?.text),
       reply: () => this.#reply(event.body),
       error: () => this.#error(event.body),
@@ -104,6 +105,12 @@ export class Log {
     // Of an attempt that went on after its turn had ended.
     if (of === undefined || this.#ended.has(of)) return;
     this.#growing(of).text.append(text ?? "");
+  }
+
+  /** A new attempt at a message begins: the half answer of the one before goes. */
+  #reset({ message_id: id }) {
+    this.#replies.get(id)?.node.remove();
+    this.#replies.delete(id);
   }
 
   #reply(body) {

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from queue_service import codec, exceptions
 from queue_service.errors import ClaimLost, ConfigError, PayloadRefused
 from queue_service.runs.model import Ending, Return, Run, RunState
-from queue_service.tasks import Cancel, Defer, ProcessDied, Retry, Snooze, duration, wait_after
+from queue_service.tasks import Cancel, Defer, HandedOn, ProcessDied, Retry, Snooze, duration, wait_after
 from queue_service.words import check_word
 from queue_service.worker.tally import Settlement
 
 # What a handler may return that is not its result.
-WORDS = (Snooze, Cancel)
+WORDS = (Snooze, Cancel, HandedOn)
 
 
 class TimedOut(TimeoutError):
@@ -32,11 +34,18 @@ def returned(run: Run, value: Any, *, limit: int) -> Settlement:
             return cancelled(run, exceptions.text(value.reason))
         if exceptions.is_a(value, Snooze):
             return _snoozed(run, value)
-        return Ending(run.claim, RunState.SUCCEEDED, codec.dumps_result(value, limit=limit))
+        return succeeded(run, value, limit=limit)
     except BaseException as refused:  # noqa: BLE001 - whatever a result does when it is read, the run gets its ending
         known = exceptions.is_a(refused, (PayloadRefused, ConfigError))
         reason = exceptions.message(refused) if known else f"Reading it raised {exceptions.type_name(refused)}."
         return Ending(run.claim, RunState.FAILED, error=codec.dumps_error("result_refused", reason))
+
+
+def succeeded(run: Run, value: Any, *, limit: int) -> Ending:
+    """Raises PayloadRefused for what is no result, and ConfigError for a HandedOn that cannot be meant."""
+    if exceptions.is_a(value, HandedOn):
+        return _handed_on(run, value)
+    return Ending(run.claim, RunState.SUCCEEDED, codec.dumps_result(value, limit=limit))
 
 
 def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) -> Settlement:
@@ -78,6 +87,20 @@ def _snoozed(run: Run, value: Snooze) -> Return:
     if owner is not None:
         check_word(owner, "The owner of a Defer")
     return Return(run.claim, delay=delay.total_seconds(), reserved_for=owner)
+
+
+def _handed_on(run: Run, value: HandedOn) -> Ending:
+    # As with a Snooze, looked at again.
+    to = HandedOn(value.to).to
+    result = msgspec.json.encode({"handed_on": to}).decode()
+    if isinstance(to, int):
+        return Ending(run.claim, RunState.SUCCEEDED, result, handed_on=True, heir=to)
+    if run.turn is not None and run.turn.deployment != to:
+        raise ConfigError(
+            f"The turn is of deployment {run.turn.deployment!r} and cannot be handed on to {to!r}. Dispatch it to that "
+            "one, or hand it on to a run."
+        )
+    return Ending(run.claim, RunState.SUCCEEDED, result, handed_on=True)
 
 
 def _is_about(lost: ClaimLost, run: Run) -> bool:

@@ -14,7 +14,6 @@ from contextlib import AsyncExitStack, ExitStack
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from queue_service import codec
 from queue_service.backoff import Pauses
 from queue_service.db.borrowed import AsyncBorrowed, SyncBorrowed, borrow
 from queue_service.db.execute import DEADLINE
@@ -22,10 +21,11 @@ from queue_service.db.lending import Lender
 from queue_service.db.steps import Steps, drive, drive_sync
 from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
-from queue_service.runs import queries
+from queue_service.runs import queries, settling
 from queue_service.runs.claim import hold
 from queue_service.runs.model import Ending, Run, RunState
 from queue_service.waiting import to_its_end
+from queue_service.worker.handlers import results
 
 log = get_logger(__name__)
 
@@ -137,10 +137,10 @@ class Transaction(Generic[A, S]):
     def _finish(self) -> Steps[Ending]:
         """The last statements of the transaction. Raises ClaimLost, and PayloadRefused for the result."""
         self._check_is_ours()
-        result = codec.dumps_result(self.result, limit=self._limit)
-        ending = Ending(self._run.claim, RunState.SUCCEEDED, result)
+        ending = results.succeeded(self._run, self.result, limit=self._limit)
+        write = settling.hand_on if ending.handed_on else settling.finish
         yield queries.plan_as_ours()
-        if not (yield queries.finish([ending], worker_id=self._worker_id)):
+        if not (yield write([ending], worker_id=self._worker_id)):
             raise ClaimLost(*self._run.claim)
         self._in_doubt = ending
         return ending
