@@ -16,7 +16,7 @@
     ├── TurnEnded                this turn has had its ending; it cannot be armed again
     ├── MessageConflict          another message was sent under this id
     ├── StreamEnded              this stream takes no more events
-    ├── DeliveryFailed           a delivery that would fail again however often it is tried
+    ├── AnswerRefused            what the handler of a batch, or a renderer, has answered cannot be carried out
     ├── DeploymentDown           there is no child process to pass a turn to
     ├── NotConnected             a client has no connection to its gateway, or was closed
     ├── SendFailed               the gateway did not take what a client sent
@@ -170,8 +170,8 @@ class StreamEnded(QueueServiceError):
         super().__init__(f"Stream {stream!r} has ended, and the event was not stored. Set its state to go on with it.")
 
 
-class DeliveryFailed(QueueServiceError):
-    """Its run ends `failed` without another try."""
+class AnswerRefused(QueueServiceError, TypeError):
+    pass
 
 
 class DeploymentDown(QueueServiceError):

@@ -22,7 +22,7 @@ from queue_service.db import channels
 from queue_service.deliveries.holding import Holding
 from queue_service.deliveries.model import QUEUE, TASK, Renderer, check_renderer
 from queue_service.deliveries.rendering import FailedHook, Rendering
-from queue_service.errors import ConfigError, DatabaseUnavailable, DeliveryFailed
+from queue_service.errors import AnswerRefused, ConfigError, DatabaseUnavailable
 from queue_service.events.model import RESERVED, Event
 from queue_service.logs import get_logger
 from queue_service.services.loop import Services, every
@@ -191,4 +191,4 @@ def _never_in_vain(retry: Retry) -> Retry:
     if not isinstance(retry, Retry):
         raise ConfigError(f"retry must be a Retry, such as Retry(max_attempts=5), not {retry!r}.")
     never = retry.never if isinstance(retry.never, tuple) else (retry.never,)
-    return replace(retry, never=(*never, DeliveryFailed))
+    return replace(retry, never=(*never, AnswerRefused))

@@ -29,7 +29,7 @@ from queue_service.deliveries.model import (
     Shown,
 )
 from queue_service.deliveries.tries import MAX_ATTEMPTS, Tries
-from queue_service.errors import ClaimLost, ConfigError, DeliveryFailed, QueueServiceError, nearest
+from queue_service.errors import AnswerRefused, ClaimLost, ConfigError, QueueServiceError, nearest
 from queue_service.events.model import Event
 from queue_service.exceptions import is_a, message, type_name
 from queue_service.logs import get_logger
@@ -161,7 +161,7 @@ class Rendering:
             )  # fmt: skip
             return answer
         # The next try would most likely show it once more, and answer the same.
-        raise DeliveryFailed(
+        raise AnswerRefused(
             f"The renderer of platform {delivery.platform!r} answered with {type_name(answer)}, which says neither that "
             f"the event is shown nor what else is to be done. Allowed are {ALLOWED}."
         )
@@ -190,7 +190,7 @@ class Rendering:
         """Count a snooze, unless the time for them is used up."""
         after = tries.snoozed_for(duration(answer.delay, "The delay of a Snooze").total_seconds())
         if after.snoozed > self._snooze_limit.total_seconds():
-            raise DeliveryFailed(
+            raise AnswerRefused(
                 f"The renderer of platform {delivery.platform!r} wants to put this off for {after.snoozed:g} s in all; the "
                 f"limit is {self._snooze_limit.total_seconds():g} s. Deliveries(snooze_limit=) says another one."
             )

@@ -210,7 +210,7 @@ async def test_an_answer_that_says_nothing_fails_the_delivery_at_once(
     assert [delivery.message_id for _, delivery in one_replica.screen.asked] == ["m1", "m2"]
     assert await rows(conn, ENDED) == [("failed", 1, 1)] * 2
     error = await one(conn, "select error from queue_service.finished_runs limit 1")
-    assert error["type"] == "DeliveryFailed"
+    assert error["type"] == "AnswerRefused"
     assert f"answered with {name}, which says neither that the event is shown nor what else" in error["message"]
     assert "Allowed are None, NOT_MINE, Shown(platform_message_id), Snooze(delay), " in error["message"]
 
