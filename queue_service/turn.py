@@ -48,6 +48,16 @@ class Turn:
         return {**words, "metadata": msgspec.Raw(encoded.encode())}
 
 
+class Input(msgspec.Struct, frozen=True, kw_only=True):
+    """A message that was sent to steer a turn which is being worked on: event `seq` of its stream. It is a turn of its own,
+    and is answered with the other by `commit_reply` with the ids of both; if it is not, its own run is begun next."""
+
+    message_id: str
+    seq: int
+    user_id: str | None
+    body: Any
+
+
 def of_run(metadata: Any) -> Turn | None:
     """The turn that a run works on, as its metadata says; None where it says none that can be."""
     if not isinstance(metadata, Mapping) or not isinstance(stored := metadata.get(IN_METADATA), Mapping):

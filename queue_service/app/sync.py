@@ -164,6 +164,7 @@ class SyncTurns(Blocking[Turns]):
     arm = blocking(Turns.arm)
     dispatch = blocking(Turns.dispatch)
     send = blocking(Turns.send)
+    unsend = blocking(Turns.unsend)
     extend = blocking(Turns.extend)
     withhold = blocking(Turns.withhold)
     restore = blocking(Turns.restore)
@@ -186,6 +187,7 @@ class SyncEvents(Blocking[Events]):
 
     append = blocking(Events.append)
     append_many = blocking(Events.append_many)
+    append_of = blocking(Events.append_of)
     read = blocking(Events.read)
     head = blocking(Events.head)
     stream = blocking(Events.stream)

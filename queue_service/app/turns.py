@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import msgspec
-from psycopg import errors as pg
-
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.core import Core
+from queue_service.app.messages import Messages, Mode, contested
 from queue_service.db import channels
 from queue_service.db.steps import MAX_TRIES
 from queue_service.errors import (
     ConfigError,
     DatabaseUnavailable,
-    MessageConflict,
-    StreamEnded,
     TurnEnded,
     TurnUnknown,
     ValueRefused,
@@ -28,7 +23,7 @@ from queue_service.logs import get_logger
 from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.services.sweeper import about_turns
 from queue_service.tasks import duration
-from queue_service.turn import Turn
+from queue_service.turn import Input, Turn
 from queue_service.turns import queries
 from queue_service.turns.model import (
     EndedTurn,
@@ -56,6 +51,7 @@ class Turns:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._messages = Messages(core)
         self._arming: Combiner[Owed, bool | None] = Combiner(
             self._arm, name="arm", weigh=lambda owed: len(str(owed.fields["metadata"]))
         )
@@ -91,7 +87,7 @@ class Turns:
                 return True
             if armed is False and await self._stands(owed.key, conn):
                 return False
-        raise _contested(turn)
+        raise contested(turn)
 
     async def dispatch(
         self,
@@ -128,7 +124,7 @@ class Turns:
                 return int(found.run_id)
             if found.kind is not None:
                 await self._stands(owed.key, conn)
-        raise _contested(turn)
+        raise contested(turn)
 
     async def send(
         self,
@@ -141,45 +137,33 @@ class Turns:
         execution: timedelta | float | None = None,
         total: timedelta | float | None = None,
         metadata: Mapping[str, Any] | None = None,
+        mode: Mode = "queue",
         **options: Any,
     ) -> Receipt:
         """Take in a person's message: store it as an event of kind `message` in the turn's stream, and dispatch the turn,
         both or neither, and once. Sending it again, however often and from wherever, returns the same receipt.
 
-        The event's body is `{"message_id", "user_id", "body": payload}`; the rest is as in `dispatch`. Raises
-        MessageConflict for another payload under a message id that was used, StreamEnded for a stream that is closing too.
+        The event's body is `{"message_id", "user_id", "body": payload}`; the rest is as in `dispatch`. Where runs of its
+        lane (`ordering_key`) are before it, an event of kind `queued` says how many: `{"message_id", "ahead"}`.
+
+        `mode` says what a message does that comes while another one is answered. `queue`: it waits. `steer`: it is also
+        offered to the handler at work (`Run.inputs`). `interrupt`: the turns of its stream that are being worked on end
+        `cancelled`. The last two have the stream as their `ordering_key` unless they are given another, and their event
+        says the mode. Raises MessageConflict for another payload under a message id that was used, StreamEnded for a
+        stream that is closing too.
         """
-        owed, limit = self._owed(turn, admission, execution, total), self._core.settings.payload_limit
-        run, notice = enqueueing.of_turn(self._core.tasks, limit, turn, task, payload, metadata, options)
-        body = msgspec.Raw(run["payload"].encode())
-        said = {"message_id": turn.message_id, "user_id": turn.user_id, "body": body}
-        digest = hashlib.sha256(msgspec.json.encode([turn.stream, task, payload], order="sorted")).hexdigest()
-        notifier = self._core.opened.notifier
-        rides = notice is not None and notifier.try_reserve(notice.channel)
-        notify = notifier.try_reserve(channels.EVENTS)
-        query = queries.send(
-            owed, run, msgspec.json.encode(said).decode(), digest, notice if rides else None, notify=notify
-        )
-        for _ in range(MAX_TRIES):
-            try:
-                sent = await self._core.fetch(query)
-            except pg.NotNullViolation:
-                # The stream was closed at this moment; the next look sees that.
-                continue
-            if sent is None:
-                continue
-            if sent.word == "ended":
-                raise StreamEnded(turn.stream)
-            if sent.seq is None or sent.digest != digest:
-                raise MessageConflict(*owed.key)
-            if sent.word == "sent":
-                notifier.send([] if notice is None or rides else [notice])
-                notifier.send([] if notify else channels.appended({turn.stream: sent.seq}))
-            return Receipt(
-                deployment=turn.deployment, message_id=turn.message_id, stream=turn.stream, seq=sent.seq,
-                new=sent.word == "sent",
-            )  # fmt: skip
-        raise _contested(turn)
+        owed = self._owed(turn, admission, execution, total)
+        return await self._messages.send(owed, turn, task, payload, metadata, options, mode)
+
+    async def unsend(self, deployment: str, message_id: str) -> bool:
+        """Take a message back: its turn ends `cancelled` and its run is not begun. Returns False if it was begun, or has
+        ended: then nothing has changed."""
+        return await self._messages.take_back(*key_of(deployment, message_id))
+
+    def inputs(self, turn: Turn, *, after: int = 0, wait: bool = True) -> AsyncGenerator[Input, None]:
+        """Iterate over the messages that were sent to steer this turn, after a cursor, as `Run.inputs` does: each that was
+        neither begun nor answered by then. Without `wait` it ends with those that are there."""
+        return self._messages.inputs(turn, after=after, wait=wait)
 
     # Signs of life
 
@@ -211,8 +195,9 @@ class Turns:
     async def commit_reply(
         self, deployment: str, message_ids: Collection[str], body: Mapping[str, Any], *, conn: Any = None
     ) -> list[str]:
-        """End turns with a reply: one `reply` event for each, stored together with its end. Returns the ids this call
-        ended; [] means that the reply came too late, and nothing was stored.
+        """End turns with a reply: one `reply` event for each, stored together with its end, which names all of several
+        under `together`. Returns the ids this call ended; [] means that the reply came too late, and nothing was stored. Of
+        several, a run that is still queued ends with its turn.
 
         A reply that cannot be stored is cleaned, and where that does not help, the turn ends with an error that says so.
         With `conn` the endings are part of the caller's transaction.
@@ -221,7 +206,8 @@ class Turns:
             raise ConfigError(f"message_ids is a list of ids, not the one text {message_ids!r}.")
         check_word(deployment, "deployment")
         limit = self._core.settings.payload_limit
-        endings = [replied(deployment, each, body, limit) for each in dict.fromkeys(message_ids) if may_name(each)]
+        ids = [each for each in dict.fromkeys(message_ids) if may_name(each)]
+        endings = [replied(deployment, each, body, limit, ids) for each in ids]
         for refused in (ending for ending in endings if ending.kind == "error"):
             log.error("a reply cannot be stored", deployment=deployment, message_id=refused.message_id)
         return [ended.message_id for ended in await self._decide(endings, conn)]
@@ -381,9 +367,3 @@ class Turns:
         if standing is not None and standing.outcome is not None:
             raise TurnEnded(*key, standing.outcome)
         return standing is not None and standing.seconds_left is not None
-
-
-def _contested(turn: Turn) -> DatabaseUnavailable:
-    return DatabaseUnavailable(
-        f"Turn {turn.message_id!r} was armed and forgotten {MAX_TRIES} times while we looked at it."
-    )

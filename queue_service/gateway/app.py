@@ -222,7 +222,8 @@ class Gateway:
         after, limit = _number(request, "after", 0, 2**53), _number(request, "limit", HISTORY, MAX_HISTORY)
         events = await self._app.events.read(stream, after=after, limit=max(limit, 1))
         head = await self._app.events.head(stream)
-        content = msgspec.json.encode({"stream": stream, "head": head, "events": events})
+        told = [msgspec.Raw(frames.data(event)) for event in events]
+        content = msgspec.json.encode({"stream": stream, "head": head, "events": told})
         return Response(content, media_type="application/json")
 
     async def _state(self, request: Request) -> Response:

@@ -21,7 +21,13 @@ def event(event: Event) -> bytes:
         # Beyond the head there is nothing to resume after: the database went back.
         place = min(event.body["to"], event.body["head"])
         return _frame(f"id: {event.stream}:{place}\nevent: gap\n", event.body)
-    return b"id: %b:%d\ndata: %b\n\n" % (event.stream.encode(), event.seq, _encode(event))
+    return b"id: %b:%d\ndata: %b\n\n" % (event.stream.encode(), event.seq, data(event))
+
+
+def data(event: Event) -> bytes:
+    """An event as JSON. It says its attempt where it has one."""
+    text = _encode(event)
+    return text if event.attempt is not None else text.removesuffix(b',"attempt":null}') + b"}"
 
 
 def control(name: str, data: Mapping[str, Any], *, retry: float | None = None) -> bytes:

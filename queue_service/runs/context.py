@@ -6,7 +6,7 @@ process register here, and are asked for the context of a run. That costs whoeve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -15,6 +15,7 @@ import msgspec
 
 from queue_service import codec
 from queue_service.errors import ConfigError
+from queue_service.turn import Input
 
 A_co = TypeVar("A_co", covariant=True)
 S_co = TypeVar("S_co", covariant=True)
@@ -41,6 +42,9 @@ class RunContext(Protocol):
     """The execution of one run's handler. Its methods may be called from any thread."""
 
     def transaction(self, conn: Any) -> RunTransaction[Any, Any]: ...
+
+    def inputs(self, *, wait: bool) -> AsyncGenerator[Input, None]:
+        """The messages that were sent to steer the run's turn. ConfigError where there is no event loop, or no turn."""
 
     def report(self, progress: str) -> bool:
         """Store this soon: a JSON object of value and note. Returns False if the run is not this handler's any more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -15,7 +15,7 @@ from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs import context, stopped
 from queue_service.runs.claim import Claim, assert_held
 from queue_service.runs.context import RunContext, RunTransaction
-from queue_service.turn import Turn
+from queue_service.turn import Input, Turn
 
 if TYPE_CHECKING:
     import psycopg
@@ -160,6 +160,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             return self._context().report(progress)
         except ClaimLost:
             return False
+
+    def inputs(self, *, wait: bool = True) -> AsyncGenerator[Input, None]:
+        """For the asynchronous handler of a run that works on a turn: iterate over the messages that were sent to steer it,
+        each once in this attempt. Without `wait` it ends with those that are there; with it, it goes on until the handler
+        has enough. Who answers them as well says so: `commit_reply` with all the ids.
+        """
+        return self._context().inputs(wait=wait)
 
     def stop(self) -> None:
         """Make it `cancelled`, for whoever executes it in this process."""

@@ -3,8 +3,8 @@
 --
 -- Locks are taken in this order: leases, runs, lanes, outcomes, markers, streams, and at last the lanes of deliveries; those
 -- of one kind by ascending key. A statement that ends turns touches their outcomes last all the same: it holds the marker, and
--- nobody else writes the outcome of a turn whose marker is held. The run of a turn that is answered while it is queued ends
--- with it: a message that was consumed by the answer to another is not begun.
+-- nobody else writes the outcome of a turn whose marker is held. The run of a turn that is answered together with
+-- others ends with it, if it is queued: a message that was consumed by the answer to another is not begun.
 
 -- define: endings
 -- Of the turns `taken`, each with the kind, code and body of its ending: stores the endings of those that had none yet
@@ -66,7 +66,7 @@ with asked as materialized (
       ) with ordinality as asked (call, deployment, message_id, kind, code, body, place)
      order by deployment, message_id, place
 ), owed as materialized (
-    select asked.call, asked.kind, m.*
+    select asked.call, asked.kind = 'reply' and asked.body ? 'together' as is_together, m.*
       from asked
      cross join lateral (
         select m.deployment, m.message_id, m.stream, m.run_id from queue_service.turn_markers as m
@@ -85,7 +85,7 @@ with asked as materialized (
         or owed.stream not in (select free.stream from free) and owed.stream in (select known.stream from known)
     union all
     select owed.call from owed
-     where owed.run_id is not null and owed.kind = 'reply' and not queue_service.may_retire(owed.run_id)
+     where owed.run_id is not null and owed.is_together and not queue_service.may_retire(owed.run_id)
 ), taken as (
     delete from queue_service.turn_markers as m
      using asked

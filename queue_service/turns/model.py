@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -189,12 +189,16 @@ def failed(deployment: str, message_id: str, failure: TurnFailure) -> TurnEnding
     return TurnEnding(deployment, message_id, "error", msgspec.json.encode(body).decode(), failure.code)
 
 
-def replied(deployment: str, message_id: str, body: Any, limit: int) -> TurnEnding:
+def replied(deployment: str, message_id: str, body: Any, limit: int, together: Sequence[str] = ()) -> TurnEnding:
     """The ending of a turn that got this reply. It can always be written: characters that Postgres refuses are replaced,
-    and where the reply cannot be stored at all, the ending is an error that says why.
+    and where the reply cannot be stored at all, the ending is an error that says why. An answer to several messages names
+    them all, in each of their endings.
     """
     try:
-        text = codec.dumps_result(_object(body), limit=limit)
+        reply = _object(body)
+        if len(together) > 1:
+            reply["together"] = list(together)
+        text = codec.dumps_result(reply, limit=limit)
         return TurnEnding(deployment, message_id, "reply", text)
     except Exception as refused:  # noqa: BLE001 - whatever a reply does when it is read, its turn gets an ending
         return failed(deployment, message_id, TurnFailure("reply_refused", reason=message(refused)))

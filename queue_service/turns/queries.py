@@ -180,6 +180,16 @@ def reset_admission(deployment: str, message_id: str) -> Query[bool]:
     return SQL.query("reset_admission", found, deployment=deployment, message_id=message_id)
 
 
+def message_seq(deployment: str, message_id: str) -> Query[int | None]:
+    """Where the message of a turn stands in its stream; None for a turn that was armed by other means."""
+    return SQL.query("message_seq", scalar, deployment=deployment, message_id=message_id)
+
+
+def waits(deployment: str, message_id: str) -> Query[bool]:
+    """Whether a turn is owed its ending, and its run has not begun."""
+    return SQL.query("waits", scalar, deployment=deployment, message_id=message_id)
+
+
 def is_live(deployment: str, message_id: str) -> Query[bool]:
     return SQL.query("is_live", scalar, deployment=deployment, message_id=message_id)
 

@@ -7,6 +7,16 @@ select exists (
      where m.deployment = %(deployment)s and m.message_id = %(message_id)s and m.deadline > clock_timestamp()
 )
 
+-- name: message_seq
+-- Where the message of a turn stands in its stream. No row: it was armed by other means.
+select r.seq from queue_service.receipts as r where r.deployment = %(deployment)s and r.message_id = %(message_id)s
+
+-- name: waits
+-- Whether a turn is owed an ending, and its run is queued.
+select coalesce((select runs.state from queue_service.turn_markers as m, queue_service.runs
+                  where m.deployment = %(deployment)s and m.message_id = %(message_id)s and runs.id = m.run_id) = 'queued',
+                false)
+
 -- name: standing
 -- How a turn stands: its outcome, or while it is owed one the seconds before which it cannot lapse. No row: never armed.
 select o.deployment, o.message_id, o.stream, o.armed_at, o.ended_at, o.kind, o.code, o.seq,

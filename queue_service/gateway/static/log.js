@@ -39,6 +39,7 @@ export class Log {
     const draw = {
       message: () => this.#message(event.body),
       delta: () => this.#delta(event.body ?? {}),
+      queued: () => this.#queued(event.body ?? {}),
       reset: () => this.#reset(event.body ?? {}),
       status: () => this.#line("status", event.body?.text),
       reply: () => this.#reply(event.body),
@@ -107,6 +108,11 @@ export class Log {
     this.#growing(of).text.append(text ?? "");
   }
 
+  #queued({ message_id: id, ahead }) {
+    const entry = this.#messages.get(id);
+    if (entry && this.#owed.has(id)) entry.note.textContent = ahead === 1 ? "One before it." : `${ahead} before it.`;
+  }
+
   /** A new attempt at a message begins: the half answer of the one before goes. */
   #reset({ message_id: id }) {
     this.#replies.get(id)?.node.remove();
@@ -115,8 +121,10 @@ export class Log {
 
   #reply(body) {
     for (const id of body.message_ids) {
-      const reply = this.#growing(id);
-      reply.text.textContent = textOf(body);
+      // An answer to several messages is stored as the ending of each, and is shown once.
+      const isShown = (body.together ?? []).some((other) => other !== id && this.#ended.has(other));
+      if (isShown) this.#replies.get(id)?.node.remove();
+      else this.#growing(id).text.textContent = textOf(body);
       this.#end(id);
     }
   }
@@ -178,6 +186,8 @@ export class Log {
   #end(id) {
     this.#owed.delete(id);
     this.#ended.add(id);
+    const message = this.#messages.get(id);
+    if (message) message.note.textContent = "";
     const reply = this.#replies.get(id);
     reply?.node.classList.remove("growing");
     reply?.node.removeAttribute("aria-busy");

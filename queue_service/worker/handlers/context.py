@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from queue_service.db.lending import Lender
 from queue_service.errors import ConfigError
 from queue_service.runs.model import Ending, Run
 from queue_service.settings import Settings
+from queue_service.turn import Input, Turn
 from queue_service.worker.handlers.transaction import Transaction
 from queue_service.worker.reports import Reports
 
@@ -34,7 +35,19 @@ class HandlerContexts:
         self.reports = Reports(app.fetch, is_executed=lambda run: self.find(run) is not None)
         self.worker_id = worker_id
         self.limit = settings.payload_limit
+        self.app = app
         self._executors = executors
+        # How far the handlers at work have read what was sent to steer them, each by its own Run.
+        self._read: dict[int, tuple[Run, int]] = {}
+
+    async def inputs(self, run: Run, turn: Turn, *, wait: bool) -> AsyncGenerator[Input, None]:
+        """Each message once for each handler, however often it asks."""
+        self._read = {key: each for key, each in self._read.items() if self.find(each[0]) is not None}
+        after = self._read.get(id(run), (run, 0))[1]
+        async with contextlib.aclosing(self.app.turns.inputs(turn, after=after, wait=wait)) as given:
+            async for each in given:
+                self._read[id(run)] = (run, each.seq)
+                yield each
 
     def find(self, run: Run) -> HandlerContext | None:
         executor = self._executors.get(run.queue)
@@ -64,6 +77,13 @@ class HandlerContext:
             limit=contexts.limit,
             ended=self._ended,
         )
+
+    def inputs(self, *, wait: bool) -> AsyncGenerator[Input, None]:
+        if self.run.turn is None:
+            raise ConfigError(f"Run {self.run.id} works on no turn. Messages are sent to steer turns.")
+        if asyncio._get_running_loop() is not self.contexts.loop:  # noqa: SLF001 - as below
+            raise ConfigError("run.inputs() is for asynchronous handlers. In a thread, read the stream with app.sync.")
+        return self.contexts.inputs(self.run, self.run.turn, wait=wait)
 
     def report(self, progress: str) -> bool:
         if self.run.cancelled or self.executor.has_ended(self.run):

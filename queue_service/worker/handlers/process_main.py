@@ -14,6 +14,7 @@ import runpy
 import sys
 import threading
 import types
+from collections.abc import AsyncGenerator
 from io import BufferedReader, BufferedWriter
 from queue import SimpleQueue
 from typing import Any, Self
@@ -29,6 +30,7 @@ from queue_service.piped_process import die_with_parent, taken_pipes
 from queue_service.runs import context
 from queue_service.runs.model import Ending, Run
 from queue_service.tasks import Retry, Task
+from queue_service.turn import Input
 from queue_service.worker.handlers import results
 from queue_service.worker.handlers.process_protocol import (
     HandlerBegun,
@@ -123,6 +125,10 @@ class _Context:
             job.run, conn, lender=_lender(job.conninfo), worker_id=job.worker_id, limit=job.limit,
             ended=lambda ending: self._pass_on(RunSettled(ending)),
         )  # fmt: skip
+
+    def inputs(self, *, wait: bool) -> AsyncGenerator[Input, None]:
+        del wait
+        raise ConfigError("run.inputs() is for asynchronous handlers, and this one has a process. Read the stream.")
 
     def report(self, progress: str) -> bool:
         with self._changing:
