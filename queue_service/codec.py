@@ -65,20 +65,21 @@ def dumps_object(value: Any, *, what: str, limit: int) -> str:
     return dumps(value, what=what, limit=limit)
 
 
-def dumps_result(value: Any, *, limit: int) -> str:
-    """A handler's result as JSON text: NUL, lone surrogates and NaN replaced. PayloadRefused only for what is not JSON."""
+def dumps_result(value: Any, *, limit: int, what: str = "result") -> str:
+    """What a handler gives back as JSON text: NUL, lone surrogates and NaN replaced. PayloadRefused only for what is not
+    JSON."""
     if value is None:
         return "null"
     try:
-        return dumps(value, what="result", limit=limit)
+        return dumps(value, what=what, limit=limit)
     except PayloadRefused:
         try:
             cleaned = sanitised(_plain(value))
         except RecursionError:
-            raise PayloadRefused(f"The result is nested deeper than {MAX_DEPTH} levels.") from None
+            raise PayloadRefused(f"The {what} is nested deeper than {MAX_DEPTH} levels.") from None
         except Exception as refused:  # noqa: BLE001 - as in `dumps`
-            raise PayloadRefused(f"The result is not JSON: {exceptions.message(refused)}.") from None
-        return dumps(cleaned, what="result", limit=limit)
+            raise PayloadRefused(f"The {what} is not JSON: {exceptions.message(refused)}.") from None
+        return dumps(cleaned, what=what, limit=limit)
 
 
 class Readable(NamedTuple):

@@ -128,7 +128,8 @@ begin
     end if;
     -- A message that was answered with another one is not to be begun.
     perform queue_service.retire_runs(array(
-        select each.run_id from unnest(given) as each where each.run_id is not null and each.kind = 'reply' and each.body ? 'together'));
+        select each.run_id from unnest(given) as each
+         where each.run_id is not null and each.kind = 'reply' and each.body ? 'together'));
     return query
     with due as materialized (
         -- A turn that has had its ending gets no second one, even if somebody put its marker back by hand.

@@ -25,6 +25,7 @@ from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Progress, Run
 from queue_service.services.combiner import Combiner
+from queue_service.steps import queries as steps
 from queue_service.tasks import duration
 
 log = get_logger(__name__)
@@ -189,8 +190,12 @@ class Runs:
         return await how(self._core.opened, chosen, limit=limit, on_progress=on_progress or (lambda _: None))
 
     async def delete(self, run_id: int) -> bool:
-        """Forget a queued or finished run. Returns False if it is running, or if there is none of this id."""
-        return await self._core.fetch(queries.delete(run_id))
+        """Forget a queued or finished run and its steps. Returns False if it is running, or if there is none of this id."""
+        is_gone = await self._core.fetch(queries.delete(run_id))
+        if is_gone:
+            # Not before: of a run that is running they are needed. What is left where this fails, the pruner forgets.
+            await self._core.fetch(steps.forget(run_id))
+        return is_gone
 
     async def _enqueue(self, news: Sequence[NewRun]) -> Sequence[int]:
         """Store the runs of callers that came together."""

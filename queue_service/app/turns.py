@@ -38,7 +38,7 @@ from queue_service.turns.model import (
     may_name,
     replied,
 )
-from queue_service.turns.queries import Key, Owed, TurnCounts
+from queue_service.turns.queries import Key, Outage, Owed, TurnCounts
 from queue_service.words import check_word
 
 log = get_logger(__name__)
@@ -173,17 +173,36 @@ class Turns:
         check_word(deployment, "deployment")
         return await self._core.fetch(queries.extend(deployment))
 
-    async def withhold(self, deployment: str, code: str, reason: str | None = None) -> list[str]:
+    async def withhold(
+        self,
+        deployment: str | None,
+        code: str,
+        reason: str | None = None,
+        *,
+        organization_id: str | None = None,
+        provider: str | None = None,
+    ) -> list[str]:
         """Report that the deployment lives, but its provider failed: its turns are no longer extended, and if they lapse,
-        they end with this code. Returns their message ids. `restore` takes it back."""
-        check_word(deployment, "deployment")
-        failure = TurnFailure(code, reason=reason)
-        return await self._core.fetch(queries.withhold(deployment, failure.code, failure.reason))
+        they end with this code. Returns their message ids. `restore` takes it back.
 
-    async def restore(self, deployment: str) -> list[str]:
-        """Report that the provider recovered: a sign of life for the turns withheld. Returns their message ids."""
-        check_word(deployment, "deployment")
-        return await self._core.fetch(queries.restore(deployment))
+        With None for the deployment, the turns of all of them, those of an organization, or those whose metadata names this
+        `provider`: one outage, told by one call. It is about the turns that are owed their ending now.
+        """
+        failure = TurnFailure(code, reason=reason)
+        outage = _outage(deployment, organization_id, provider)
+        if outage is not None:
+            return await self._core.fetch(queries.withhold_all(outage, failure.code, failure.reason))
+        return await self._core.fetch(queries.withhold(str(deployment), failure.code, failure.reason))
+
+    async def restore(
+        self, deployment: str | None, *, organization_id: str | None = None, provider: str | None = None
+    ) -> list[str]:
+        """Report that the provider recovered: a sign of life for the turns withheld. Returns their message ids. Which turns
+        is said as in `withhold`."""
+        outage = _outage(deployment, organization_id, provider)
+        return await self._core.fetch(
+            queries.restore(str(deployment)) if outage is None else queries.restore_all(outage)
+        )
 
     async def reset_admission(self, deployment: str, message_id: str) -> bool:
         """Let the turn wait to be taken up again, as when it was released from behind another: it has its whole `admission`
@@ -367,3 +386,14 @@ class Turns:
         if standing is not None and standing.outcome is not None:
             raise TurnEnded(*key, standing.outcome)
         return standing is not None and standing.seconds_left is not None
+
+
+def _outage(deployment: str | None, organization_id: str | None, provider: str | None) -> Outage | None:
+    """None: it is about one deployment."""
+    outage = Outage(organization_id, provider)
+    if (deployment is None) == (outage == Outage()):
+        raise ConfigError("Say whose turns: those of a deployment, or of an organization_id or a provider.")
+    for name, value in {"deployment": deployment, **outage._asdict()}.items():
+        if value is not None:
+            check_word(value, name)
+    return outage if deployment is None else None

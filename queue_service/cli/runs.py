@@ -18,6 +18,8 @@ from queue_service.queues import queries as queues
 from queue_service.roster import queries as roster
 from queue_service.runs import walks
 from queue_service.runs.model import Attempt, Progress, Run, RunState
+from queue_service.steps import queries as steps
+from queue_service.steps.model import Step
 from queue_service.turns import queries as turns
 
 ids = click.argument("run_ids", type=int, nargs=-1, required=True, metavar="ID...")
@@ -93,12 +95,16 @@ def _table(found: Sequence[Run]) -> None:
 @json_option
 @command
 def show(run_id: int, as_json: bool, database_url: str | None) -> None:
-    """All there is to know about one run, and a table of its attempts."""
-    run = read(database_url, lambda app: app.get(run_id))
+    """All there is to know about one run, and tables of its attempts and its steps."""
+
+    async def body(app: App) -> tuple[Run | None, list[Step]]:
+        return await app.get(run_id), await app.fetch(steps.of_run(run_id))
+
+    run, done = read(database_url, body)
     if run is None:
         raise RunUnknown(run_id)
     if as_json:
-        render.as_json(run)
+        render.as_json({**msgspec.to_builtins(run), "steps": done})
         return
     shown = ((field, getattr(run, field.name)) for field in msgspec.structs.fields(Run) if field.name != "attempts")
     render.fields(
@@ -112,6 +118,13 @@ def show(run_id: int, as_json: bool, database_url: str | None) -> None:
                 (each.attempt, each.worker_id, each.claimed_at, _took(each), _came_to(run, each))
                 for each in run.attempts
             ],
+            empty="",
+        )
+    if done:
+        render.echo()
+        render.table(
+            ("step", "attempt", "done", "result"),
+            [(each.name, each.attempt, each.created_at, _result(each)) for each in done],
             empty="",
         )
 
@@ -285,6 +298,12 @@ def _took(attempt: Attempt) -> str | None:
 
 def _came_to(run: Run, attempt: Attempt) -> str:
     return _failure(attempt)[:80] if attempt.error else run.state.value
+
+
+def _result(step: Step) -> str:
+    if step.unreadable is not None:
+        return f"unreadable: {step.unreadable}"[:80]
+    return msgspec.json.encode(step.result).decode()[:80]
 
 
 def _failure(run: Run | Attempt) -> str:

@@ -45,11 +45,11 @@ class Lender:
         pool, blocking = CancellablePool, psycopg_pool.ConnectionPool
         self._pool = pool(configure=_configure, check=pool.check_connection, **shared)
         self._blocking = blocking(configure=_configure_blocking, check=blocking.check_connection, **shared)
-        self._loop = loop
+        self.loop = loop
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        if asyncio.get_running_loop() is not self._loop:
+        if asyncio.get_running_loop() is not self.loop:
             raise ConfigError("This is not the worker's event loop. Use `with` here, or give a connection of your own.")
         await self._pool.open()
         try:

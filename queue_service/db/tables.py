@@ -154,6 +154,18 @@ Index(
     postgresql_where=text("state <> 'succeeded'"),
 )
 
+steps = Table(
+    "steps",
+    metadata,
+    Column("run_id", BigInteger, nullable=False),
+    Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("attempt", Integer, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("result", JSONB, nullable=False),
+    PrimaryKeyConstraint("run_id", "name", name="steps_pkey"),
+)
+Index("steps_created_idx", steps.c.created_at, text("(run_id + 0)"))
+
 queues = Table(
     "queues",
     metadata,

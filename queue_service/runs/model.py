@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
 import msgspec
 
@@ -14,13 +14,14 @@ from queue_service import turn
 from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs import context, stopped
 from queue_service.runs.claim import Claim, assert_held
-from queue_service.runs.context import RunContext, RunTransaction
+from queue_service.runs.context import RunContext, RunStep, RunTransaction
 from queue_service.turn import Input, Turn
 
 if TYPE_CHECKING:
     import psycopg
 
 C = TypeVar("C")
+P = ParamSpec("P")
 
 
 class RunState(StrEnum):
@@ -136,6 +137,35 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         this handler's any more, and ConfigError outside its handler.
         """
         return self._context().transaction(conn)
+
+    @overload
+    def step(self, name: str, /) -> RunStep[psycopg.AsyncConnection[Any], psycopg.Connection[Any]]: ...
+    @overload
+    def step(self, name: str, /, *, conn: C) -> RunStep[C, C]: ...
+    @overload
+    def step(
+        self, name: str, function: Callable[P, Awaitable[Any]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, Any]: ...
+    @overload
+    def step(self, name: str, function: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+    def step(self, name: str, function: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+        """For the handler this run was given to: do a named part of it once, however many attempts the run takes. Its
+        result is stored as JSON, and a later attempt gets that instead of doing the part again.
+
+        With a function: call it with these arguments, store what it returns, and return that as it is stored. A coroutine
+        handler awaits this, whatever the function is; in a thread or a process the result comes at once, and the function
+        is a plain one. What the function raises is raised, and nothing is stored.
+
+        Without one: a block for `async with`, or in a thread or a process for `with`. It begins a transaction, on a
+        connection of the worker's or on `conn` (as in `transaction`), and gets an object with `done`, `result` and `conn`.
+        Where `done` is True, `result` is what was stored, and there is nothing to do. Otherwise what is written on `conn`
+        and what `result` is set to are committed together as the block is left. If it raises, all is rolled back.
+
+        A name stands for one part of the run. Raises ConfigError for one that this attempt has used before, and outside the
+        handler; PayloadRefused for a result that is not JSON, or too large; ClaimLost, with nothing stored, if the run is
+        not this handler's any more.
+        """
+        return context.step(self._context(), name, function, args, kwargs)
 
     @overload
     def assert_held(self, conn: psycopg.Connection[Any]) -> None: ...

@@ -39,6 +39,15 @@ class Busy:
 BUSY = Busy()
 
 
+class StillLocked(DatabaseUnavailable):
+    """Another session's lock was not let go of in time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Another transaction has held what this needs ({name}) for {LOCK_SECONDS:g} s. Is one left open?"
+        )
+
+
 class Combiner(Generic[A, R]):
     """`send` takes items and returns an answer for each, in order, or BUSY. Where a batch is refused, each item is sent
     alone, so that only the caller whose fault it was hears of it. `weigh` says how many bytes an item carries.
@@ -60,7 +69,7 @@ class Combiner(Generic[A, R]):
         self._carriers: set[asyncio.Task[None]] = set()
 
     async def __call__(self, item: A) -> R:
-        """Raises DatabaseUnavailable where a lock was not let go of in time, and whatever `send` raises."""
+        """Raises StillLocked, and whatever `send` raises."""
         answer = await self._sent(item)
         return await self._insist(item) if isinstance(answer, Busy) else answer
 
@@ -73,9 +82,7 @@ class Combiner(Generic[A, R]):
             answer = await self._sent(item)
             if not isinstance(answer, Busy):
                 return answer
-        raise DatabaseUnavailable(
-            f"Another transaction has held what this needs ({self._name}) for {LOCK_SECONDS:g} s. Is one left open?"
-        )
+        raise StillLocked(self._name)
 
     async def _sent(self, item: A) -> R | Busy:
         future: asyncio.Future[R | Busy] = asyncio.get_running_loop().create_future()

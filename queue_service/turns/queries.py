@@ -45,6 +45,13 @@ class Owed(NamedTuple):
         return self.fields["deployment"], self.fields["message_id"]
 
 
+class Outage(NamedTuple):
+    """Whose turns an outage is about, wherever they are worked on. The provider is what their metadata says it is."""
+
+    organization_id: str | None = None
+    provider: str | None = None
+
+
 class Dispatched(NamedTuple):
     """`run_id` is None and `kind` not: the turn has ended. Both None: another session is at it."""
 
@@ -174,6 +181,14 @@ def withhold(deployment: str, code: str, reason: str | None) -> Query[list[str]]
 
 def restore(deployment: str) -> Query[list[str]]:
     return SQL.query("restore", column, deployment=deployment)
+
+
+def withhold_all(which: Outage, code: str, reason: str | None) -> Query[list[str]]:
+    return SQL.query("withhold_all", column, **which._asdict(), code=code, reason=reason)
+
+
+def restore_all(which: Outage) -> Query[list[str]]:
+    return SQL.query("restore_all", column, **which._asdict())
 
 
 def reset_admission(deployment: str, message_id: str) -> Query[bool]:

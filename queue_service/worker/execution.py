@@ -12,6 +12,7 @@ import msgspec
 from queue_service import codec
 from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Run, RunState
+from queue_service.worker.handlers.steps import AttemptSteps
 from queue_service.worker.leases import Held
 from queue_service.worker.tally import Settlement
 
@@ -38,11 +39,19 @@ class Execution(msgspec.Struct, eq=False):
     unbegun: bool = False
     # How its handler has ended the run, in a transaction of its own.
     ended: Ending | None = None
+    # Those of its handler, once that has asked for one.
+    steps: AttemptSteps | None = None
     # The worker has ended, and the handler has not.
     is_given_up: bool = False
 
     def begin(self) -> None:
         self.unbegun = False
+
+    def begin_steps(self, limit: int) -> AttemptSteps:
+        """Those of its handler. `limit` bounds a result, in bytes."""
+        if self.steps is None:
+            self.steps = AttemptSteps(self.held.run, limit=limit)
+        return self.steps
 
     def give_up(self) -> bool:
         """False: its run has ended, or was given up before."""

@@ -177,14 +177,11 @@ class Executor:
         """The run whose handler this task executes. May be called from any thread."""
         return next((each.held.run for each in list(self._running.values()) if each.task is task), None)
 
-    # For the handler of a run; the first two may be called from any thread
+    # For the handler of a run; the first may be called from any thread
 
-    def executes(self, run: Run) -> bool:
-        return id(run) in self._running
-
-    def has_ended(self, run: Run) -> bool:
-        execution = self._running.get(id(run))
-        return execution is not None and execution.ended is not None
+    def execution_of(self, run: Run) -> Execution | None:
+        """None where the handler that was given this very Run is not at work any more."""
+        return self._running.get(id(run))
 
     def settle(self, run: Run, ending: Ending) -> None:
         """The handler has ended its run. Too late where the run was given up meanwhile: then its outcome is with the

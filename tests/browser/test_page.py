@@ -10,7 +10,7 @@ from playwright.async_api import Browser, Route, expect
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from queue_service import App, Run
+from queue_service import App, Run, Turn
 from queue_service.gateway import Gateway, loopback, page
 from tests.browser.conftest import Chat, Site, Visit
 from tests.chaos.proxy import Proxy
@@ -213,6 +213,36 @@ async def test_a_gateway_that_wants_a_token_asks_for_it_and_goes_on(site: Site, 
     await expect(chat.page.get_by_role("dialog")).to_be_hidden()
     await chat.say("hello")
     await expect(chat.replies).to_have_text(["You said: hello"])
+
+
+async def test_an_answer_that_begins_again_is_shown_once(site: Site, visit: Visit) -> None:
+    await site.start("gateway", "worker")
+    chat = await visit()
+    await chat.say("one two (wait) three")
+    await expect(chat.growing).to_have_text("Agent: You said: one two ")
+    site.kill("worker")
+    await site.start("worker")
+    # The reset takes the half answer away, and the second attempt begins anew.
+    await expect(chat.page.get_by_text("Thinking", exact=True)).to_have_count(2)
+    await expect(chat.growing).to_have_count(1)
+    await expect(chat.growing).to_have_text("Agent: You said: one two ")
+    await chat.go_on()
+    await expect(chat.replies).to_have_text(["You said: one two (wait) three"])
+
+
+async def test_a_message_shows_its_place_and_an_answer_to_two_is_shown_once(site: Site, visit: Visit, app: App) -> None:
+    await site.start("gateway")
+    chat = await visit()
+    await expect(chat.connection).to_have_text("Connected")
+    for message_id, text in (("m1", "a tent"), ("m2", "make it red")):
+        turn = Turn(deployment=chat.stream, message_id=message_id, stream=chat.stream)
+        await app.turns.send(turn, "agent_turn", {"text": text}, queue="agent", ordering_key=chat.stream)
+    second = chat.page.locator('[data-message-id="m2"] .note')
+    await expect(second).to_have_text("One before it.")
+    await app.turns.commit_reply(chat.stream, ["m1", "m2"], {"text": "A red tent"})
+    await expect(chat.replies).to_have_text(["A red tent"])
+    await expect(second).to_have_text("")
+    await expect(chat.button("Stop")).to_be_hidden()
 
 
 async def test_what_is_written_is_text_and_nothing_else(site: Site, visit: Visit) -> None:

@@ -210,6 +210,25 @@ def test_a_run_is_shown_with_how_far_it_is(invoke: Invoke, database: str) -> Non
     assert "40% indexing" in succeeded(invoke("runs", "list")).stdout
 
 
+def test_a_run_is_shown_with_its_steps(invoke: Invoke, database: str) -> None:
+    run_id = new_id(invoke("enqueue", "double", '{"n": 1}', "--queue", "mine", "--json"))
+    assert "STEP" not in succeeded(invoke("runs", "show", str(run_id))).stdout
+    assert json.loads(succeeded(invoke("runs", "show", str(run_id), "--json")).stdout)["steps"] == []
+    with psycopg.connect(database) as conn:
+        add = "insert into queue_service.steps (run_id, name, attempt, result) values (%s, %s, %s, %s::jsonb)"
+        conn.execute(add, [run_id, "charge", 1, '{"paid": 30}'])
+        conn.execute(add, [run_id, "mail\n\x1b[2J", 2, "9" * 5_000])
+    shown = succeeded(invoke("runs", "show", str(run_id))).stdout
+    assert re.search(r"^STEP +ATTEMPT +DONE +RESULT$", shown, re.MULTILINE)
+    assert re.search(r"^charge +1 +.* ago +\{\"paid\":30\}$", shown, re.MULTILINE)
+    assert re.search(r"^mail\\n\\x1b\[2J +2 .* ago +unreadable: ", shown, re.MULTILINE)
+    as_json = json.loads(succeeded(invoke("runs", "show", str(run_id), "--json")).stdout)
+    assert as_json["payload"] == {"n": 1}
+    assert [(step["name"], step["attempt"], step["result"]) for step in as_json["steps"]] == [
+        ("charge", 1, {"paid": 30}), ("mail\n\x1b[2J", 2, None),
+    ]  # fmt: skip
+
+
 def test_version() -> None:
     assert succeeded(call("version")).stdout == f"queue_service {__version__}, schema {revision.HEAD}\n"
     assert json.loads(succeeded(call("version", "--json")).stdout) == {"version": __version__, "schema": revision.HEAD}

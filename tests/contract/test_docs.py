@@ -30,6 +30,7 @@ PROGRAMS = {
         "worker_died\n"
     ),
     "exactly_once": "succeeded {'paid': 30} on attempt 2\n(70, 1)\n",
+    "steps": "succeeded with receipt 7 on attempt 2 - charged [30]\n",
     "gateway": "5 routes\n",
     "logging": (
         '{"run_id": 1, "task": "greet", "queue": "default", "attempt": 1, "letters": 3, "event": "greeting"}\n'

@@ -14,6 +14,8 @@ from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim, hold
 from queue_service.runs.model import Ending, Return, RunState
 from queue_service.runs.queries import Claimant
+from queue_service.steps import queries as steps
+from queue_service.steps.model import NewStep
 from tests.support import claimed, enqueued, lapse, one, rows
 
 FIELDS = "id, attempt, state, failures, losses, run_at, lease_id, error, cancel_requested, progress"
@@ -78,6 +80,8 @@ async def test_every_write_of_a_stale_claim_changes_no_row(
     assert await fetch(conn, settling.report({run.claim: '{"value":0.5}'})) == set()
     assert await fetch(conn, hold(run.claim)) is False
     assert await fetch(conn, queries.extend([lease], timedelta(hours=1))) == set()
+    assert await fetch(conn, steps.store([NewStep(*run.claim, "late", "1")])) == {}
+    assert await fetch(conn, steps.of_run(run.id)) == []
 
     assert await rows(conn, f"select {FIELDS} from queue_service.runs") == live
     assert await rows(conn, "select * from queue_service.finished_runs") == history

@@ -13,6 +13,7 @@ from psycopg import errors as pg
 
 from queue_service import App, Turn, TurnFailure
 from queue_service.db.pool import Connection
+from queue_service.errors import ConfigError
 from queue_service.settings import load
 from queue_service.turns import queries
 from queue_service.turns.model import SENTENCES
@@ -195,3 +196,45 @@ class TestTheSweep:
             await eventually(lambda: rows(conn, EVENTS))
         ((_, body),) = await rows(conn, EVENTS)
         assert body["code"] == "worker_unresponsive"
+
+
+class TestAnOutage:
+    async def armed(self, app: App) -> None:
+        for message_id, organization_id, provider in [
+            ("m1", "acme", "p1"),
+            ("m2", "acme", "p2"),
+            ("m3", "other", "p1"),
+        ]:
+            await app.turns.arm(
+                turn(
+                    message_id,
+                    deployment=f"of {message_id}",
+                    organization_id=organization_id,
+                    metadata={"provider": provider},
+                )
+            )
+        await app.turns.arm(turn("m4"))
+
+    @pytest.mark.parametrize(
+        ("whose", "expected"),
+        [
+            ({"provider": "p1"}, ["m1", "m3"]), ({"organization_id": "acme"}, ["m1", "m2"]),
+            ({"organization_id": "acme", "provider": "p1"}, ["m1"]), ({"provider": "unknown"}, []),
+        ],
+    )  # fmt: skip
+    async def test_withholds_and_restores_the_turns_of_many_deployments(
+        self, app: App, conn: Connection, whose: dict[str, str], expected: list[str]
+    ) -> None:
+        await self.armed(app)
+        assert sorted(await app.turns.withhold(None, "provider_overloaded", "529", **whose)) == expected
+        withheld = (
+            "select message_id from queue_service.turn_markers where failure_code = 'provider_overloaded' order by 1"
+        )
+        assert [each for (each,) in await rows(conn, withheld)] == expected
+        assert sorted(await app.turns.restore(None, **whose)) == expected
+        assert await rows(conn, withheld) == []
+
+    @pytest.mark.parametrize("whose", [{}, {"deployment": "dep-1", "provider": "p1"}])
+    async def test_says_whose_turns_it_is_about(self, app: App, whose: dict[str, str]) -> None:
+        with pytest.raises(ConfigError, match="Say whose turns"):
+            await app.turns.withhold(whose.pop("deployment", None), "provider_overloaded", **whose)

@@ -18,7 +18,7 @@ import pytest
 
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
-from queue_service.db.query import Query, column
+from queue_service.db.query import Query, column, scalar
 from queue_service.services.combiner import BUSY
 from queue_service.turn import Turn
 from queue_service.turns import queries
@@ -30,11 +30,19 @@ HOUR = timedelta(hours=1)
 MOMENT = timedelta(microseconds=1)
 LIMIT = 100_000
 
-KINDS = ("reply", "shared", "fail", "fail_deployment", "sweep", "extend", "arm")
-ENDERS = {"reply", "shared", "fail", "fail_deployment", "sweep"}
+KINDS = ("reply", "shared", "fail", "fail_deployment", "sweep", "run", "extend", "arm")
+ENDERS = {"reply", "shared", "fail", "fail_deployment", "sweep", "run"}
 FINISHES = (Finish.COMMIT, Finish.ROLLBACK)
 POSITIONS = ("unarmed", "armed", "lapsed", "ended")
-UNTAKEN = "No worker took it up within 00:00:00.000001."
+# The run that works on the turn, unless an actor arms it.
+RUN_ID = 7
+UNTAKEN = f"Its run {RUN_ID} has ended, or was deleted."
+UNTAKEN_BY_NOBODY = "No worker took it up within 00:00:00.000001."
+END_OF_RUN = """
+select queue_service.end_turns(array[%(run_id)s::bigint],
+    array[jsonb_build_object('deployment', %(key)s::text, 'message_id', 'm')], array['failed'],
+    array[jsonb_build_object('message', %(by)s::text)])
+"""
 
 LOOK = """
 with markers as (
@@ -101,6 +109,9 @@ class Theatre:
     async def _place(self, position: str) -> None:
         if position != "unarmed":
             await fetch(self._conn, queries.arm([owed(self.key, MOMENT if position == "lapsed" else HOUR)]))
+            await self._conn.execute(
+                "update queue_service.turn_markers set run_id = %s where deployment = %s", [RUN_ID, self.key]
+            )
         if position == "ended":
             await fetch(self._conn, queries.end([replied(self.key, "m", {"by": "the past"}, LIMIT)], notify=False))
 
@@ -124,6 +135,7 @@ def actor(key: str, place: int, part: Part, position: str) -> Actor:
         "fail": queries.end([failed(key, "m", TurnFailure("timeout", reason=name))], notify=True),
         "fail_deployment": queries.fail_deployment(key, TurnFailure("worker_died", reason=name), notify=True),
         "sweep": queries.sweep(limit=10, notify=True),
+        "run": Query(END_OF_RUN, scalar, {"run_id": RUN_ID, "key": key, "by": name}),
         "extend": queries.extend(key),
         "arm": queries.arm([owed(key, MOMENT if position == "unarmed" else HOUR)]),
     }
@@ -195,7 +207,7 @@ def judge(position: str, history: History, ground: Ground) -> Iterator[str]:
 
 def signature(role: Role) -> set[str]:
     """What the event says of whoever stored it. Sweeps do not sign."""
-    return {UNTAKEN, "No sign of life for 01:00:00."} if kind_of(role) == "sweep" else {role.name}
+    return {UNTAKEN, UNTAKEN_BY_NOBODY, "No sign of life for 01:00:00."} if kind_of(role) == "sweep" else {role.name}
 
 
 def about_winners(results: Results) -> Iterator[str]:

@@ -122,7 +122,60 @@ async def add_one(run: Run, seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
+def _leave(path: str, line: str) -> str:
+    _append(Path(path), f"{line}\n")
+    return line
+
+
+@app.task
+async def pay_in_steps(run: Run, path: str, dies_behind: str = "") -> list[str]:
+    """Leaves a line in the file at PATH in each of two steps, and a row in `effects` in a third. At its first attempt its
+    process is killed behind one of them, or in the third."""
+
+    def may_die(name: str) -> None:
+        if name == dies_behind and run.attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    found = []
+    for name in ("first", "second"):
+        found.append(await run.step(name, _leave, path, name))
+        may_die(name)
+    async with run.step("third") as step:
+        if not step.done:
+            await step.conn.execute("insert into effects values (%s, %s)", [run.id, run.attempt])
+            step.result = "third"
+            may_die("in the third")
+    may_die("third")
+    return [*found, step.result]
+
+
 # In processes of their own
+
+
+@app.task(process=True, retry=Retry(max_attempts=2, base=0))
+def pay_in_process(run: Run, path: str, dies: bool = False) -> list[Any]:
+    """As `pay_in_steps`. It fails once, or its process dies."""
+    found = [run.step("first", _leave, path, line="first")]
+    with run.step("second") as step:
+        if not step.done:
+            run.step("in a block", _leave, path, line="inner")
+            step.conn.execute("insert into effects values (%s, %s)", [run.id, run.attempt])
+            step.result = os.getpid()
+    if run.attempt == 1:
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("again")
+    refused: list[str] = []
+    for call in (lambda: run.step("first", print), lambda: asyncio.run(_step_on_a_loop(run))):
+        try:
+            call()
+        except ValueError as error:
+            refused.append(type(error).__name__)
+    return [*found, step.result == os.getpid() and not dies, *refused]
+
+
+async def _step_on_a_loop(run: Run) -> None:
+    await run.step("another", _leave, "/nowhere", "nothing")
 
 
 class Busy(Exception):

@@ -1,28 +1,46 @@
-"""What a worker does for the handlers it executes when they ask: transactions that end their run, and progress."""
+"""What a worker does for the handlers it executes when they ask: transactions that end their run, steps, and progress."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from queue_service.app import App
 from queue_service.db.lending import Lender
-from queue_service.errors import ConfigError
+from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs.model import Ending, Run
 from queue_service.settings import Settings
 from queue_service.turn import Input, Turn
+from queue_service.worker.handlers.step_block import StepBlock
+from queue_service.worker.handlers.steps import (
+    AttemptSteps,
+    StepStore,
+    StoreOfThreads,
+    called,
+    called_blocking,
+    check_no_loop,
+    has_ended,
+)
 from queue_service.worker.handlers.transaction import Transaction
 from queue_service.worker.reports import Reports
 
 
-class Executing(Protocol):
-    """Those who execute the handlers of one queue. The first two may be called from any thread."""
+class Executed(Protocol):
+    """A run whose handler is at work. `ended` is how that has ended the run itself."""
 
-    def executes(self, run: Run) -> bool: ...
-    def has_ended(self, run: Run) -> bool: ...
+    @property
+    def ended(self) -> Ending | None: ...
+    def begin_steps(self, limit: int) -> AttemptSteps: ...
+
+
+class Executing(Protocol):
+    """Those who execute the handlers of one queue. The first may be called from any thread."""
+
+    def execution_of(self, run: Run) -> Executed | None: ...
     def settle(self, run: Run, ending: Ending) -> None: ...
 
 
@@ -33,6 +51,9 @@ class HandlerContexts:
         self.loop = asyncio.get_running_loop()
         self.lender = Lender(app.conninfo, size=settings.pool_size, loop=self.loop)
         self.reports = Reports(app.fetch, is_executed=lambda run: self.find(run) is not None)
+        self.step_store = StepStore(app.fetch)
+        self.step_store_of_threads = StoreOfThreads(self.step_store, self.loop)
+        self.changing = threading.Lock()
         self.worker_id = worker_id
         self.limit = settings.payload_limit
         self.app = app
@@ -51,7 +72,9 @@ class HandlerContexts:
 
     def find(self, run: Run) -> HandlerContext | None:
         executor = self._executors.get(run.queue)
-        return None if executor is None or not executor.executes(run) else HandlerContext(self, executor, run)
+        if executor is None or executor.execution_of(run) is None:
+            return None
+        return HandlerContext(self, executor, run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +86,7 @@ class HandlerContext:
     run: Run
 
     def transaction(self, conn: Any) -> Transaction[Any, Any]:
-        if self.executor.has_ended(self.run):
+        if self._has_ended():
             raise ConfigError(
                 f"Run {self.run.id} has ended with the transaction of its handler before. Write all in one block, or use "
                 "run.assert_held(conn) in those before the last."
@@ -78,6 +101,23 @@ class HandlerContext:
             ended=self._ended,
         )
 
+    def step(self, name: str, conn: Any) -> StepBlock[Any, Any]:
+        contexts = self.contexts
+        return StepBlock(
+            self._steps(), name, conn,
+            lender=contexts.lender, store=contexts.step_store, blocking_store=contexts.step_store_of_threads,
+        )  # fmt: skip
+
+    def call_step(self, name: str, call: Callable[[], Any]) -> Any:
+        contexts, steps = self.contexts, self._steps()
+        is_on_loop = asyncio._get_running_loop() is contexts.loop  # noqa: SLF001 - as in `_ended`
+        if not is_on_loop:
+            check_no_loop()
+        steps.use(name)
+        if is_on_loop:
+            return called(contexts.step_store, steps, name, call)
+        return called_blocking(contexts.step_store_of_threads, steps, name, call)
+
     def inputs(self, *, wait: bool) -> AsyncGenerator[Input, None]:
         if self.run.turn is None:
             raise ConfigError(f"Run {self.run.id} works on no turn. Messages are sent to steer turns.")
@@ -86,10 +126,24 @@ class HandlerContext:
         return self.contexts.inputs(self.run, self.run.turn, wait=wait)
 
     def report(self, progress: str) -> bool:
-        if self.run.cancelled or self.executor.has_ended(self.run):
+        if self.run.cancelled or self._has_ended():
             return False
         self.contexts.reports.put(self.run, progress)
         return True
+
+    def _has_ended(self) -> bool:
+        execution = self.executor.execution_of(self.run)
+        return execution is not None and execution.ended is not None
+
+    def _steps(self) -> AttemptSteps:
+        execution = self.executor.execution_of(self.run)
+        if execution is None:
+            raise ClaimLost(*self.run.claim)
+        if execution.ended is not None:
+            raise has_ended(self.run)
+        # The first two steps may come from two threads.
+        with self.contexts.changing:
+            return execution.begin_steps(self.contexts.limit)
 
     def _ended(self, ending: Ending) -> None:
         if asyncio._get_running_loop() is self.contexts.loop:  # noqa: SLF001 - None in a thread, where the public one raises

@@ -14,7 +14,7 @@ import runpy
 import sys
 import threading
 import types
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from io import BufferedReader, BufferedWriter
 from queue import SimpleQueue
 from typing import Any, Self
@@ -41,6 +41,8 @@ from queue_service.worker.handlers.process_protocol import (
     RunReturned,
     RunSettled,
 )
+from queue_service.worker.handlers.step_block import StepBlock
+from queue_service.worker.handlers.steps import AttemptSteps, StoreOfProcess, called_blocking, check_no_loop, has_ended
 from queue_service.worker.handlers.transaction import Transaction
 from queue_service.worker.tally import Settlement
 
@@ -50,6 +52,8 @@ MAIN = "__mp_main__"
 LINGER = 1.0
 # Seconds between what is passed on of a handler's reports.
 REPORTS = 0.1
+# Connections for the blocks of a handler.
+BLOCKS = 4
 
 
 _job = msgspec.json.Decoder(Job).decode
@@ -108,6 +112,8 @@ class _Context:
         self._changing = threading.Lock()
         self._newest: str | None = None
         self._over = False
+        self._has_ended = False
+        self._steps = AttemptSteps(job.run, limit=job.limit)
 
     def __enter__(self) -> Self:
         return self
@@ -123,8 +129,19 @@ class _Context:
         job = self._job
         return Transaction(
             job.run, conn, lender=_lender(job.conninfo), worker_id=job.worker_id, limit=job.limit,
-            ended=lambda ending: self._pass_on(RunSettled(ending)),
+            ended=self._ended,
         )  # fmt: skip
+
+    def step(self, name: str, conn: Any) -> StepBlock[Any, Any]:
+        store = self._step_store()
+        lender = _lender(self._job.conninfo)
+        return StepBlock(self._steps, name, conn, lender=lender, store=None, blocking_store=store)
+
+    def call_step(self, name: str, call: Callable[[], Any]) -> Any:
+        store = self._step_store()
+        check_no_loop()
+        self._steps.use(name)
+        return called_blocking(store, self._steps, name, call)
 
     def inputs(self, *, wait: bool) -> AsyncGenerator[Input, None]:
         del wait
@@ -138,6 +155,15 @@ class _Context:
             timer.daemon = True
             timer.start()
         return True
+
+    def _ended(self, ending: Ending) -> None:
+        self._has_ended = True
+        self._pass_on(RunSettled(ending))
+
+    def _step_store(self) -> StoreOfProcess:
+        if self._has_ended:
+            raise has_ended(self._job.run)
+        return _store(self._job.conninfo)
 
     def _pass_newest_on(self) -> None:
         with self._changing:
@@ -153,7 +179,14 @@ class _Context:
 
 @functools.cache
 def _lender(conninfo: str) -> Lender:
-    return Lender(conninfo, size=1)
+    # One for each block that is inside of others; opened when it is asked for.
+    return Lender(conninfo, size=BLOCKS)
+
+
+@functools.cache
+def _store(conninfo: str) -> StoreOfProcess:
+    # Apart from those of the blocks, in which functions may be steps, too.
+    return StoreOfProcess(Lender(conninfo, size=1))
 
 
 def _send(outgoing: BufferedWriter, message: Message | RunEnded | RunReturned) -> None:

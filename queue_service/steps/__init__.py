@@ -1,0 +1,1 @@
+"""Steps: named parts of a run, with their results."""
