@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from queue_service import (
     App,
@@ -22,7 +20,6 @@ from queue_service import (
     Snooze,
     TurnFailure,
 )
-from queue_service.cli import cli
 from queue_service.connections import queries as connections
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
@@ -484,38 +481,3 @@ async def test_a_retry_policy_with_fewer_tries_is_that_of_what_is_sent_too(repli
     here = await replica(retry=Retry(max_attempts=2))
     await here.deliveries.send(CHAT, Event(stream="conv-1", seq=1, kind="delta", body={}))
     assert await one(conn, "select max_attempts from queue_service.runs") == 2
-
-
-# What an operator sees
-
-
-@pytest.mark.parametrize(
-    ("platform", "answer", "why"),
-    [
-        ("chat", lambda _: {"ok": True}, "The renderer of platform 'chat' answered with dict, which says neither that"),
-        ("chat", raises, "the platform is down"),
-        ("mail", raises, "No renderer is registered here for platform 'mail'. Registered platforms: chat."),
-    ],
-    ids=["answer", "exception", "no renderer"],
-)
-async def test_a_failed_delivery_says_on_the_command_line_why(
-    failing: tuple[Replica, list[FailedDelivery]], database: str, platform: str, answer: Any, why: str
-) -> None:
-    here, _ = failing
-    here.screen.answer = answer
-    await ended(here.app, named("m1", platform=platform))
-    await here.work()
-
-    async def command(*arguments: str) -> str:
-        environment = {"QUEUE_SERVICE_DATABASE_URL": database}
-        invoke = CliRunner().invoke
-        result = await asyncio.to_thread(invoke, cli, arguments, env=environment, prog_name="queue-service")
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    listed = json.loads(await command("runs", "list", "--queue", "thread_response", "--state", "failed", "--json"))
-    assert [(run["task"], run["state"]) for run in listed] == [("deliver", "failed")]
-    run_id = str(listed[0]["id"])
-    assert run_id in await command("runs", "list", "--queue", "thread_response", "--state", "failed")
-    shown = await command("runs", "show", run_id)
-    assert why in " ".join(shown.split())
