@@ -18,6 +18,10 @@ alter table queue_service.turn_markers
     add constraint turn_markers_ends_by_check check (ends_by > '1900-01-01Z' and ends_by < '9000-01-01Z');
 -- The run that appended it while it worked on a turn of the stream, and its attempt; null where none did.
 alter table queue_service.events add column run_id bigint, add column attempt integer;
+-- A schedule whose runs work on turns: the turn of each, whose message id ends with the slot, and the deadlines.
+alter table queue_service.schedules
+    add column turn jsonb,
+    add constraint schedules_turn_check check (jsonb_typeof(turn) = 'object');
 """
 
 # As queue_service.turns.model.SENTENCES, which a test holds against this.
@@ -248,6 +252,39 @@ begin
 end
 $$;
 
+-- The metadata of a run that a schedule's `turn` is worked on by, and none where there is no turn.
+create function queue_service.turn_of_slot(turn jsonb, slot timestamptz) returns jsonb language sql stable
+set search_path = '' as $$
+select case when turn is null then '{}' else jsonb_build_object('turn', (turn - '{admission,execution,total}'::text[])
+           || jsonb_build_object('message_id', concat_ws(
+               '/', turn ->> 'message_id', to_char(slot at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')))) end
+$$;
+
+-- Arm the turn that a run has in its metadata, where it has one, with the deadlines of the schedule.
+create function queue_service.arm_slot(of_run bigint, metadata jsonb, deadlines jsonb) returns void
+language plpgsql set search_path = ''
+set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off as $$
+declare
+    turn jsonb := metadata -> 'turn';
+    now timestamptz := clock_timestamp();
+    total interval := (deadlines ->> 'total')::interval;
+begin
+    insert into queue_service.turn_outcomes (deployment, message_id, stream)
+    values (turn ->> 'deployment', turn ->> 'message_id', turn ->> 'stream')
+        on conflict (deployment, message_id) do nothing;
+    if not found then
+        return;
+    end if;
+    insert into queue_service.turn_markers (deployment, message_id, stream, platform, channel_id, user_id, organization_id,
+                                            metadata, admission, execution, deadline, ends_by, run_id)
+    values (turn ->> 'deployment', turn ->> 'message_id', turn ->> 'stream', turn ->> 'platform', turn ->> 'channel_id',
+            turn ->> 'user_id', turn ->> 'organization_id', turn -> 'metadata', (deadlines ->> 'admission')::interval,
+            (deadlines ->> 'execution')::interval, now + least((deadlines ->> 'admission')::interval, total), now + total,
+            of_run);
+    insert into queue_service.streams (stream) values (turn ->> 'stream') on conflict (stream) do nothing;
+end
+$$;
+
 -- Why a turn had no sign of life when its deadline had passed: what has become of its run.
 create function queue_service.why_unanswered(of_run bigint, admission interval) returns text
 language plpgsql set search_path = ''
@@ -303,6 +340,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute("drop function queue_service.arm_slot(bigint, jsonb, jsonb)")
+    op.execute("drop function queue_service.turn_of_slot(jsonb, timestamptz)")
+    op.execute("alter table queue_service.schedules drop column turn")
     op.execute("drop function queue_service.why_unanswered(bigint, interval)")
     op.execute("drop function queue_service.end_turns(bigint[], jsonb[], text[], jsonb[])")
     op.execute("drop function queue_service.store_endings(queue_service.turn_ending[], boolean)")

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, Self, TypeVar, overload
 from queue_service import settings as settings_module
 from queue_service.app.core import Core
 from queue_service.app.events import Events
+from queue_service.app.hooks import Hooks, HookT, check_hook
 from queue_service.app.opened import Opened
 from queue_service.app.queues import Queues
 from queue_service.app.runs import Runs
@@ -25,6 +26,7 @@ from queue_service.errors import ConfigError
 from queue_service.schedules.model import NewSchedule
 from queue_service.settings import Settings
 from queue_service.tasks import BatchDecorator, Decorator, OnLost, Retry, Task, Tasks, duration
+from queue_service.turn import Turn
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,6 +47,7 @@ class App(Runs):
         self.events = Events(self._core)
         self.queues = Queues(self._core)
         self.schedules = Schedules(self._core)
+        self.hooks = Hooks()
 
     # Tasks
 
@@ -129,13 +132,28 @@ class App(Runs):
         queue: str | None = None,
         priority: int = 0,
         expires_in: timedelta | float | None = None,
+        turn: Turn | None = None,
         name: str | None = None,
     ) -> Callable[[TaskT], TaskT]:
         """Above `@app.task`: declare that a task is to run by itself, as `app.schedules.put` says, under the task's own
         name unless `name` says another. A worker stores what is declared when it starts.
         """
         options = {"every": every, "timezone": timezone, "misfire": misfire, "queue": queue, "priority": priority}
-        return self.schedules.declare(cron, name, payload, {**options, "expires_in": expires_in})
+        return self.schedules.declare(cron, name, payload, {**options, "expires_in": expires_in, "turn": turn})
+
+    def on_start(self, hook: HookT, /) -> HookT:
+        """Have each worker call this function, plain or asynchronous, once it is connected and before it claims anything.
+        One that raises keeps the worker from starting."""
+        check_hook(hook)
+        self.hooks.on_start.append(hook)
+        return hook
+
+    def on_stop(self, hook: HookT, /) -> HookT:
+        """Have each worker call this function, plain or asynchronous, when all of its handlers have ended and it is still
+        connected; the last that was registered comes first. It has 3 s, and what it raises is logged."""
+        check_hook(hook)
+        self.hooks.on_stop.append(hook)
+        return hook
 
     # Opening and closing
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from queue_service import cron as slots
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.core import Core
 from queue_service.cron import Recurrence
 from queue_service.db import channels
+from queue_service.db.query import interval_literal
 from queue_service.db.steps import MAX_TRIES
 from queue_service.errors import ConfigError, nearest
 from queue_service.schedules import queries
 from queue_service.schedules.model import Misfire, NewSchedule, Schedule
 from queue_service.tasks import Task, duration
+from queue_service.turn import Turn
 from queue_service.words import check_word
 
 TaskT = TypeVar("TaskT", bound=Task[..., Any])
@@ -46,18 +51,21 @@ class Schedules:
         queue: str | None = None,
         priority: int = 0,
         expires_in: timedelta | float | None = None,
+        turn: Turn | None = None,
     ) -> bool | None:
         """Store a schedule under this name, or change the one that has it. Returns True if it is new, False if it was
         changed, and None if it was like this already.
 
         When: either `cron`, five fields (or `@daily` and the like) read in `timezone`, or `every`, seconds or timedelta.
         `misfire` says what happens about slots that passed while no worker was there: `skip`, `last` or `all` (at most
-        100). The others are those of `enqueue`. A change of the recurrence begins with the next slot; pauses stay. Raises
+        100). The others are those of `enqueue`. With a `turn`, each run works on one of its own: that turn, its message id
+        followed by the slot, in the lane of its stream; its metadata has the `source` `schedule`, unless it says another.
+        A change of the recurrence begins with the next slot; pauses stay. Raises
         ConfigError and PayloadRefused for what could never fire.
         """
         new = self._new(
             name, task, payload, cron=cron, every=every, timezone=timezone, misfire=misfire, queue=queue,
-            priority=priority, expires_in=expires_in,
+            priority=priority, expires_in=expires_in, turn=turn,
         )  # fmt: skip
         return await self._store(new)
 
@@ -150,6 +158,7 @@ class Schedules:
         every: timedelta | float | None,
         timezone: str,
         misfire: MisfireWord,
+        turn: Turn | None = None,
         **options: Any,
     ) -> NewSchedule:
         check_word(name, "the name of a schedule", MAX_NAME)
@@ -163,5 +172,20 @@ class Schedules:
         )
         return NewSchedule(
             name=name, recurrence=recurrence, misfire=Misfire(misfire), task=task, queue=run.queue, payload=run.payload,
-            priority=run.priority, expires_in=run.expires_in,
+            priority=run.priority, expires_in=run.expires_in, turn=None if turn is None else self._template(turn),
         )  # fmt: skip
+
+    def _template(self, turn: Turn) -> str:
+        """As the turns of a schedule are stored, with their deadlines."""
+        settings = self._core.settings
+        metadata = {"source": "schedule", **turn.metadata}
+        # Checked with the longest id that it will have.
+        of_slot = replace(turn, message_id=f"{turn.message_id}/2026-01-01T00:00:00.000000Z", metadata=metadata)
+        deadlines = {
+            "admission": settings.admission, "execution": settings.execution,
+            "total": max(settings.total, settings.admission, settings.execution),
+        }  # fmt: skip
+        fields = {**of_slot.fields(settings.payload_limit), "message_id": turn.message_id}
+        return msgspec.json.encode(
+            fields | {name: interval_literal(value) for name, value in deadlines.items()}
+        ).decode()

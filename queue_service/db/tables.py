@@ -338,10 +338,12 @@ schedules = Table(
     Column("queue", Text, nullable=False),
     Column("payload", JSONB, nullable=False),
     Column("expires_in", Interval),
+    Column("turn", JSONB),
     PrimaryKeyConstraint("name", name="schedules_pkey"),
     CheckConstraint("(cron is null) <> (every is null) and every > '0'", name="schedules_timing_check"),
     CheckConstraint("misfire in ('skip', 'last', 'all')", name="schedules_misfire_check"),
     CheckConstraint("jsonb_typeof(payload) = 'object'", name="schedules_payload_check"),
+    CheckConstraint("jsonb_typeof(turn) = 'object'", name="schedules_turn_check"),
     CheckConstraint("next_at > '1900-01-01Z' and next_at < '9000-01-01Z'", name="schedules_next_check"),
 )
 Index("schedules_due_idx", schedules.c.next_at, schedules.c.name, postgresql_where=text("paused_at is null"))

@@ -24,7 +24,7 @@ class Misfire(StrEnum):
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     """A schedule as it was when it was read. It fires at `next_at`, and while it is paused it does not. `last_slot` is the
-    newest slot it has fired for, by `last_run_id`."""
+    newest slot it has fired for, by `last_run_id`. `turn` is what each of its runs works on, where it has one."""
 
     name: str
     task: str
@@ -42,6 +42,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: datetime
     last_slot: datetime | None = None
     last_run_id: int | None = None
+    turn: Mapping[str, Any] | None = None
 
     @property
     def recurrence(self) -> Recurrence:
@@ -51,7 +52,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class NewSchedule:
-    """What is stored of a schedule. `payload` is JSON text."""
+    """What is stored of a schedule. `payload` and `turn` are JSON text."""
 
     name: str
     recurrence: Recurrence
@@ -61,6 +62,7 @@ class NewSchedule:
     payload: str
     priority: int = 0
     expires_in: timedelta | None = None
+    turn: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,4 +127,5 @@ def _schedule(row: Row) -> Schedule:
         name=row[0], task=row[1], queue=row[2], payload=read_object(row[3]).value, priority=row[4], expires_in=row[5],
         cron=row[6], every=row[7], timezone=row[8], misfire=Misfire(row[9]), next_at=row[10], paused_at=row[11],
         created_at=row[12], updated_at=row[13], last_slot=row[14], last_run_id=row[15],
+        turn=None if row[16] is None else read_object(row[16]).value,
     )  # fmt: skip

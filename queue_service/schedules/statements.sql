@@ -10,20 +10,21 @@ select clock_timestamp()
 -- Row: whether it is new. None: it was like this already, and nothing changed.
 -- writes: schedules
 insert into queue_service.schedules as kept
-       (name, task, queue, payload, priority, expires_in, cron, every, timezone, misfire, next_at)
+       (name, task, queue, payload, priority, expires_in, cron, every, timezone, misfire, next_at, turn)
 values (%(name)s, %(task)s, %(queue)s, %(payload)s::jsonb, %(priority)s, %(expires_in)s::interval, %(cron)s,
-        %(every)s::interval, %(timezone)s, %(misfire)s, %(next_at)s)
+        %(every)s::interval, %(timezone)s, %(misfire)s, %(next_at)s, %(turn)s::jsonb)
     on conflict (name) do update
    set task = excluded.task, queue = excluded.queue, payload = excluded.payload, priority = excluded.priority,
        expires_in = excluded.expires_in, cron = excluded.cron, every = excluded.every, timezone = excluded.timezone,
-       misfire = excluded.misfire, updated_at = clock_timestamp(),
+       misfire = excluded.misfire, turn = excluded.turn, updated_at = clock_timestamp(),
        next_at = case when (kept.cron, kept.every, kept.timezone)
                            is not distinct from (excluded.cron, excluded.every, excluded.timezone)
                       then kept.next_at else excluded.next_at end
- where (kept.task, kept.queue, kept.payload, kept.priority, kept.expires_in, kept.cron, kept.every, kept.timezone, kept.misfire)
+ where (kept.task, kept.queue, kept.payload, kept.priority, kept.expires_in, kept.cron, kept.every, kept.timezone,
+        kept.misfire, kept.turn)
        is distinct from
        (excluded.task, excluded.queue, excluded.payload, excluded.priority, excluded.expires_in, excluded.cron,
-        excluded.every, excluded.timezone, excluded.misfire)
+        excluded.every, excluded.timezone, excluded.misfire, excluded.turn)
 returning kept.xmax = 0
 
 -- name: pause
@@ -58,7 +59,7 @@ select true from deleted
 -- One schedule, by its name, with the newest slot it has fired for.
 select schedules.name, schedules.task, schedules.queue, schedules.payload::text, schedules.priority, schedules.expires_in,
        schedules.cron, schedules.every, schedules.timezone, schedules.misfire, schedules.next_at, schedules.paused_at,
-       schedules.created_at, schedules.updated_at, last.slot, last.run_id
+       schedules.created_at, schedules.updated_at, last.slot, last.run_id, schedules.turn::text
   from queue_service.schedules
   left join lateral (
     select schedule_slots.slot, schedule_slots.run_id from queue_service.schedule_slots
@@ -71,7 +72,7 @@ select schedules.name, schedules.task, schedules.queue, schedules.payload::text,
 -- All schedules, by name. Columns as of `get`.
 select schedules.name, schedules.task, schedules.queue, schedules.payload::text, schedules.priority, schedules.expires_in,
        schedules.cron, schedules.every, schedules.timezone, schedules.misfire, schedules.next_at, schedules.paused_at,
-       schedules.created_at, schedules.updated_at, last.slot, last.run_id
+       schedules.created_at, schedules.updated_at, last.slot, last.run_id, schedules.turn::text
   from queue_service.schedules
   left join lateral (
     select schedule_slots.slot, schedule_slots.run_id from queue_service.schedule_slots
@@ -81,16 +82,22 @@ select schedules.name, schedules.task, schedules.queue, schedules.payload::text,
  order by schedules.name
 
 -- name: run_now
--- Enqueue a schedule's run now: no slot is used, and `next_at` stays. Row: the run's id, queue and priority. None: there is
--- no such schedule.
--- writes: runs
-insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, metadata)
-select schedules.queue, schedules.task, schedules.payload, schedules.priority, moment.now,
-       moment.now + schedules.expires_in, jsonb_build_object('schedule', schedules.name, 'slot', moment.now)
-  from (select clock_timestamp() as now offset 0) as moment
- cross join queue_service.schedules
- where schedules.name = %(name)s
-returning id, queue, priority
+-- Enqueue a schedule's run now, with its turn: no slot is used, and `next_at` stays. Row: the run's id, queue and priority.
+-- None: there is no such schedule.
+-- writes: runs, turn_outcomes, turn_markers, streams
+with found as materialized (
+    select schedules.*, clock_timestamp() as now from queue_service.schedules where schedules.name = %(name)s
+), stored as (
+    insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
+    select queue, task, payload, priority, now, now + expires_in, turn ->> 'stream',
+           jsonb_build_object('schedule', name, 'slot', now) || queue_service.turn_of_slot(turn, now)
+      from found
+    returning id, queue, priority, metadata
+), armed as materialized (
+    select queue_service.arm_slot(stored.id, stored.metadata, found.turn)
+      from stored cross join found where found.turn is not null
+)
+select id, queue, priority from stored where (select count(*) from armed) >= 0
 
 -- name: due
 -- The schedules that are due, the oldest slot first, after the one that was read last (`after`, `after_name`). Each row
@@ -120,8 +127,8 @@ select moment.now, ahead.next_at, due.name, due.cron, due.every, due.timezone, d
 -- Move due schedules to their next slot, and store a run for each slot that has come. The election is `next_at`, which must
 -- still be what the caller has seen; a schedule that another session holds is left to it. A slot that has fired before gives
 -- no run. A few slots older than `retention` are deleted of each schedule that fires. `firings` is a JSON array. Rows: the
--- schedules that moved, with their runs.
--- writes: schedules, schedule_slots, runs
+-- schedules that moved, with their runs. Where a schedule has a turn, one is armed for each slot, for its run to work on.
+-- writes: schedules, schedule_slots, runs, turn_outcomes, turn_markers, streams
 with given as materialized (
     select given.name, given.seen, given.updated_at, given.next_at, given.slots
       from jsonb_to_recordset(%(firings)s::jsonb)
@@ -140,7 +147,8 @@ with given as materialized (
     update queue_service.schedules
        set next_at = (select picked.next_at from picked where picked.name = schedules.name)
      where schedules.name = any(array(select picked.name from picked))
-    returning schedules.name, schedules.task, schedules.queue, schedules.payload, schedules.priority, schedules.expires_in
+    returning schedules.name, schedules.task, schedules.queue, schedules.payload, schedules.priority, schedules.expires_in,
+              schedules.turn
 ), stored_slots as (
     insert into queue_service.schedule_slots (schedule, slot, run_id)
     select moved.name, fired.slot, nextval('queue_service.runs_id_seq')
@@ -164,13 +172,19 @@ with given as materialized (
          ) as old
      ))
 ), stored as (
-    insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, metadata)
+    insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
     select stored_slots.run_id, moved.queue, moved.task, moved.payload, moved.priority, moment.now,
-           moment.now + moved.expires_in, jsonb_build_object('schedule', moved.name, 'slot', stored_slots.slot)
+           moment.now + moved.expires_in, moved.turn ->> 'stream', jsonb_build_object(
+               'schedule', moved.name, 'slot', stored_slots.slot) || queue_service.turn_of_slot(moved.turn, stored_slots.slot)
       from (select clock_timestamp() as now offset 0) as moment
      cross join stored_slots
       join moved on moved.name = stored_slots.schedule
+    returning id, metadata
+), armed as materialized (
+    select queue_service.arm_slot(stored.id, stored.metadata, moved.turn)
+      from stored join moved on moved.name = stored.metadata ->> 'schedule' and moved.turn is not null
 )
 select moved.name, moved.queue, moved.priority, stored_slots.slot, stored_slots.run_id
   from moved
   left join stored_slots on stored_slots.schedule = moved.name
+ where (select count(*) from armed) >= 0

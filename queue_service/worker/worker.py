@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from queue_service.app import App
+from queue_service.app.hooks import Hook
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
@@ -27,6 +28,7 @@ from queue_service.runs import context
 from queue_service.settings import Settings
 from queue_service.version import VERSION
 from queue_service.worker.endpoint import Endpoint
+from queue_service.worker.hooks import started
 from queue_service.worker.parts import Parts
 from queue_service.worker.tally import Tally
 
@@ -47,7 +49,7 @@ class Worker:
 
     Runs that lost their worker run in a process of their own, which `suspect_command` starts while there are any: a worker
     like this one, with `only_suspects`, that runs once. Without such a command they get a tenth of this worker's time, in
-    which it begins nothing else."""
+    which it begins nothing else. `on_start` and `on_stop` are called besides those of the App, for this worker alone."""
 
     def __init__(
         self,
@@ -61,6 +63,8 @@ class Worker:
         health_host: str = "127.0.0.1",
         suspect_command: Sequence[str] | None = None,
         only_suspects: bool = False,
+        on_start: Hook | None = None,
+        on_stop: Hook | None = None,
     ) -> None:
         self.app = app
         self.queues = _checked(queues or {"default": 10})
@@ -69,6 +73,8 @@ class Worker:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self._suspect_command = suspect_command
         self._only_suspects = only_suspects
+        self._on_start = [hook for hook in (on_start,) if hook is not None]
+        self._on_stop = [hook for hook in (on_stop,) if hook is not None]
         self._health = None if health_port is None else (health_host, _port(health_port))
         self.health_url: str | None = None
         self.id: int | None = None
@@ -142,9 +148,11 @@ class Worker:
                     endpoint=endpoint, suspect_command=None if once else self._suspect_command,
                     only_suspects=self._only_suspects,
                 )  # fmt: skip
+                hooks = self.app.hooks
                 try:
-                    with context.registered(parts.contexts.find):
-                        await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
+                    async with started(hooks.on_start + self._on_start, hooks.on_stop + self._on_stop):
+                        with context.registered(parts.contexts.find):
+                            await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
                     with contextlib.suppress(DatabaseUnavailable, TimeoutError):
                         async with asyncio.timeout(LEAVE_DEADLINE):

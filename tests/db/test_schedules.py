@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from queue_service import App
+from queue_service import App, Run, Turn, Worker
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, PayloadRefused
@@ -343,3 +343,58 @@ class TestTheRest:
             seen += [each.name for each in found]
             at = (found[-1].next_at, found[-1].name)
         assert seen == ["c", "a", "b", "d", "e"]
+
+
+class TestAScheduleOfTurns:
+    TURN = Turn(deployment="dep-1", message_id="daily", stream="conv-1", platform="chat", channel_id="c1")
+
+    @pytest.fixture
+    async def app(self, app: App) -> App:
+        @app.schedule("0 9 * * *", turn=self.TURN, payload={"n": 1})
+        @app.task()
+        async def report(run: Run, n: int) -> None:
+            assert run.turn is not None
+            await app.turns.commit_reply("dep-1", [run.turn.message_id], {"n": n})
+
+        await app.schedules.store_declared()
+        return app
+
+    async def test_arms_one_for_each_slot_for_its_run_to_work_on(self, app: App, conn: Connection) -> None:
+        (run_id,) = await fire(conn, firing(await due(conn, "report")))
+        assert run_id is not None
+        (marker,) = await app.turns.list()
+        assert (marker.message_id, marker.run_id) == ("daily/2026-01-01T09:00:00.000000Z", run_id)
+        assert marker.metadata == {"source": "schedule"}
+        assert marker.admission == app.settings.admission
+        assert marker.ends_by is not None
+        run = await app.get(run_id)
+        assert run is not None
+        assert run.turn == marker.turn
+        assert run.ordering_key == "conv-1"
+        await Worker(app, {"default": 1}).run(once=True)
+        outcome = await app.turns.outcome("dep-1", marker.message_id)
+        assert outcome is not None
+        assert outcome.body is not None
+        assert outcome.body["n"] == 1
+
+    async def test_run_now_is_a_turn_too(self, app: App) -> None:
+        run_id = await app.schedules.run_now("report")
+        (marker,) = await app.turns.list()
+        assert marker.run_id == run_id
+        await app.schedules.run_now("report")
+        assert len(await app.turns.list()) == 2
+
+    async def test_is_shown_and_changed(self, app: App) -> None:
+        schedule = await app.schedules.get("report")
+        assert schedule is not None
+        assert schedule.turn is not None
+        assert schedule.turn["stream"] == "conv-1"
+        assert await app.schedules.put("report", "report", {"n": 1}, cron="0 9 * * *") is False
+        schedule = await app.schedules.get("report")
+        assert schedule is not None
+        assert schedule.turn is None
+        run_id = await app.schedules.run_now("report")
+        assert run_id is not None
+        run = await app.get(run_id)
+        assert run is not None
+        assert run.turn is None

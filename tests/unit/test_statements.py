@@ -31,7 +31,11 @@ class Found(NamedTuple):
 
 ENDINGS = {"turn_outcomes", "streams", "events", "runs"}
 # What is written by functions that statements call.
-CALLED = {"store_endings(": ENDINGS, "end_turns(": ENDINGS | {"turn_markers"}}
+CALLED = {
+    "store_endings(": ENDINGS,
+    "end_turns(": ENDINGS | {"turn_markers"},
+    "arm_slot(": {"turn_outcomes", "turn_markers", "streams"},
+}
 
 
 def written(text: str) -> set[str]:

@@ -120,7 +120,7 @@ async def test_many_reports_of_many_runs_are_one_statement_each_period(
         batches.append(len(given))
         return report(given)
 
-    monkeypatch.setattr(queries, "report", counted)
+    monkeypatch.setattr(settling, "report", counted)
 
     @app.task
     async def index(run: Run) -> None:

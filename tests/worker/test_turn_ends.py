@@ -203,9 +203,9 @@ class TestARunThatEndsInItsWorker:
         async def t() -> None:
             raise ValueError
 
+        await app.turns.dispatch(turn("m2", platform="chat", channel_id="c1"), "t", {})
+        waiting = asyncio.create_task(app.turns.wait("dep-1", "m2", timeout=10))
         async with working(app):
-            waiting = asyncio.create_task(app.turns.wait("dep-1", "m2", timeout=10))
-            await app.turns.dispatch(turn("m2", platform="chat", channel_id="c1"), "t", {})
             assert (await waiting).code == "internal_error"
         assert await rows(conn, "select queue, payload ->> 'message_id' from queue_service.runs") == [
             ("thread_response", "m2")
