@@ -15,42 +15,17 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from queue_service import App, HandedOn, Run, Snooze, Turn, Worker
-from queue_service.errors import DeploymentDown
-from queue_service.supervisor import Supervisor
+from queue_service import App, Run, Supervisors, Turn, Worker
 from queue_service.supervisor.child import Conversation, serve
 
 app = App()
-supervisors: dict[str, Supervisor] = {}
-starting = asyncio.Lock()
+supervisors = Supervisors(app, [sys.executable, __file__, "child"])
 
 
 @app.task(queue="agent")
-async def agent_turn(text: str, run: Run) -> Snooze | HandedOn | None:
-    """Hand the turn to its deployment; the answer comes later, from the child."""
-    turn = run.turn
-    assert turn is not None
-    if not await app.turns.is_live(turn.deployment, turn.message_id):
-        return None
-    supervisor = await supervisor_of(turn.deployment)
-    try:
-        await supervisor.send(turn, {"text": text})
-    except DeploymentDown:
-        return Snooze(0.1)
-    return HandedOn(turn.deployment)
-
-
-async def supervisor_of(deployment: str) -> Supervisor:
-    """The one that runs the deployment's child: a new one where there is none, or it died."""
-    async with starting:
-        current = supervisors.get(deployment)
-        if current is not None and current.pid is None:
-            # Until it has ended the turns of its child, a new child's turns would be taken for them.
-            await current.wait()
-        if current is None or current.pid is None:
-            current = supervisors[deployment] = Supervisor(app, deployment, [sys.executable, __file__, "child"])
-            await current.start()
-        return current
+async def agent_turn(run: Run, text: str) -> Any:
+    """Take the turn to the child of its deployment, in whichever worker that is, until it has ended."""
+    return await supervisors.take(run, {"text": text})
 
 
 async def echo(conversation: Conversation) -> Mapping[str, Any]:
@@ -70,7 +45,8 @@ async def converse(conversation: str) -> None:
     for number, text in enumerate(["Hello there", "crash", "Are you back?"], 1):
         turn = Turn(deployment=f"agent of {conversation}", message_id=f"m{number}", stream=conversation)
         print(f"you: {text}", flush=True)
-        await app.turns.dispatch(turn, "agent_turn", {"text": text})
+        # In a lane of their own, the messages of a conversation are worked on one after the other.
+        await app.turns.dispatch(turn, "agent_turn", {"text": text}, ordering_key=conversation)
         async for event in app.events.follow(conversation, after=cursor):
             cursor = event.seq
             note = ""
@@ -92,8 +68,6 @@ async def main() -> None:
         try:
             await converse(f"conversation {uuid.uuid4()}")
         finally:
-            for supervisor in supervisors.values():
-                await supervisor.stop()
             worker.stop()
             await working
 

@@ -4,7 +4,7 @@ from queue_service.app import App
 from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, FailedDelivery, Renderer, Shown
 from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Attempt, Progress, Run, RunState
-from queue_service.supervisor import Supervisor
+from queue_service.supervisor import Supervisor, Supervisors
 from queue_service.tasks import Cancel, Defer, HandedOn, ProcessDied, Retry, RetryLater, Snooze
 from queue_service.turn import Turn
 from queue_service.turns.model import Outcome, TurnFailure
@@ -36,6 +36,7 @@ __all__ = [
     "Snooze",
     "StreamState",
     "Supervisor",
+    "Supervisors",
     "Turn",
     "TurnFailure",
     "Worker",

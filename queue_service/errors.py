@@ -18,6 +18,7 @@
     ├── StreamEnded              this stream takes no more events
     ├── AnswerRefused            what the handler of a batch, or a renderer, has answered cannot be carried out
     ├── DeploymentDown           there is no child process to pass a turn to
+    ├── DeploymentHeld           another process, or another Supervisor, runs the deployment's child
     ├── NotConnected             a client has no connection to its gateway, or was closed
     ├── SendFailed               the gateway did not take what a client sent
     ├── OutboxFull               a client has too many messages waiting already
@@ -176,6 +177,19 @@ class AnswerRefused(QueueServiceError, TypeError):
 
 class DeploymentDown(QueueServiceError):
     """There is no child to pass a turn to. The turn keeps its deadline; it was not ended by this."""
+
+
+class DeploymentHeld(QueueServiceError):
+    """Another one runs the deployment's child. `owner` is its process, for `Defer(0, owner)`: the identity of its App."""
+
+    def __init__(self, deployment: str, owner: str) -> None:
+        self.deployment = deployment
+        self.owner = owner
+        super().__init__(
+            f"Deployment {deployment!r} has its child with another Supervisor, in process {owner}, and none was started "
+            "here. Leave the turn to that one (return Defer(0, owner) from the handler, as Supervisors.take does), or wait "
+            "for it: start(wait=30)."
+        )
 
 
 class NotConnected(QueueServiceError):

@@ -16,6 +16,9 @@ from queue_service.events.queries import NewEvent
 from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.words import check_word
 
+# The id of the run that appends an event, and its attempt.
+Origin = tuple[int, int]
+
 MAX_READ = 1_000
 DEFAULT_READ = 200
 # So many events one statement looks at, in search of a kind.
@@ -46,14 +49,15 @@ class Events:
     async def append_many(self, stream: str, events: Iterable[tuple[str, Any]], *, conn: Any = None) -> list[int]:
         """Store several events of one stream, given as (kind, body), one after the other and nothing between them. In the
         handler of a run that works on a turn of the stream, each says of which attempt it is."""
-        return await self.append_of(running_on(stream), stream, events, conn=conn)
+        by = running_on(stream)
+        return await self.append_of(stream, [(kind, body, by) for kind, body in events], conn=conn)
 
     async def append_of(
-        self, by: tuple[int, int] | None, stream: str, events: Iterable[tuple[str, Any]], *, conn: Any = None
+        self, stream: str, events: Iterable[tuple[str, Any, Origin | None]], *, conn: Any = None
     ) -> list[int]:
-        """As `append_many`, for whoever appends on behalf of a run: its id and its attempt."""
+        """As `append_many`, for whoever appends on behalf of runs: (kind, body, id of the run and its attempt)."""
         check_word(stream, "stream")
-        new = [self._new(stream, kind, body, by) for kind, body in events]
+        new = [self._new(stream, kind, body, by) for kind, body, by in events]
         if not new:
             return []
         seqs: Sequence[int | None]
@@ -166,7 +170,7 @@ class Events:
                 break
         return count
 
-    def _new(self, stream: str, kind: str, body: Any, by: tuple[int, int] | None) -> NewEvent:
+    def _new(self, stream: str, kind: str, body: Any, by: Origin | None) -> NewEvent:
         check_kind(kind)
         return NewEvent(stream, kind, codec.dumps(body, what="body", limit=self._core.settings.payload_limit), by)
 
@@ -187,7 +191,7 @@ class Events:
         return answers
 
 
-def running_on(stream: str) -> tuple[int, int] | None:
+def running_on(stream: str) -> Origin | None:
     """The run whose handler this is and its attempt, if it works on a turn of the stream."""
     run = logs.running.get()
     turn = None if run is None else run.turn

@@ -57,7 +57,7 @@ class Messages:
         run, notice = enqueueing.of_turn(self._core.tasks, limit, turn, task, payload, metadata, options)
         said = {"message_id": turn.message_id, "user_id": turn.user_id, "body": msgspec.Raw(run["payload"].encode())}
         if mode != "queue":
-            said["mode"] = mode
+            said |= {"mode": mode, "deployment": turn.deployment}
         digest = hashlib.sha256(msgspec.json.encode([turn.stream, task, payload], order="sorted")).hexdigest()
         sent = await self._sent(owed, turn, run, msgspec.json.encode(said).decode(), digest, notice)
         if mode == "interrupt":

@@ -8,28 +8,20 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from typing import Any
 
 from queue_service.app import App
 from queue_service.runs.model import Run
-from queue_service.supervisor import Supervisor
+from queue_service.supervisor import Supervisors
 from queue_service.supervisor.child import Conversation, serve
-from queue_service.tasks import HandedOn
 
 app = App()
-supervisors: dict[str, Supervisor] = {}
+supervisors = Supervisors(app, [sys.executable, "-m", "queue_service.cli.demo_agent"])
 
 
 @app.task(queue="agents")
-async def agent_turn(run: Run, text: str) -> HandedOn:
-    turn = run.turn
-    assert turn is not None
-    supervisor = supervisors.get(turn.deployment)
-    if supervisor is None or supervisor.pid is None:
-        command = [sys.executable, "-m", "queue_service.cli.demo_agent"]
-        supervisor = supervisors[turn.deployment] = Supervisor(app, turn.deployment, command)
-        await supervisor.start()
-    await supervisor.send(turn, {"text": text})
-    return HandedOn(turn.deployment)
+async def agent_turn(run: Run, text: str) -> Any:
+    return await supervisors.take(run, {"text": text})
 
 
 async def answer(conversation: Conversation) -> dict[str, str]:

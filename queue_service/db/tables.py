@@ -321,6 +321,18 @@ renderings = Table(
     PrimaryKeyConstraint("deployment", "message_id", name="renderings_pkey"),
 )
 
+deployments = Table(
+    "deployments",
+    metadata,
+    Column("deployment", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("holding", Text, nullable=False),
+    Column("held_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    Column("expires_at", _TIMESTAMPTZ, nullable=False),
+    Column("wanted_at", _TIMESTAMPTZ),
+    PrimaryKeyConstraint("deployment", name="deployments_pkey"),
+)
+
 schedules = Table(
     "schedules",
     metadata,

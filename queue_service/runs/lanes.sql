@@ -1,4 +1,4 @@
--- Lanes that nobody has told of what became of their runs: `tend_lanes` (migration 0016) looks, and writes down what is so.
+-- Lanes that nobody has told of what became of their runs: `tend_lanes` (migration 0017) looks, and writes down what is so.
 
 -- name: tend_lanes
 -- Look at the lanes of these queues that claims would take from, at most `limit` of each queue and task. Row: how many were

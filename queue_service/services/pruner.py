@@ -1,5 +1,5 @@
-"""Deletes what is old: partitions of history, steps of runs that went with them, turns that ended, events, silent workers
-and connections long lapsed; and makes the partitions of the days to come.
+"""Deletes what is old: partitions of history, steps of runs that went with them, turns that ended, events, silent workers,
+and connections and deployments long lapsed; and makes the partitions of the days to come.
 
 Any number of processes may do this at once.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from queue_service.connections import queries as connections
 from queue_service.db.pool import Pool
+from queue_service.deployments import queries as deployments
 from queue_service.events import queries as events
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
@@ -62,6 +63,7 @@ class Pruner:
         made, dropped = await tried(self.partitions.make_and_drop(), Changed([], []))
         await tried(self._pool.fetch(roster.prune(SILENCE)), [])
         await tried(self._pool.fetch(connections.prune(SILENCE)), None)
+        await tried(self._pool.fetch(deployments.prune(SILENCE)), None)
         thinned = await tried(self.partitions.thin(), [])
         pruned = Pruned(
             made, dropped, thinned,

@@ -1,5 +1,6 @@
 """The child process of a deployment: it is given turns, and its end is their end."""
 
 from queue_service.supervisor.supervisor import ChildEnd, Supervisor
+from queue_service.supervisor.supervisors import Supervisors
 
-__all__ = ["ChildEnd", "Supervisor"]
+__all__ = ["ChildEnd", "Supervisor", "Supervisors"]

@@ -17,49 +17,31 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from queue_service import App, Event, HandedOn, Run, Snooze, Turn
+from queue_service import App, Event, Run, Supervisors, Turn
 from queue_service.db.pool import Connection
-from queue_service.errors import DatabaseUnavailable, DeploymentDown
-from queue_service.supervisor import Supervisor
+from queue_service.errors import DatabaseUnavailable
 from queue_service.supervisor.child import Conversation, serve
 from tests.support import eventually, one, rows
 
 TURNS = int(os.environ.get("QUEUE_SERVICE_CHAOS_TURNS", "200"))
-# Each deployment belongs to the worker of its queue, and so to one process at a time.
+# Any worker may claim a turn of any deployment, and one of them at a time has its agent.
 WORKERS, DEPLOYMENTS, STREAMS, SWEEPERS = 3, 6, 12, 2
 AT_ONCE = 40
-ADMISSION, EXECUTION = 6.0, 1.5
+ADMISSION, EXECUTION = 15.0, 4.0
 BETWEEN_FAULTS = 0.4
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(120 + TURNS // 4)]
 
 app = App(os.environ.get("QUEUE_SERVICE_DATABASE_URL", "postgresql:///unused"))
-supervisors: dict[str, Supervisor] = {}
-starting = asyncio.Lock()
+supervisors = Supervisors(app, [sys.executable, "-m", "tests.chaos.test_turns", "agent"])
 
 
 # In the workers
 
 
-@app.task
-async def agent_turn(run: Run) -> Snooze | HandedOn | None:
-    turn = run.turn
-    assert turn is not None
-    if not await app.turns.is_live(turn.deployment, turn.message_id):
-        return None
-    async with starting:
-        child = supervisors.get(turn.deployment)
-        if child is not None and child.pid is None:
-            await child.wait()
-        if child is None or child.pid is None:
-            child = Supervisor(app, turn.deployment, [sys.executable, "-m", "tests.chaos.test_turns", "agent"])
-            supervisors[turn.deployment] = child
-            await child.start()
-    try:
-        await child.send(turn, {})
-    except DeploymentDown:
-        return Snooze(0.1)
-    return HandedOn(turn.deployment)
+@app.task(queue="agents")
+async def agent_turn(run: Run) -> Any:
+    return await supervisors.take(run, {})
 
 
 # In the agents
@@ -139,8 +121,18 @@ class Processes:
         return found
 
     def _worker(self, number: int) -> subprocess.Popen[bytes]:
-        paces = ["--lease", "1s", "--poll-interval", "100ms", "--sweep-interval", "200ms", "--max-losses", "100"]
-        command = ["-m", "queue_service", "worker", "-a", "tests.chaos.test_turns:app", "-q", f"agents-{number}:20"]
+        paces = ["--lease", "3s", "--poll-interval", "100ms", "--sweep-interval", "200ms", "--max-losses", "100"]
+        command = [
+            "-m",
+            "queue_service",
+            "worker",
+            "-a",
+            "tests.chaos.test_turns:app",
+            "-q",
+            "agents:20",
+            "--name",
+            f"worker {number}",
+        ]
         return self._started([*command, *paces, "--database-url", self._database, "--log-level", "error"])
 
     def _sweeper(self) -> subprocess.Popen[bytes]:
@@ -170,11 +162,8 @@ async def _followed(client: App, stream: str, endings: int) -> list[Event]:
 async def _dispatched(client: App, number: int, slots: asyncio.Semaphore) -> None:
     at = number % STREAMS
     turn = Turn(deployment=f"d{at % DEPLOYMENTS}", message_id=f"m{number}", stream=f"s{at}")
-    queue = f"agents-{at % DEPLOYMENTS % WORKERS}"
     async with slots:
-        await client.turns.dispatch(
-            turn, "agent_turn", {}, queue=queue, max_attempts=100, admission=ADMISSION, execution=EXECUTION
-        )
+        await client.turns.dispatch(turn, "agent_turn", {}, max_attempts=100, admission=ADMISSION, execution=EXECUTION)
         await eventually(lambda: client.turns.outcome(turn.deployment, turn.message_id), within=60)
 
 

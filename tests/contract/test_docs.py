@@ -29,6 +29,7 @@ PROGRAMS = {
         "error worker_unresponsive The agent stopped responding. Please send the message again.\n"
         "worker_died\n"
     ),
+    "supervisors": "reply Hello, Ada\n",
     "exactly_once": "succeeded {'paid': 30} on attempt 2\n(70, 1)\n",
     "steps": "succeeded with receipt 7 on attempt 2 - charged [30]\n",
     "gateway": "5 routes\n",

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import uvloop
 
-from queue_service import App, Outcome, Turn
+from queue_service import App, Event, Outcome, Turn
 from queue_service.db.cluster import Cluster
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, connect
 from queue_service.errors import ConfigError, DeploymentDown
 from queue_service.settings import load
-from queue_service.supervisor import Supervisor, supervisor
+from queue_service.supervisor import Supervisor, process, supervisor
 from queue_service.turns import queries
 from tests.support import eventually, one, rows
 
@@ -51,6 +51,11 @@ async def ending(app: App, message_id: str = "m") -> Outcome:
     return await app.turns.wait("d", message_id, timeout=20)
 
 
+def process_of(child: Supervisor) -> process.ChildProcess:
+    assert child._child is not None
+    return child._child
+
+
 async def kinds(conn: Connection) -> list[str]:
     return [kind for kind, _ in await rows(conn, BODIES)]
 
@@ -60,7 +65,7 @@ async def kinds(conn: Connection) -> list[str]:
 
 async def test_what_a_child_says_is_stored_in_the_order_it_was_said(app: App, conn: Connection) -> None:
     steps = [["delta", n] for n in range(300)]
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, *steps, ["reply", {"text": "done"}])
         outcome = await ending(app)
     assert outcome.kind == "reply"
@@ -70,7 +75,7 @@ async def test_what_a_child_says_is_stored_in_the_order_it_was_said(app: App, co
 
 
 async def test_a_reply_may_end_several_turns_of_several_streams(app: App) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         for name in ("m1", "m2"):
             await child.send(await armed(app, name, f"stream of {name}"), [])
         reply = {"type": "reply", "message_ids": ["m1", "m2"], "body": {"text": "both"}}
@@ -80,7 +85,7 @@ async def test_a_reply_may_end_several_turns_of_several_streams(app: App) -> Non
 
 
 async def test_a_child_may_fail_a_turn_with_a_code_and_an_unknown_code_ends_it_too(app: App) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         for name, code in [("m1", "provider_overloaded"), ("m2", "nonsense")]:
             line = {"type": "fail", "message_id": name, "code": code, "message": "Busy."}
             await given(app, child, ["say", line], message_id=name)
@@ -93,7 +98,7 @@ async def test_a_child_may_fail_a_turn_with_a_code_and_an_unknown_code_ends_it_t
 
 async def test_a_reply_that_is_not_quite_json_ends_its_turn(app: App) -> None:
     text = '{"type":"reply","message_ids":["m"],"body":{"lone":"\\ud83d","number":NaN}}\n'
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["write", text])
         outcome = await ending(app)
     assert outcome.kind == "reply"
@@ -101,18 +106,38 @@ async def test_a_reply_that_is_not_quite_json_ends_its_turn(app: App) -> None:
     assert outcome.body["lone"] == "\ufffd"
 
 
+async def test_events_of_some_kinds_are_delivered_too_and_one_that_cannot_be_holds_up_nothing(app: App) -> None:
+    sent: list[tuple[str, str, int]] = []
+
+    async def deliver(to: Turn, event: Event) -> None:
+        sent.append((to.message_id, event.kind, event.seq))
+        if event.body == "broken":
+            raise RuntimeError("on purpose")
+
+    async with Supervisor(app, "d", CHILD, deliver=deliver, grace=0.3) as child:
+        events = [
+            {"type": "event", "message_id": "m", "kind": kind, "body": body}
+            for kind, body in [("delta", "x"), ("status", "broken"), ("card", {}), ("delta", "y")]
+        ]
+        await given(app, child, *[["say", event] for event in events], ["reply", {}])
+        assert (await ending(app)).seq == 5
+    assert sent == [("m", "status", 2), ("m", "card", 3)]
+
+
 # A child that ends by itself
 
 
-async def test_a_killed_child_ends_its_turns_with_the_signal_in_the_reason(app: App) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
-        await armed(app, "m2")
+async def test_a_killed_child_ends_the_turns_it_was_given_and_no_others_with_the_signal_in_the_reason(app: App) -> None:
+    await armed(app, "waits")
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
+        await given(app, child, message_id="m2")
         await given(app, child, ["kill", "SIGKILL"], message_id="m1")
         ended = await child.wait()
         outcomes = [await ending(app, name) for name in ("m1", "m2")]
     assert (ended.reason, ended.deliberate, sorted(ended.message_ids)) == ("killed by SIGKILL", False, ["m1", "m2"])
     assert {outcome.code for outcome in outcomes} == {"worker_died"}
     assert {(outcome.body or {})["reason"] for outcome in outcomes} == {"killed by SIGKILL"}
+    assert await app.turns.is_live("d", "waits")
 
 
 async def test_a_kill_reaches_the_waiter_within_moments(database: str) -> None:
@@ -120,7 +145,7 @@ async def test_a_kill_reaches_the_waiter_within_moments(database: str) -> None:
     # By looking again the waiter would find out in an hour.
     app = App(database, settings=load({f"QUEUE_SERVICE_{name}_INTERVAL": "1h" for name in ("POLL", "SWEEP")}))
     for number in range(20):
-        async with app, Supervisor(app, "d", CHILD) as child:
+        async with app, Supervisor(app, "d", CHILD, grace=0.3) as child:
             await given(app, child, ["delta", "begun"], message_id=f"m{number}")
             stored = (
                 f"select count(*) = {number * 2 + 1} from queue_service.events"  # its delta, and two of each before
@@ -144,7 +169,7 @@ def _scalar(sql: str) -> Any:
 
 
 async def test_an_exit_code_is_reported(app: App) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["exit", 3])
         assert (await child.wait()).reason == "exit code 3"
         outcome = await ending(app)
@@ -152,22 +177,22 @@ async def test_an_exit_code_is_reported(app: App) -> None:
 
 
 async def test_a_child_that_was_never_ready_has_failed_to_start(app: App) -> None:
-    await armed(app)
-    async with Supervisor(app, "d", [*CHILD, '[["exit", 1]]', "mute"]) as child:
+    async with Supervisor(app, "d", [*CHILD, "mute"], grace=0.3) as child:
+        await given(app, child, ["exit", 1])
         await child.wait()
     assert (await ending(app)).code == "worker_startup_failed"
 
 
 async def test_a_reply_in_the_pipe_wins_over_the_crash_behind_it(app: App) -> None:
     for number in range(10):
-        async with Supervisor(app, "d", CHILD) as child:
+        async with Supervisor(app, "d", CHILD, grace=0.3) as child:
             await given(app, child, ["reply", {"n": number}], ["kill", "SIGKILL"], message_id=f"m{number}")
             assert (await child.wait()).message_ids == []
         assert (await ending(app, f"m{number}")).kind == "reply"
 
 
 async def test_a_process_that_the_child_left_behind_does_not_hide_its_end(app: App) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["leave", 30], ["kill", "SIGKILL"])
         assert (await asyncio.wait_for(child.wait(), 25)).message_ids == ["m"]
 
@@ -175,14 +200,14 @@ async def test_a_process_that_the_child_left_behind_does_not_hide_its_end(app: A
 async def test_turns_of_other_deployments_are_left_alone(app: App) -> None:
     other = Turn(deployment="other", message_id="m", stream="s")
     await app.turns.arm(other)
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["exit", 0])
         await child.wait()
     assert await app.turns.is_live("other", "m")
 
 
 async def test_nothing_is_sent_to_a_child_that_has_ended(app: App) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["exit", 0])
         await child.wait()
         late = await armed(app, "late")
@@ -196,7 +221,7 @@ async def test_nothing_is_sent_to_a_child_that_has_ended(app: App) -> None:
 
 @pytest.mark.parametrize("how", [[], ["stubborn"]])
 async def test_a_deliberate_stop_ends_no_turn(app: App, conn: Connection, how: list[str]) -> None:
-    child = Supervisor(app, "d", [*CHILD, *how], grace=5)
+    child = Supervisor(app, "d", [*CHILD, *how], grace=1)
     await child.start()
     await given(app, child, ["delta", "begun"])
     await eventually(lambda: kinds(conn))
@@ -224,7 +249,7 @@ async def test_a_child_that_ignores_the_stop_is_killed_after_its_grace_and_ends_
 async def test_a_failing_kill_after_the_spawn_neither_clears_the_mark_nor_signals(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = Supervisor(app, "d", [*CHILD, "stubborn"], grace=10)
+    child = Supervisor(app, "d", [*CHILD, "stubborn"], grace=0.3)
     await child.start()
     await given(app, child)
     pid = child.pid
@@ -236,7 +261,7 @@ async def test_a_failing_kill_after_the_spawn_neither_clears_the_mark_nor_signal
     with monkeypatch.context() as patched:
         patched.setattr(asyncio.subprocess.Process, "send_signal", refuse)
         stopping = asyncio.create_task(child.stop())
-        await eventually(lambda: child._stopping)
+        await eventually(lambda: process_of(child).is_stopping)
         assert await app.turns.is_live("d", "m")
         # It ends in its own time, as a crash would look, and it still was meant.
         os.kill(pid, signal.SIGKILL)
@@ -246,7 +271,7 @@ async def test_a_failing_kill_after_the_spawn_neither_clears_the_mark_nor_signal
 
 
 async def test_a_failing_kill_of_a_running_child_signals_nothing(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child)
 
         def refuse(self: Any, number: int) -> None:
@@ -254,8 +279,8 @@ async def test_a_failing_kill_of_a_running_child_signals_nothing(app: App, monke
 
         with monkeypatch.context() as patched:
             patched.setattr(asyncio.subprocess.Process, "send_signal", refuse)
-            child._signal(signal.SIGTERM)
-        assert not child._stopping
+            process_of(child)._signal(signal.SIGTERM)
+        assert not process_of(child).is_stopping
         await given(app, child, ["reply", {}], message_id="next")
         assert (await ending(app, "next")).kind == "reply"
         assert await app.turns.is_live("d", "m")
@@ -265,13 +290,16 @@ async def test_a_failing_kill_of_a_running_child_signals_nothing(app: App, monke
 
 
 @pytest.mark.parametrize("command", [["/nonexistent/agent"], ["/etc/hostname"], ["/"], ["a\x00b"]])
-async def test_a_spawn_error_ends_the_turns_and_says_what_to_do(app: App, command: list[str]) -> None:
+async def test_a_spawn_error_ends_no_turn_says_what_to_do_and_lets_the_deployment_go(
+    app: App, conn: Connection, command: list[str]
+) -> None:
     await armed(app)
     child = Supervisor(app, "d", command)
-    with pytest.raises(ConfigError, match=r"could not be started: .* Check that"):
-        await child.start()
-    outcome = await ending(app)
-    assert outcome.code == "worker_startup_failed"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"could not be started: .* Check that"):
+            await child.start()
+    assert await rows(conn, "select * from queue_service.deployments") == []
+    assert await app.turns.is_live("d", "m")
     with pytest.raises(DeploymentDown):
         await child.send(turn(), [])
     await child.stop()
@@ -286,8 +314,8 @@ async def test_a_command_that_is_one_text_is_refused(app: App) -> None:
 
 
 async def test_signs_of_life_extend_the_turns_of_a_child(app: App) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
-        await eventually(lambda: child._ready)
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
+        await eventually(lambda: process_of(child).is_ready)
         made = await armed(app, execution=2)
         # Twice as long as the deadline without a beat.
         await child.send(made, [["beat", 40, 0.1], ["reply", {}]])
@@ -305,7 +333,7 @@ async def test_many_signs_of_life_are_few_statements(
         return await extend(deployment)
 
     monkeypatch.setattr(app.turns, "extend", counted)
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         begun = time.monotonic()
         await given(app, child, ["beat", 500, 0.002], ["reply", {}])
         await ending(app)
@@ -320,7 +348,7 @@ async def test_a_failing_extend_is_survived_and_logged(
         raise RuntimeError("no")
 
     monkeypatch.setattr(app.turns, "extend", broken)
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["beat", 10, 0.05], ["reply", {}])
         assert (await ending(app)).kind == "reply"
     assert [record.levelname for record in caplog.records if "sign of life" in record.message] == ["ERROR"]
@@ -339,7 +367,7 @@ async def test_a_stopped_process_is_found_unresponsive_by_its_deadline(app: App)
 
 async def test_a_withheld_turn_is_not_extended_and_ends_with_the_providers_code(app: App) -> None:
     withhold = {"type": "withhold", "code": "provider_quota_exhausted", "reason": "429"}
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         made = await armed(app, execution=2)
         await child.send(made, [["say", withhold], ["beat", 40, 0.1]])
         outcome = await ending(app)
@@ -348,7 +376,7 @@ async def test_a_withheld_turn_is_not_extended_and_ends_with_the_providers_code(
 
 async def test_a_turn_sent_while_its_provider_fails_is_withheld_too(app: App, conn: Connection) -> None:
     withheld = "select message_id from queue_service.turn_markers where failure_code = 'provider_overloaded' order by 1"
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["say", {"type": "withhold", "code": "provider_overloaded"}], message_id="m1")
         await eventually(lambda: rows(conn, withheld))
         await given(app, child, message_id="m2")
@@ -364,7 +392,7 @@ async def _equal(asked: Any, expected: object) -> bool:
 async def test_a_reply_after_the_ending_is_dropped_and_the_child_hears_of_it(
     app: App, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         made = await given(app, child, ["delta", "begun"])
         await eventually(lambda: kinds(conn))
         # In one transaction: what the child said extends the turn, and may do so at any moment.
@@ -391,7 +419,7 @@ async def test_a_reply_after_the_ending_is_dropped_and_the_child_hears_of_it(
 async def test_a_line_that_means_nothing_is_survived(
     app: App, conn: Connection, caplog: pytest.LogCaptureFixture, line: str
 ) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["write", line], ["reply", {"text": "fine"}])
         assert (await ending(app)).kind == "reply"
     assert await kinds(conn) == ["reply"]
@@ -403,7 +431,7 @@ async def test_a_line_that_means_nothing_is_survived(
      ["write", '{"type":"reply","message_ids":["m"],\n'], ["flood", 5_000_000]],
 )  # fmt: skip
 async def test_an_answer_that_cannot_be_read_ends_the_child_with_a_reason(app: App, step: list[Any]) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, step, ["beat", 100, 0.1])
         ended = await asyncio.wait_for(child.wait(), 30)
         outcome = await ending(app)
@@ -413,7 +441,7 @@ async def test_an_answer_that_cannot_be_read_ends_the_child_with_a_reason(app: A
 
 async def test_payloads_are_not_logged(app: App, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         text = '{"type":"reply","message_ids":["m"],"body":"s3cret", oh\n'
         await given(app, child, ["write", "s3cret\n"], ["write", text])
         await child.wait()
@@ -430,7 +458,7 @@ async def test_a_stopped_child_with_a_full_pipe_blocks_only_its_own_sender(app: 
     big = await armed(app, "big")
     sending = asyncio.create_task(child.send(big, [["delta", "x" * 4_000_000]]))
     await asyncio.sleep(0)
-    async with Supervisor(app, "other", CHILD) as other:
+    async with Supervisor(app, "other", CHILD, grace=0.3) as other:
         healthy = Turn(deployment="other", message_id="m", stream="s")
         await app.turns.arm(healthy)
         await other.send(healthy, [["reply", {}]])
@@ -449,12 +477,11 @@ async def test_a_talkative_child_is_held_back_while_nothing_can_be_stored_and_lo
 ) -> None:
     holder = await session()
     await holder.execute("insert into queue_service.streams (stream) values ('s') on conflict do nothing")
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         async with holder.transaction():
             await holder.execute("select from queue_service.streams where stream = 's' for update")
             await given(app, child, *[["delta", "x" * 100_000]] * 150, ["reply", {}], ["kill", "SIGKILL"])
-            assert child._child is not None
-            await eventually(lambda: child._child is not None and child._child._output.is_paused)
+            await eventually(lambda: process_of(child)._pipes._output.is_paused)
         assert (await ending(app)).kind == "reply"
         assert (await child.wait()).message_ids == []
     assert len(await kinds(conn)) == 151
@@ -466,9 +493,9 @@ async def test_a_talkative_child_is_held_back_while_nothing_can_be_stored_and_lo
 async def test_a_crash_and_a_reply_during_an_outage_are_stored_when_the_database_is_back(
     own_cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    paces = {"LEASE": "2s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
+    paces = {"LEASE": "20s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
     settings = load({f"QUEUE_SERVICE_{name}": value for name, value in paces.items()})
-    async with App(own_cluster.conninfo, settings=settings) as app, Supervisor(app, "d", CHILD) as child:
+    async with App(own_cluster.conninfo, settings=settings) as app, Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, message_id="lost")
         answered = await armed(app, "answered")
         await asyncio.to_thread(own_cluster.stop)
@@ -530,7 +557,7 @@ async def test_a_child_does_not_outlive_a_killed_supervisor(database: str, comma
 
 
 async def test_a_cancelled_supervisor_takes_its_child_along_and_ends_no_turn(app: App) -> None:
-    child = Supervisor(app, "d", CHILD)
+    child = Supervisor(app, "d", CHILD, grace=0.3)
     await child.start()
     await given(app, child)
     pid, life = child.pid, child._life
@@ -541,8 +568,7 @@ async def test_a_cancelled_supervisor_takes_its_child_along_and_ends_no_turn(app
         await life
     # Its end has been waited for: a loop that ended now would leave nothing behind.
     assert not _runs(pid)
-    assert child._child is not None
-    assert child._child._process.returncode == -signal.SIGKILL
+    assert process_of(child)._pipes._process.returncode == -signal.SIGTERM
     assert await app.turns.is_live("d", "m")
 
 
@@ -550,7 +576,7 @@ async def test_a_cancelled_supervisor_takes_its_child_along_and_ends_no_turn(app
 async def test_a_cancelled_supervisor_lets_go_of_a_child_that_it_cannot_kill(
     app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, again: bool
 ) -> None:
-    child = Supervisor(app, "d", CHILD)
+    child = Supervisor(app, "d", [*CHILD, "stubborn"], grace=0.3)
     await child.start()
     await given(app, child)
     pid, life = child.pid, child._life
@@ -562,7 +588,7 @@ async def test_a_cancelled_supervisor_lets_go_of_a_child_that_it_cannot_kill(
         raise PermissionError("not yours")
 
     monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", refuse)
-    monkeypatch.setattr(supervisor, "EXIT_SECONDS", 3_600.0 if again else 0.01)
+    monkeypatch.setattr(process, "EXIT_SECONDS", 3_600.0 if again else 0.01)
     life.cancel()
     await refused.wait()
     if again:
@@ -614,7 +640,7 @@ async def test_a_child_that_ends_because_it_was_asked_to_is_not_killed_by_the_si
 
 def test_a_supervisor_works_on_the_other_event_loop_too(database: str) -> None:
     async def crash() -> str:
-        async with App(database) as app, Supervisor(app, "d", CHILD) as child:
+        async with App(database) as app, Supervisor(app, "d", CHILD, grace=0.3) as child:
             await given(app, child, ["delta", "x" * 1_000_000], ["kill", "SIGKILL"])
             return (await child.wait()).reason
 

@@ -11,7 +11,6 @@ import pytest
 
 from queue_service import App, Outcome, Turn
 from queue_service.db.pool import Connection
-from queue_service.errors import ConfigError
 from queue_service.supervisor import Supervisor
 from tests.support import eventually, one, refusing, rows
 
@@ -52,7 +51,7 @@ def levels(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
 )  # fmt: skip
 async def test_whatever_a_child_says_is_a_sign_of_life(app: App, conn: Connection, line: dict[str, Any]) -> None:
     await armed(app, "before")
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         # What it said when it was ready is logged; what extends the next turn is what it says now.
         await eventually(lambda: one(conn, ADMITTED, "before"))
         await given(app, child)
@@ -64,7 +63,7 @@ async def test_whatever_a_child_says_is_a_sign_of_life(app: App, conn: Connectio
 async def test_a_failing_extend_ends_no_child_and_is_made_good_by_the_next_one(
     app: App, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         async with refusing(conn, "turn_markers", "admitted_at is not null"):
             await given(app, child, ["beat", 1, 0])
             await eventually(lambda: levels(caplog, "sign of life"))
@@ -78,7 +77,7 @@ async def test_a_failing_extend_ends_no_child_and_is_made_good_by_the_next_one(
 
 
 async def test_a_child_that_ends_in_good_order_without_being_asked_to_ends_its_turns(app: App) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         await given(app, child, ["exit", 0])
         end = await child.wait()
     assert (end.deliberate, end.message_ids) == (False, ["m"])
@@ -88,7 +87,7 @@ async def test_a_child_that_ends_in_good_order_without_being_asked_to_ends_its_t
 async def test_a_crash_whose_ending_is_refused_is_logged_and_tried_until_it_is_taken(
     app: App, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with Supervisor(app, "d", CHILD) as child:
+    async with Supervisor(app, "d", CHILD, grace=0.3) as child:
         async with refusing(conn, "events", "terminal"):
             await given(app, child, ["exit", 3])
             await eventually(lambda: len(levels(caplog, "trying again")) >= 2)
@@ -104,7 +103,7 @@ async def test_a_supervisor_that_fails_itself_ends_its_child_and_its_turns_and_t
     async def broken() -> str:
         raise RuntimeError("a mistake of ours")
 
-    child = Supervisor(app, "d", CHILD)
+    child = Supervisor(app, "d", CHILD, grace=0.3)
     await child.start()
     monkeypatch.setattr(child._writer, "_answer", lambda _: broken())
     await given(app, child, ["reply", {}])
@@ -130,30 +129,3 @@ async def test_a_stop_that_cannot_store_what_was_said_before_tells_so_and_ends_n
         assert levels(caplog, "gave up what a child left") == ["ERROR"]
     assert await app.turns.is_live("d", "m")
     assert await rows(conn, ENDINGS) == []
-
-
-# A child that cannot be started
-
-
-async def test_a_failed_start_ends_only_what_is_still_owed_and_only_once(app: App, conn: Connection) -> None:
-    await armed(app, "answered")
-    await app.turns.commit_reply("d", ["answered"], {})
-    await armed(app, "owed")
-    for _ in range(2):
-        with pytest.raises(ConfigError, match="could not be started"):
-            await Supervisor(app, "d", ["/nonexistent/agent"]).start()
-    assert await rows(conn, ENDINGS) == [("answered", "reply"), ("owed", "error")]
-    assert (await ended(app, "owed")).code == "worker_startup_failed"
-
-
-async def test_a_failed_start_whose_ending_is_refused_is_logged_and_tried_until_it_is_taken(
-    app: App, conn: Connection, caplog: pytest.LogCaptureFixture
-) -> None:
-    await armed(app)
-    async with refusing(conn, "events", "terminal"):
-        starting = asyncio.ensure_future(Supervisor(app, "d", ["/nonexistent/agent"]).start())
-        await eventually(lambda: levels(caplog, "trying again"))
-        assert not starting.done()
-    with pytest.raises(ConfigError, match="could not be started"):
-        await starting
-    assert (await ended(app)).code == "worker_startup_failed"

@@ -9,8 +9,8 @@ Phase: expand. Lock: `lanes` exclusively, for a moment.
 
 from alembic import op
 
-revision = "0016"
-down_revision = "0015"
+revision = "0017"
+down_revision = "0016"
 branch_labels = None
 depends_on = None
 

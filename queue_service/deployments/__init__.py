@@ -1,0 +1,1 @@
+"""Which process runs the child of a deployment."""
