@@ -1,7 +1,7 @@
 """A durable runs queue on Postgres, and turns that always end."""
 
 from queue_service.app import App
-from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, Renderer
+from queue_service.deliveries import NOT_MINE, Deliveries, Delivery, FailedDelivery, Renderer, Shown
 from queue_service.events.model import Event, StreamState
 from queue_service.runs.model import Attempt, Progress, Run, RunState
 from queue_service.supervisor import Supervisor, Supervisors
@@ -22,6 +22,7 @@ __all__ = [
     "Deliveries",
     "Delivery",
     "Event",
+    "FailedDelivery",
     "HandedOn",
     "Outcome",
     "ProcessDied",
@@ -31,6 +32,7 @@ __all__ = [
     "RetryLater",
     "Run",
     "RunState",
+    "Shown",
     "Snooze",
     "StreamState",
     "Supervisor",

@@ -16,6 +16,7 @@
     ├── TurnEnded                this turn has had its ending; it cannot be armed again
     ├── MessageConflict          another message was sent under this id
     ├── StreamEnded              this stream takes no more events
+    ├── AnswerRefused            what the handler of a batch, or a renderer, has answered cannot be carried out
     ├── DeploymentDown           there is no child process to pass a turn to
     ├── DeploymentHeld           another process, or another Supervisor, runs the deployment's child
     ├── NotConnected             a client has no connection to its gateway, or was closed
@@ -168,6 +169,10 @@ class StreamEnded(QueueServiceError):
     def __init__(self, stream: str) -> None:
         self.stream = stream
         super().__init__(f"Stream {stream!r} has ended, and the event was not stored. Set its state to go on with it.")
+
+
+class AnswerRefused(QueueServiceError, TypeError):
+    pass
 
 
 class DeploymentDown(QueueServiceError):

@@ -12,8 +12,11 @@ from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, Protoco
 from queue_service import backoff as growth
 from queue_service import exceptions
 from queue_service.errors import ConfigError, PayloadRefused
+from queue_service.logs import get_logger
 from queue_service.runs.model import Run
 from queue_service.words import check_word
+
+log = get_logger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -91,6 +94,27 @@ class Retry:
         base, cap = duration(self.base, "base").total_seconds(), duration(self.cap, "cap").total_seconds()
         grown = GROWTHS[self.backoff]
         return grown(failures, base=base, cap=cap) if self.jitter else grown(failures, base=base, cap=cap, jitter=float)
+
+
+def wait_after(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) -> float | None:
+    """Seconds until a run whose handler raised is tried again; None if that was its last try. Where it was not `alone` in
+    its call, it may not be the cause: then there is a next try whatever the error is."""
+    failures = run.failures + 1
+    if failures >= (run.max_attempts or retry.max_attempts):
+        return None
+    try:
+        if exceptions.is_a(error, RetryLater):
+            return duration(error.delay, "The delay of a RetryLater").total_seconds()
+        if alone and not retry.covers(error):
+            return None
+        wait = retry.wait(failures, error) if run.retry_delay is None else run.retry_delay.total_seconds()
+        return growth.exponential(failures) if wait is None and not alone else wait
+    except BaseException as broken:  # noqa: BLE001 - a policy that is broken must not cost its run the next try
+        log.error(
+            "a retry policy failed; the exponential wait is taken",
+            run_id=run.id, task=run.task, why=exceptions.message(broken), error=exceptions.type_name(broken),
+        )  # fmt: skip
+        return growth.exponential(failures)
 
 
 class Snooze:

@@ -64,9 +64,10 @@ async def enqueued(conn: Connection, task: str = "noop", **fields: Any) -> int:
 def claim(
     queue: str = "default", *, tasks: tuple[str, ...] = ("noop",), limit: int = 10, worker_id: int = 1,
     lease: timedelta = LEASE, priorities: tuple[int, ...] = (0,), laned: bool = False, final_tasks: tuple[str, ...] = (),
+    owner: str | None = None,
 ) -> Query[list[tuple[Run, int]]]:  # fmt: skip
     """A claim from the front, or of the heads of lanes."""
-    by = Claimant(tasks, worker_id, lease, final_tasks=final_tasks)
+    by = Claimant(tasks, worker_id, lease, owner, final_tasks)
     if laned:
         lanes = queries.claim_lanes([(queue, limit)], by)
         return Query(lanes.text, lambda rows: lanes.decode(rows).runs, lanes.params)

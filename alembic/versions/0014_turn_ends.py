@@ -177,9 +177,10 @@ begin
           from endings
     ), deliveries as (
         -- For the API the event is the delivery. Elsewhere a renderer has to deliver it, first of all the one that is
-        -- connected.
-        insert into queue_service.runs (queue, task, payload, organization_id, reserved_for)
-        select 'thread_response', 'deliver',
+        -- connected. Those of one channel are a lane. Its key begins with the length of the platform's name, since names
+        -- may hold colons.
+        insert into queue_service.runs (queue, task, ordering_key, payload, organization_id, reserved_for)
+        select 'thread_response', 'deliver', length(platform) || ':' || platform || ':' || channel_id,
                jsonb_build_object('stream', stream, 'seq', seq, 'kind', kind, 'deployment', deployment,
                                   'message_id', message_id, 'platform', platform, 'channel_id', channel_id,
                                   'user_id', user_id, 'metadata', metadata),
@@ -188,7 +189,8 @@ begin
                  where c.platform = endings.platform and c.channel_id = endings.channel_id
                    and c.expires_at > clock_timestamp())
           from endings where platform <> 'api'
-         order by stream, seq
+         -- Lanes are locked in this order, and those of one lane come in the order of their events.
+         order by length(platform) || ':' || platform || ':' || channel_id, armed_at, message_id
     ), notified as (
         select count(pg_notify('queue_service_events', endings.seq || ' ' || endings.stream)::text),
                count(case when endings.platform <> 'api' then

@@ -1,4 +1,4 @@
-"""A stand-in for a bot platform: it shows messages in channels, knows a key again, edits, and refuses some calls with 429."""
+"""A stand-in for a bot platform: it shows messages in channels, knows a key again, edits, and refuses calls with 429."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from typing import Any
 
 from queue_service import codec, logs
@@ -20,6 +20,10 @@ from queue_service.words import check_word
 Origin = tuple[int, int]
 
 MAX_READ = 1_000
+DEFAULT_READ = 200
+# So many events one statement looks at, in search of a kind.
+SCAN = 10_000
+MAX_SEQ = 2**63 - 1
 TRIM_BATCH = 5_000
 
 
@@ -66,10 +70,58 @@ class Events:
             raise StreamEnded(stream)
         return stored
 
-    async def read(self, stream: str, *, after: int = 0, limit: int = 200) -> list[Event]:
-        """Return up to `limit` events after a cursor, in order. A jump in `seq` is where events were trimmed."""
+    async def read(
+        self,
+        stream: str,
+        *,
+        after: int = 0,
+        limit: int | None = None,
+        kinds: Collection[str] | None = None,
+        last: int | None = None,
+    ) -> list[Event]:
+        """Return up to `limit` events after a cursor (200, if not said), or the `last` so many of the stream; of these
+        `kinds`, or of all. In order, either way. A jump in `seq` is where events were trimmed, or are of other kinds.
+
+        Kinds are in no index. To find what is rare, all events between are looked at, 10,000 with each statement, which
+        takes some milliseconds. Raises ConfigError.
+        """
+        if last is not None:
+            if after or limit is not None:
+                raise ConfigError(
+                    "last= counts from the end of the stream: it goes with kinds=, not with after= or limit=."
+                )
+            _check_count(last, "last")
+            return await self._read_last(stream, last, _kinds(kinds))
+        limit = DEFAULT_READ if limit is None else limit
         _check_range(after, limit)
-        return await self._core.fetch(queries.read(stream, after=after, limit=limit))
+        if kinds is None:
+            return await self._core.fetch(queries.read(stream, after=after, limit=limit))
+        return await self._read_kinds(stream, after, limit, _kinds(kinds) or [])
+
+    async def _read_kinds(self, stream: str, after: int, limit: int, kinds: list[str]) -> list[Event]:
+        events: list[Event] = []
+        looked = SCAN if kinds else 0
+        while looked == SCAN and len(events) < limit:
+            wanted = limit - len(events)
+            found = await self._core.fetch(
+                queries.read_kinds(stream, after=after, kinds=kinds, limit=wanted, scan_limit=SCAN)
+            )
+            events += found.events
+            after, looked = found.place or after, found.looked
+        return events
+
+    async def _read_last(self, stream: str, count: int, kinds: list[str] | None) -> list[Event]:
+        events: list[Event] = []
+        looked, before = SCAN if kinds != [] else 0, MAX_SEQ
+        scan_limit = count if kinds is None else SCAN
+        while looked == SCAN and len(events) < count:
+            wanted = count - len(events)
+            found = await self._core.fetch(
+                queries.read_last(stream, before=before, kinds=kinds, limit=wanted, scan_limit=scan_limit)
+            )
+            events = found.events + events
+            before, looked = found.place or before, found.looked
+        return events
 
     async def head(self, stream: str) -> int:
         """Return the seq of the latest event; 0 for a stream without any."""
@@ -149,5 +201,20 @@ def running_on(stream: str) -> Origin | None:
 def _check_range(after: int, limit: int) -> None:
     if isinstance(after, bool) or not isinstance(after, int) or after < 0:
         raise ConfigError(f"after is a seq, a whole number from 0, not {after!r}.")
-    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_READ:
-        raise ConfigError(f"limit is a whole number from 1 to {MAX_READ:,}, not {limit!r}.")
+    _check_count(limit, "limit")
+
+
+def _check_count(count: int, what: str) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_READ:
+        raise ConfigError(f"{what} is a whole number from 1 to {MAX_READ:,}, not {count!r}.")
+
+
+def _kinds(kinds: Collection[str] | None) -> list[str] | None:
+    if kinds is None:
+        return None
+    if isinstance(kinds, (str, bytes)) or not isinstance(kinds, Collection):
+        raise ConfigError(f'kinds is a list of kinds, such as ["message", "reply"], not {kinds!r}.')
+    listed = list(kinds)
+    for kind in listed:
+        check_word(kind, "A kind")
+    return listed

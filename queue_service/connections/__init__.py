@@ -1,1 +1,1 @@
-"""Which process holds the connection to a channel of a platform."""
+"""Which process holds the connection to a channel of a platform, and what is delivered there."""

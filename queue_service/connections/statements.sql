@@ -26,18 +26,10 @@ delete from queue_service.connections
 returning platform, channel_id
 
 -- name: owner
--- Row: the process that holds a channel's connection. None: nobody holds it, or the lease has lapsed.
-select owner from queue_service.connections
- where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()
-
--- name: deliver
--- Store the delivery of an event, reserved for the process that holds the channel's connection. Row: the id of the run.
--- writes: runs
-insert into queue_service.runs (queue, task, payload, organization_id, reserved_for)
-values ('thread_response', 'deliver', %(payload)s::jsonb, %(organization_id)s, (
-            select owner from queue_service.connections
-             where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()))
-returning id
+-- Row: the process that holds a channel's connection (null: nobody does, or the lease has lapsed), and the time.
+select (select owner from queue_service.connections
+         where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()),
+       clock_timestamp()
 
 -- name: prune
 -- Delete the connections whose lease lapsed longer than `age` ago.

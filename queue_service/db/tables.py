@@ -97,6 +97,7 @@ lanes = Table(
     Column("running", Integer, nullable=False, server_default=text("0")),
     Column("width", Integer, nullable=False, server_default=text("1")),
     Column("task", Text, nullable=False, server_default=text("''")),
+    Column("reserved_for", Text),
     PrimaryKeyConstraint("queue", "ordering_key", name="lanes_pkey"),
 )
 Index("lanes_claim_idx", lanes.c.queue, lanes.c.task, lanes.c.next_at, postgresql_where=text("running < width"))
@@ -308,6 +309,16 @@ connections = Table(
     Column("owner", Text, nullable=False),
     Column("expires_at", _TIMESTAMPTZ, nullable=False),
     PrimaryKeyConstraint("platform", "channel_id", name="connections_pkey"),
+)
+
+renderings = Table(
+    "renderings",
+    metadata,
+    Column("deployment", Text, nullable=False),
+    Column("message_id", Text, nullable=False),
+    Column("platform_message_id", Text, nullable=False),
+    Column("updated_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
+    PrimaryKeyConstraint("deployment", "message_id", name="renderings_pkey"),
 )
 
 deployments = Table(

@@ -64,6 +64,27 @@ def read(stream: str, *, after: int, limit: int) -> Query[list[Event]]:
     return SQL.query("read", _events, stream=stream, after=after, limit=limit)
 
 
+class Found(NamedTuple):
+    """What a bounded walk found, in order; where the next one begins; and how many events it looked at."""
+
+    events: list[Event]
+    place: int | None
+    looked: int
+
+
+def read_kinds(stream: str, *, after: int, kinds: Sequence[str], limit: int, scan_limit: int) -> Query[Found]:
+    """Of the next `scan_limit` events after a cursor, those of these kinds."""
+    return SQL.query(
+        "read_kinds", _found, stream=stream, after=after, kinds=list(kinds), limit=limit, scan_limit=scan_limit
+    )
+
+
+def read_last(stream: str, *, before: int, kinds: Sequence[str] | None, limit: int, scan_limit: int) -> Query[Found]:
+    """Of the `scan_limit` events before a cursor, the last of these kinds; of all where there are none."""
+    named = None if kinds is None else list(kinds)
+    return SQL.query("read_last", _found, stream=stream, before=before, kinds=named, limit=limit, scan_limit=scan_limit)
+
+
 def stream(name: str) -> Query[Stream | None]:
     def decode(rows: Rows) -> Stream | None:
         if not rows:
@@ -104,6 +125,10 @@ def aged(age: timedelta, *, after: str, limit: int) -> Query[list[tuple[str, int
     """The next streams after a name, and the seq up to which the events of each are older than this; None where there
     is none to delete."""
     return SQL.query("aged", lambda rows: [(row[0], row[1]) for row in rows], age=age, after=after, limit=limit)
+
+
+def _found(rows: Rows) -> Found:
+    return Found(_events([row for row in rows if row[1] is not None]), rows[0][7], rows[0][8])
 
 
 def _events(rows: Rows) -> list[Event]:

@@ -106,6 +106,52 @@ select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text, e.attemp
  order by e.seq
  limit %(limit)s
 
+-- define: found
+-- The events at the places `chosen` in the stream, in order, as of `read`, and with each how far this has looked (null:
+-- there is nothing) and how many events it looked at. One row of these two comes even where nothing was found.
+select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body, e.attempt, walk.place, walk.looked
+  from walk
+  left join lateral (
+    select here.*
+      from chosen
+     cross join lateral (
+        select events.stream, events.seq, events.kind, events.terminal, events.created_at, events.body::text as body,
+               events.attempt
+          from queue_service.events
+         where events.stream = %(stream)s and events.seq = chosen.seq limit 1
+     ) as here
+  ) as e on true
+ order by e.seq
+
+-- name: read_kinds
+-- Those of the next `scan_limit` events after a cursor that are of these kinds, at most `limit` of them. Kinds are in no
+-- index: what is rare is looked for in one bounded walk after the other.
+with looked as materialized (
+    select e.seq, e.kind from queue_service.events as e
+     where e.stream = %(stream)s and e.seq > %(after)s
+     order by e.seq limit %(scan_limit)s
+), walk as materialized (
+    select max(looked.seq) as place, count(*) as looked from looked
+), chosen as materialized (
+    select looked.seq from looked where looked.kind = any(%(kinds)s::text[]) order by looked.seq limit %(limit)s
+)
+{found}
+
+-- name: read_last
+-- As `read_kinds`, the last ones of the `scan_limit` events before a cursor. Without kinds, of all.
+with looked as materialized (
+    select e.seq, e.kind from queue_service.events as e
+     where e.stream = %(stream)s and e.seq < %(before)s
+     order by e.seq desc limit %(scan_limit)s
+), walk as materialized (
+    select min(looked.seq) as place, count(*) as looked from looked
+), chosen as materialized (
+    select looked.seq from looked
+     where %(kinds)s::text[] is null or looked.kind = any(%(kinds)s::text[])
+     order by looked.seq desc limit %(limit)s
+)
+{found}
+
 -- name: stream
 -- A stream's head, state and time of creation. No row: it does not exist.
 select head, state, created_at from queue_service.streams where stream = %(stream)s

@@ -22,7 +22,8 @@
 -- snapshot shows another number than the row it then locks takes nothing.
 --
 -- A run that is `reserved_for` an owner is for a second, from its run_at on, that owner's to claim. After that it is
--- anyone's, so that an owner who died delays it and no more.
+-- anyone's, so that an owner who died delays it and no more. A lane says whose its head is, and for that second the others
+-- do not look at it: a look would lock it, and the owner would step over it.
 
 -- define: is_paused
 -- Of a row of `queues`, as the three after it.
@@ -47,6 +48,10 @@ case when queues.max_running is not null then queues.max_running - (
 -- define: is_for_us
 (runs.reserved_for is null or runs.reserved_for = %(owner)s::text
                 or runs.run_at < (select clock_timestamp()) - interval '1 second')
+
+-- define: lane_is_for_us
+(lanes.reserved_for is null or lanes.reserved_for = %(owner)s::text
+                or lanes.next_at < (select clock_timestamp()) - interval '1 second')
 
 -- define: known
 -- The tasks by which lanes are looked for: the claimant's, and that of a lane whose head nobody has looked at.
@@ -111,7 +116,7 @@ select moment.now, due.queue, due.priority, due.run_at, due.id,
          cross join lateral (
             select from queue_service.lanes
              where lanes.queue = asked.queue and lanes.task = known.task and lanes.running < lanes.width
-               and lanes.next_at <= (select clock_timestamp())
+               and lanes.next_at <= (select clock_timestamp()) and {lane_is_for_us}
              order by lanes.queue, lanes.task, lanes.next_at limit 1
          ) as each
          limit 1
@@ -184,7 +189,7 @@ due as materialized (
      cross join lateral (
         select from queue_service.lanes
          where lanes.queue = asked.queue and lanes.task = known.task and lanes.running < lanes.width
-           and lanes.running < asked.width and lanes.next_at <= (select clock_timestamp())
+           and lanes.running < asked.width and lanes.next_at <= (select clock_timestamp()) and {lane_is_for_us}
          order by lanes.queue, lanes.task, lanes.next_at limit 1
      ) as lane
      where asked.wanted > 0
@@ -200,7 +205,7 @@ due as materialized (
         select lanes.ctid as place, lanes.queue, lanes.ordering_key, least(lanes.width, due.width) - lanes.running as room
           from queue_service.lanes
          where lanes.queue = due.queue and lanes.task = due.task and lanes.running < lanes.width
-           and lanes.running < due.width and lanes.next_at <= (select clock_timestamp())
+           and lanes.running < due.width and lanes.next_at <= (select clock_timestamp()) and {lane_is_for_us}
          order by lanes.queue, lanes.task, lanes.next_at
          limit due.share
            for update skip locked

@@ -16,10 +16,12 @@ class Lane(NamedTuple):
     ordering_key: str
 
 
-def tend_lanes(queues: Sequence[str], tasks: Sequence[str], *, limit: int) -> Query[int]:
-    """Put right what lanes that claims look at say of themselves: how many were changed. Of each queue and task at most
-    `limit` are looked at."""
-    return SQL.query("tend_lanes", lambda rows: rows[0][0] or 0, queues=list(queues), tasks=list(tasks), limit=limit)
+def tend_lanes(queues: Sequence[str], tasks: Sequence[str], *, limit: int, owner: str | None = None) -> Query[int]:
+    """Put right what lanes that claims by this owner look at say of themselves: how many were changed. Of each queue and
+    task at most `limit` are looked at."""
+    return SQL.query(
+        "tend_lanes", lambda rows: rows[0][0] or 0, queues=list(queues), tasks=list(tasks), owner=owner, limit=limit
+    )
 
 
 def tend_after(lane: Lane, *, limit: int) -> Query[tuple[Lane, int] | None]:

@@ -1,4 +1,4 @@
--- Lanes that nobody has told of what became of their runs: `tend_lanes` (migration 0013) looks, and writes down what is so.
+-- Lanes that nobody has told of what became of their runs: `tend_lanes` (migration 0017) looks, and writes down what is so.
 
 -- name: tend_lanes
 -- Look at the lanes of these queues that claims would take from, at most `limit` of each queue and task. Row: how many were
@@ -9,7 +9,7 @@ select queue_service.tend_lanes(array_agg(lane.queue), array_agg(lane.ordering_k
  cross join lateral (
     select lanes.queue, lanes.ordering_key from queue_service.lanes
      where lanes.queue = asked.queue and lanes.task = known.task and lanes.running < lanes.width
-       and lanes.next_at <= (select clock_timestamp())
+       and lanes.next_at <= (select clock_timestamp()) and {lane_is_for_us}
      order by lanes.queue, lanes.task, lanes.next_at limit %(limit)s
  ) as lane
 

@@ -70,11 +70,11 @@ select m.deployment, m.message_id, m.stream, m.platform, m.channel_id, m.user_id
 select m.deployment, m.message_id, m.deadline from queue_service.turn_markers as m where m.run_id = %(run_id)s
 
 -- name: prune
--- Forget turns that were armed before `age` ago and have ended, at most `limit` of them, their events and their receipts.
--- Row: how many.
--- writes: turn_outcomes, events, receipts
+-- Forget turns that were armed before `age` ago and have ended, at most `limit` of them, with their events, their receipts
+-- and the ids under which platforms showed them. Row: how many.
+-- writes: turn_outcomes, events, receipts, renderings
 with old as (
-    -- By their places: what is deleted here is never updated.
+    -- By their places: what is deleted here is not updated any more.
     delete from queue_service.turn_outcomes
      where ctid = any(array(
             select o.ctid from queue_service.turn_outcomes as o
@@ -94,6 +94,13 @@ with old as (
             select r.ctid from old cross join lateral (
                 select receipts.ctid from queue_service.receipts
                  where receipts.deployment = old.deployment and receipts.message_id = old.message_id limit 1
+            ) as r))
+), rendered as (
+    delete from queue_service.renderings
+     where ctid = any(array(
+            select r.ctid from old cross join lateral (
+                select renderings.ctid from queue_service.renderings
+                 where renderings.deployment = old.deployment and renderings.message_id = old.message_id limit 1
             ) as r))
 )
 select count(*) from old

@@ -125,7 +125,8 @@ class Claims:
     async def tend_lanes(self) -> None:
         """Look at lanes that gave nothing, so that they stand before nobody. If that changes any, others may be behind."""
         queues, self._untended = sorted(self._untended), set()
-        if await self._connection.fetch(lanes.tend_lanes(queues, self._claimant.tasks, limit=TENDED)):
+        by = self._claimant
+        if await self._connection.fetch(lanes.tend_lanes(queues, by.tasks, limit=TENDED, owner=by.owner)):
             for queue in queues:
                 self._states[queue].lane_freed()
 

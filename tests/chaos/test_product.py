@@ -202,9 +202,9 @@ async def test_the_product_survives_a_storm(database: str, conn: Connection, tmp
             shown = (await http.get(f"{product.platform}/messages")).json()
 
     how = judged(await rows(conn, "select stream, kind, terminal, body from queue_service.events order by stream, seq"))
-    print(
+    print(  # noqa: T201 - the counts are what this is about
         f"\nseed {seed} | {sum(how.values())} turns | {dict(product.faults)} | {dict(how)} | {time.monotonic() - begun:.0f} s"
-    )  # noqa: T201
+    )
     assert sum(how.values()) == TURNS // parties * parties
     assert set(how) <= {"reply", "worker_died"}
     assert how["reply"] > 0

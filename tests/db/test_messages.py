@@ -140,15 +140,20 @@ class TestSending:
                 break
         assert ("queue_service_runs", "0 default") in heard
 
-    async def test_receipts_go_with_their_turns(self, app: App, conn: Connection) -> None:
+    @pytest.mark.parametrize("table", ["receipts", "renderings"])
+    async def test_what_is_kept_with_turns_goes_with_them(self, app: App, conn: Connection, table: str) -> None:
         for message_id in ("old", "new", "owed"):
             await app.turns.send(turn(message_id), "agent_turn", {})
+        await conn.execute(
+            "insert into queue_service.renderings (deployment, message_id, platform_message_id) "
+            "select deployment, message_id, 'ts' from queue_service.turn_outcomes"
+        )
         await app.turns.commit_reply("dep-1", ["old", "new"], {})
         await conn.execute(
             "update queue_service.turn_outcomes set armed_at = armed_at - interval '20 days' where message_id <> 'new'"
         )
         assert await app.fetch(queries.prune(timedelta(days=14), limit=100)) == 1
-        left = await rows(conn, "select message_id from queue_service.receipts order by message_id")
+        left = await rows(conn, f"select message_id from queue_service.{table} order by message_id")
         assert left == [("new",), ("owed",)]
 
 

@@ -25,8 +25,8 @@ REPOSITORY = Path(__file__).parents[2]
 LOCK = 4_718_105_520_114
 TABLES = {
     "runs", "leases", "finished_runs", "finished_runs_default", "queues", "workers", "receipts", "lanes",
-    "turn_markers", "turn_outcomes", "streams", "events", "connections", "deployments", "schedules", "schedule_slots", "steps",
-    "gateways", "gateway_requests",
+    "turn_markers", "turn_outcomes", "streams", "events", "connections", "renderings", "deployments", "schedules",
+    "schedule_slots", "steps", "gateways", "gateway_requests",
 }  # fmt: skip
 
 

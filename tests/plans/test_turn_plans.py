@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 from psycopg import sql
 
+from queue_service.connections import queries as connections
+from queue_service.connections.queries import NewDelivery
 from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.events import queries as events
@@ -22,7 +24,9 @@ from queue_service.turns.queries import Owed
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
 
 TURNS, EVENTS = 100_000, 300_000
-TABLES = {"turn_markers", "turn_outcomes", "receipts", "streams", "events", "runs", "connections"}
+TABLES = {
+    "turn_markers", "turn_outcomes", "receipts", "streams", "events", "runs", "connections", "lanes", "renderings",
+}  # fmt: skip
 
 # Deployments of a hundred turns; a twentieth of the turns has lapsed, a tenth of the outcomes has no marker any more.
 FILL = """
@@ -38,6 +42,8 @@ select deployment, message_id, stream, '5 min', '1 min',
   from queue_service.turn_outcomes where kind is null;
 insert into queue_service.receipts (deployment, message_id, seq, digest)
 select deployment, message_id, 1, 'digest' from queue_service.turn_outcomes;
+insert into queue_service.renderings (deployment, message_id, platform_message_id)
+select deployment, message_id, 'ts' from queue_service.turn_outcomes;
 insert into queue_service.events (stream, seq, kind, body)
 select 's' || n % 1000 + 1, n / 1000 + 1, 'delta', '{}' from generate_series(0, 299999) as n;
 """
@@ -68,7 +74,7 @@ def stage(request: pytest.FixtureRequest, filled: Sync) -> Stage:
         filled.execute("analyze")
         filled.execute(pool.SESSION.encode())
     if request.param == "believed full, empty":
-        for table in sorted(TABLES - {"runs", "connections"}):
+        for table in sorted(TABLES - {"runs", "connections", "lanes"}):
             filled.execute(f"delete from queue_service.{table}".encode())
     return Stage(filled, request.param)
 
@@ -95,6 +101,8 @@ RUN = {
     "organization_id": None,
 }  # fmt: skip
 
+DELIVERY = NewDelivery("chat", "c1", '{"stream": "s7"}', None, 3)
+
 # Each statement, and how many rows it may look at in a full database.
 STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "arm": (lambda: turns.arm([owed("new")]), 10),
@@ -119,13 +127,24 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "is_live": (lambda: turns.is_live("d5", "m501"), 2),
     "standing": (lambda: turns.standing("d5", "m510"), 4),
     "overdue": (lambda: turns.overdue(limit=50), 60),
-    "prune turns": (lambda: turns.prune(timedelta(days=14), limit=100), 700),
+    "prune turns": (lambda: turns.prune(timedelta(days=14), limit=100), 900),
+    "deliver": (lambda: connections.deliver(DELIVERY), 2),
+    "deliver seq": (lambda: connections.deliver_seq(DELIVERY, 7), 3),
+    "shown": (lambda: connections.shown((1, 1), "d5", "m510", "ts"), 3),
+    "shown id": (lambda: connections.platform_message_id("d5", "m510"), 1),
+    "note": (lambda: connections.note((1, 1), "{}"), 1),
     "append": (lambda: events.append([NewEvent("s7", "delta", "{}")], notify=False), 5),
     "append many": (lambda: events.append([NewEvent(f"s{n % 50}", "delta", "{}") for n in range(100)], notify=False), 500),
     "append free": (lambda: events.append_free([NewEvent("s7", "delta", "{}")], notify=False), 8),
     "append many free": (
         lambda: events.append_free([NewEvent(f"s{n % 50}", "delta", "{}") for n in range(100)], notify=False), 500),
     "read": (lambda: events.read("s7", after=100, limit=50), 50),
+    "read kinds": (
+        lambda: events.read_kinds("s7", after=100, kinds=["card", "delta"], limit=50, scan_limit=100), 150),
+    "read rare kinds": (lambda: events.read_kinds("s7", after=100, kinds=["card"], limit=50, scan_limit=100), 100),
+    "read last": (lambda: events.read_last("s7", before=2**63 - 1, kinds=None, limit=50, scan_limit=50), 100),
+    "read last of kinds": (
+        lambda: events.read_last("s7", before=2**63 - 1, kinds=["delta"], limit=50, scan_limit=100), 150),
     "stream": (lambda: events.stream("s7"), 1),
     "heads": (lambda: events.heads([f"s{n}" for n in range(100)]), 200),
     "tails": (lambda: events.tails({f"s{n}": 295 for n in range(1, 100)}, limit=200), 1_000),

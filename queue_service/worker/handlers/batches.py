@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from queue_service.errors import AnswerRefused
 from queue_service.exceptions import is_a
 from queue_service.runs.model import Run
 from queue_service.tasks import Task, Tasks
@@ -14,16 +15,6 @@ from queue_service.worker.leases import Held
 
 # Named in a message, of the ids that an answer misses or has too many.
 NAMED = 5
-
-
-class AnswerRefused(TypeError):
-    """What a handler returned does not say what became of each run."""
-
-    def __init__(self, runs: list[Run], what: str) -> None:
-        super().__init__(
-            f"The handler of task {runs[0].task!r} was given {len(runs):,} runs and returned {what}. Return None (all "
-            "succeeded), a list with an answer for each run in their order, or a dict from run.id to the answer."
-        )
 
 
 def taken(first: Held, task: Task[..., Any], waiting: deque[Held]) -> list[Held]:
@@ -55,16 +46,24 @@ def answers(runs: list[Run], answer: Any) -> list[Any]:
         return [answer] * len(runs)
     if isinstance(answer, (list, tuple)):
         if len(answer) != len(runs):
-            raise AnswerRefused(runs, f"{len(answer):,} answers")
+            raise _refused(runs, f"{len(answer):,} answers")
         return list(answer)
     if not isinstance(answer, Mapping):
-        raise AnswerRefused(runs, f"a value of type {type(answer).__name__}")
+        raise _refused(runs, f"a value of type {type(answer).__name__}")
     ids = {run.id for run in runs}
     if missing := sorted(ids - answer.keys()):
-        raise AnswerRefused(runs, f"no answer for {_some(missing)}")
+        raise _refused(runs, f"no answer for {_some(missing)}")
     if unknown := [key for key in answer if key not in ids]:
-        raise AnswerRefused(runs, f"an answer for {_some(unknown)}, which it was not given")
+        raise _refused(runs, f"an answer for {_some(unknown)}, which it was not given")
     return [answer[run.id] for run in runs]
+
+
+def _refused(runs: list[Run], what: str) -> AnswerRefused:
+    """What a handler returned does not say what became of each run."""
+    return AnswerRefused(
+        f"The handler of task {runs[0].task!r} was given {len(runs):,} runs and returned {what}. Return None (all "
+        "succeeded), a list with an answer for each run in their order, or a dict from run.id to the answer."
+    )
 
 
 def _some(ids: list[Any]) -> str:

@@ -9,15 +9,12 @@ from typing import Any
 
 import msgspec
 
-from queue_service import backoff, codec, exceptions
+from queue_service import codec, exceptions
 from queue_service.errors import ClaimLost, ConfigError, PayloadRefused
-from queue_service.logs import get_logger
 from queue_service.runs.model import Ending, Return, Run, RunState
-from queue_service.tasks import Cancel, Defer, HandedOn, ProcessDied, Retry, RetryLater, Snooze, duration
+from queue_service.tasks import Cancel, Defer, HandedOn, ProcessDied, Retry, Snooze, duration, wait_after
 from queue_service.words import check_word
 from queue_service.worker.tally import Settlement
-
-log = get_logger(__name__)
 
 # What a handler may return that is not its result.
 WORDS = (Snooze, Cancel, HandedOn)
@@ -56,7 +53,7 @@ def raised(run: Run, retry: Retry, error: BaseException, *, alone: bool = True) 
     if exceptions.is_a(error, ClaimLost) and _is_about(error, run):
         # Nothing to be written: the finisher will find it lost, too.
         return Return(run.claim)
-    delay = _delay(run, retry, error, alone=alone)
+    delay = wait_after(run, retry, error, alone=alone)
     described = _described(error)
     exceptions.release(error)
     if delay is None:
@@ -111,26 +108,6 @@ def _is_about(lost: ClaimLost, run: Run) -> bool:
         return bool(lost.run_id == run.id)
     except BaseException:  # noqa: BLE001 - a subclass may have another idea of its attributes
         return False
-
-
-def _delay(run: Run, retry: Retry, error: BaseException, *, alone: bool) -> float | None:
-    """Seconds until the next try; None if there is none."""
-    failures = run.failures + 1
-    if failures >= (run.max_attempts or retry.max_attempts):
-        return None
-    try:
-        if exceptions.is_a(error, RetryLater):
-            return duration(error.delay, "The delay of a RetryLater").total_seconds()
-        if alone and not retry.covers(error):
-            return None
-        wait = retry.wait(failures, error) if run.retry_delay is None else run.retry_delay.total_seconds()
-        return backoff.exponential(failures) if wait is None and not alone else wait
-    except BaseException as broken:  # noqa: BLE001 - a policy that is broken must not cost its run the next try
-        log.error(
-            "a retry policy failed; the exponential wait is taken",
-            run_id=run.id, task=run.task, why=exceptions.message(broken), error=exceptions.type_name(broken),
-        )  # fmt: skip
-        return backoff.exponential(failures)
 
 
 def _described(error: BaseException) -> str:
