@@ -30,6 +30,10 @@ PROGRAMS = {
         "worker_died\n"
     ),
     "supervisors": "reply Hello, Ada\n",
+    "steering": ("m0 a tent and make it red ['m0', 'm1']\nm1 a tent and make it red ['m0', 'm1']\n"),
+    "hooks": "ready\ndone\n",
+    "agents_handler": "['message', 'delta', 'delta', 'delta', 'reply']\n",
+    "agents_tools": "Booked: number 1 ['a table']\n",
     "exactly_once": "succeeded {'paid': 30} on attempt 2\n(70, 1)\n",
     "steps": "succeeded with receipt 7 on attempt 2 - charged [30]\n",
     "gateway": "5 routes\n",
