@@ -55,8 +55,8 @@ create type queue_service.turn_ending as (
     metadata jsonb, armed_at timestamptz, run_id bigint, kind text, code text, body jsonb
 );
 
--- End those of these runs `cancelled` that are queued: their turns were answered. It waits for nobody, since the caller has
--- locked markers, which come after runs and lanes: what another session holds stays, and finds its turn ended when it runs.
+-- End those of these runs `cancelled` that are queued: their turns were answered. It waits for nobody, since the caller
+-- has locked markers, which come after runs: what another session holds stays, and finds its turn ended when it runs.
 create function queue_service.retire_runs(ids bigint[]) returns void language plpgsql set search_path = ''
 set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off as $$
 declare

@@ -14,7 +14,11 @@ with target as materialized (
     delete from queue_service.runs
      where id = %(run_id)s and (select target.state from target) = 'queued'
     returning runs.*
-), {leave_lanes}, ended as (
+), over as materialized (
+    select id, metadata -> 'turn' as turn, 'cancelled' as state, coalesce(error, jsonb_build_object(
+               'reason', 'cancelled', 'message', 'It was cancelled before it started.')) as error
+      from gone where metadata ? 'turn'
+), {end_turns}, {leave_lanes}, ended as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
@@ -22,20 +26,18 @@ with target as materialized (
            coalesce(error, jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.')),
            attempts
       from gone
-    returning id, metadata -> 'turn' as turn, state, error
-), over as materialized (
-    select id, turn, state, error from ended where turn is not null
-), {end_turns}, asked as (
+    returning id
+), asked as (
     update queue_service.runs set cancel_requested = true
      where id = %(run_id)s and (select target.state from target) = 'running'
     returning id
 )
-select 'cancelled' from ended
- where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
+select 'cancelled' from ended where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 union all select 'requested' from asked
 
 -- name: take_back
--- A turn's run that was never begun ends `cancelled`, and the turn with it. Row: its id; none where it was begun, or has ended.
+-- A turn's run that was never begun ends `cancelled`, and the turn with it. Row: its id; none where it was begun, or is no
+-- more.
 -- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with target as materialized (
     select runs.id from queue_service.runs
@@ -45,16 +47,18 @@ with target as materialized (
        for update
 ), gone as (
     delete from queue_service.runs where id = any(array(select target.id from target)) returning runs.*
-), {leave_lanes}, ended as (
+), over as materialized (
+    select id, metadata -> 'turn' as turn, 'cancelled' as state,
+           jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.') as error
+      from gone where metadata ? 'turn'
+), {end_turns}, {leave_lanes}, ended as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
            metadata, null, jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.'), attempts
       from gone
-    returning id, metadata -> 'turn' as turn, state, error
-), over as materialized (
-    select id, turn, state, error from ended where turn is not null
-), {end_turns}
+    returning id
+)
 select id from ended where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 
 -- define: end_late
@@ -68,9 +72,9 @@ gone as (
               priority, 'expired' as state, queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
               timeout, metadata, null::jsonb,
               coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.')), attempts
-), {leave_lanes}, over as materialized (
+), over as materialized (
     select id, metadata -> 'turn' as turn, state, null::jsonb as error from gone where metadata ? 'turn'
-), {end_turns}
+), {end_turns}, {leave_lanes}
 insert into queue_service.finished_runs ({history_columns})
 select * from gone where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 returning id
@@ -202,9 +206,9 @@ select moment.until, stretch.last,
 with gone as (
     delete from queue_service.runs where id = %(run_id)s and state = 'queued'
     returning id, queue, ordering_key, state, metadata -> 'turn' as turn
-), {leave_lanes}, over as materialized (
+), over as materialized (
     select id, turn, 'deleted' as state, null::jsonb as error from gone where turn is not null
-), {end_turns}, finished as (
+), {end_turns}, {leave_lanes}, finished as (
     delete from queue_service.finished_runs where id = %(run_id)s returning id
 )
 select id from gone where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
@@ -224,7 +228,7 @@ with gone as (
                               order by queue, ordering_key, id limit %(limit)s for update skip locked))
        and state = 'queued'
     returning id, queue, ordering_key, state, metadata -> 'turn' as turn
-), {leave_lanes}, over as materialized (
+), over as materialized (
     select id, turn, 'deleted' as state, null::jsonb as error from gone where turn is not null
-), {end_turns}
+), {end_turns}, {leave_lanes}
 select count(*) from gone where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0

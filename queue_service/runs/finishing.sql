@@ -26,10 +26,10 @@ with freed as (
     delete from queue_service.runs
      where {is_held} and (select count(*) from freed) >= 0
     returning runs.*, (select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1) as outcome
-), {leave_lanes}, over as materialized (
+), over as materialized (
     select id, metadata -> 'turn' as turn, coalesce(outcome ->> 'state', 'succeeded') as state, outcome -> 'error' as error
       from gone where metadata ? 'turn'
-), {end_turns}
+), {end_turns}, {leave_lanes}
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
        least(failures, 2147483646) + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts,
@@ -40,8 +40,8 @@ select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
 returning id, attempt
 
 -- name: hand_on
--- As `finish`, of runs that succeeded and have handed their turns on. `heirs` are the runs that answer from now on, null where
--- the deployment of the turn does; either has a whole admission to take it up. A turn that was handed on to a run which has
+-- As `finish`, of runs that succeeded and have handed their turns on. `heirs` are the runs that answer from now on, null
+-- where the deployment of the turn does; either has a whole admission to take it up. A turn that was handed on to a run which has
 -- ended ends. The heirs are changed before lanes are locked, since whoever ends one takes the same order; their row's lock
 -- decides who is first, and the end of an heir finds the turn in its metadata.
 -- writes: runs, finished_runs, leases, turn_markers, turn_outcomes, streams, events
@@ -60,16 +60,16 @@ with freed as (
 ), gone as materialized (
     select taken.*, heir is null or heir in (select inherited.id from inherited) as is_passed_on from taken
      where (select count(*) from inherited) >= 0
-), {leave_lanes}, over as materialized (
+), over as materialized (
     select id, metadata -> 'turn' as turn, 'succeeded' as state, jsonb_build_object(
                'message', format('It was handed on to run %%s, which has ended or never was.', heir)) as error
       from gone where metadata ? 'turn' and not is_passed_on
-), {end_turns}, passed_on as (
+), {end_turns}, {leave_lanes}, passed_on as (
     update queue_service.turn_markers as m
        set run_id = gone.heir, deadline = least(clock_timestamp() + m.admission, m.ends_by), admitted_at = null
       from gone
-     where m.deployment = gone.metadata -> 'turn' ->> 'deployment' and m.message_id = gone.metadata -> 'turn' ->> 'message_id'
-       and m.run_id = gone.id and gone.is_passed_on
+     where m.deployment = gone.metadata -> 'turn' ->> 'deployment'
+       and m.message_id = gone.metadata -> 'turn' ->> 'message_id' and m.run_id = gone.id and gone.is_passed_on
 )
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt, failures, losses, max_attempts, priority,
@@ -89,11 +89,16 @@ returning id, attempt
 -- writes: runs, finished_runs, leases, turn_markers, turn_outcomes, streams, events
 with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
-), moved as materialized (
-    select runs.id, runs.queue, runs.ordering_key, runs.cancel_requested from queue_service.runs
+), held as materialized (
+    select runs.id, runs.queue, runs.ordering_key, runs.cancel_requested, runs.metadata -> 'turn' as turn
+      from queue_service.runs
      where {is_held} and (select count(*) from freed) >= 0
      order by runs.id
        for update
+), over as materialized (
+    select id, turn, 'cancelled' as state, null::jsonb as error from held where cancel_requested and turn is not null
+), {end_turns}, moved as materialized (
+    select * from held where (select count(*) from turns_ended) >= 0
 ), {lock_lanes}, gone as (
     delete from queue_service.runs
      where runs.id = any(array(select moved.id from moved where moved.cancel_requested))
@@ -107,10 +112,8 @@ with freed as (
            metadata, null, coalesce(outcome -> 'error', jsonb_build_object('reason', 'cancelled', 'message',
                'It was cancelled while it ran.')), attempts
       from gone
-    returning id, attempt, metadata -> 'turn' as turn, state, error
-), over as materialized (
-    select id, turn, state, error from cancelled where turn is not null
-), {end_turns}, queued as (
+    returning id, attempt
+), queued as (
     update queue_service.runs
        set state = 'queued', lease_id = null, claimed_at = null,
            failures = least(failures, 2147483646) + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
@@ -128,8 +131,7 @@ with freed as (
 select id, attempt from queued
  where (select count(*) from notified) >= 0 and (select count(*) from locked_lanes) >= 0
 union all
-select id, attempt from cancelled
- where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
+select id, attempt from cancelled where (select count(*) from lanes_left) >= 0
 
 -- name: busy
 -- Of these claims, those that are held, but whose run or lane another session has locked: their endings would wait for it.

@@ -30,23 +30,24 @@ locked_lanes as materialized (
 )
 
 -- define: leave_lanes
--- Tells their lanes, once each and in their one order, that the runs `gone` have left them. Each statement that deletes runs
--- does it: a trigger would be called for each run.
+-- Tells their lanes, once each and in their one order, that the runs `gone` have left them, after their turns have ended. Each
+-- statement that deletes runs does it: a trigger would be called for each run.
 lanes_left as materialized (
     select queue_service.leave_lanes(array_agg(lane.queue), array_agg(lane.ordering_key), array_agg(lane.ended))
       from (select gone.queue, gone.ordering_key, count(*) filter (where gone.state = 'running')::integer as ended
               from gone where gone.ordering_key is not null
              group by gone.queue, gone.ordering_key order by gone.queue, gone.ordering_key) as lane
-    having count(*) > 0
+    having count(*) > 0 and (select count(*) from turns_ended) >= 0
 )
 
 -- define: end_turns
--- Ends the turns of the runs `over`, which have ended or were deleted, after their lanes are left: migration 0014. Each
--- statement that deletes runs does it, or turns would be owed an ending by nobody.
+-- Ends the turns of the runs `over`, which end or are deleted by the same statement: migration 0014. Each statement that
+-- deletes runs does it, or turns would be owed an ending by nobody; and before it locks lanes, since whoever sends a message
+-- has its stream locked when the trigger comes to the lane.
 turns_ended as materialized (
     select queue_service.end_turns(array_agg(over.id), array_agg(over.turn), array_agg(over.state), array_agg(over.error))
       from over
-    having count(*) > 0 and (select count(*) from lanes_left) >= 0
+    having count(*) > 0
 )
 
 -- define: unlocked

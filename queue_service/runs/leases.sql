@@ -39,8 +39,9 @@ returning id
 -- Takes what is left of the runs of `lapsed` (leases with their runs, their worker, and the tasks that are not to be begun
 -- twice). Each goes back to its place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at
 -- `max_losses`, and at the first loss if its task is among those. Rows: run id, its state now, its queue and priority.
-moved as materialized (
-    select id, queue, ordering_key, cancel_requested or least(losses, 2147483646) + 1 >= %(max_losses)s
+held as materialized (
+    select id, queue, ordering_key, cancel_requested, losses, metadata -> 'turn' as turn,
+           cancel_requested or least(losses, 2147483646) + 1 >= %(max_losses)s
                or coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                as is_over
       from queue_service.runs
@@ -48,6 +49,13 @@ moved as materialized (
        and lease_id = any(array(select lapsed.id from lapsed)) and state = 'running'
      order by id
        for update
+), over as materialized (
+    select id, turn, case when cancel_requested then 'cancelled' else 'failed' end as state,
+           jsonb_build_object('reason', 'worker_lost', 'message', format(
+               'The worker was lost while its run was with it, for the %%s. time.', least(losses, 2147483646) + 1)) as error
+      from held where is_over and turn is not null
+), {end_turns}, moved as materialized (
+    select * from held where (select count(*) from turns_ended) >= 0
 ), {lock_lanes}, gone as (
     delete from queue_service.runs
      where id = any(array(select moved.id from moved where moved.is_over))
@@ -66,10 +74,8 @@ moved as materialized (
                when coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                then ' Its task says on_lost="fail": it is begun again only if you retry it.' else '' end), attempts
       from gone
-    returning id, state, queue, priority, metadata -> 'turn' as turn, error
-), over as materialized (
-    select id, turn, state, error from ended where turn is not null
-), {end_turns}, queued as (
+    returning id, state, queue, priority
+), queued as (
     update queue_service.runs
        set state = 'queued', lease_id = null, claimed_at = null, losses = least(losses, 2147483646) + 1,
            error = jsonb_build_object(
@@ -84,8 +90,7 @@ moved as materialized (
 )
 select id, state, queue, priority from queued where (select count(*) from locked_lanes) >= 0
 union all
-select id, state, queue, priority from ended
- where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
+select id, state, queue, priority from ended where (select count(*) from lanes_left) >= 0
 
 -- name: sweep
 -- Take the leases that have lapsed, at most `limit` of them, `excluding` these, and with them the runs they held. The guard

@@ -113,10 +113,10 @@ select 'known', (select m.run_id from queue_service.turn_markers as m
 -- name: send
 -- Take in a message: store it as an event of its stream, arm its turn, and store the run that works on it, all or nothing,
 -- and once. Where runs of its lane are before it, a second event says how many. A stream that was new or suspended is active
--- then. The run is stored before the stream is locked: the end of a run takes its lane first, too. Row: 'sent' or 'known',
--- the seq of the event and the digest of the message (null for a turn that was armed by other means); 'ended' where the
--- stream takes no messages. No row: another session is sending it, send it again; and so where this is a not-null violation: the
--- stream was closed after this statement began to look, its head was not moved, and a receipt without a seq takes all back.
+-- then. Row: 'sent' or 'known', the seq of the event and the digest of the message (null for a turn that was armed by other
+-- means); 'ended' where the stream takes no messages. No row: another session is sending it, send it again; and so where this
+-- is a not-null violation: the stream was closed after this statement began to look, its head was not moved, and a receipt
+-- without a seq takes all back.
 -- writes: turn_outcomes, turn_markers, streams, events, runs, receipts
 with {asked}, open_streams as materialized (
     select asked.stream from asked

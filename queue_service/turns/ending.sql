@@ -1,8 +1,9 @@
 -- Ending turns. An armed turn is a row of `turn_markers`; deleting it is the election of whoever writes the ending, and the
 -- ending is written by the very statement that deletes it.
 --
--- Locks are taken in this order: leases, runs, lanes, outcomes, markers, streams, and at last the lanes of deliveries; those
--- of one kind by ascending key. A statement that ends turns touches their outcomes last all the same: it holds the marker, and
+-- Locks are taken in this order: leases, runs, outcomes, markers, streams, lanes; those of one kind by ascending key, and the
+-- lanes of deliveries before others, since an ending stores them as it goes. What is stored in a lane locks it when its
+-- statement is over, which is when triggers fire. A statement that ends turns touches their outcomes last all the same: it holds the marker, and
 -- nobody else writes the outcome of a turn whose marker is held. The run of a turn that is answered together with
 -- others ends with it, if it is queued: a message that was consumed by the answer to another is not begun.
 

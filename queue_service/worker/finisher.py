@@ -28,7 +28,7 @@ from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefus
 from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
 from queue_service.runs import settling
-from queue_service.runs.model import Ending, Return, RunState
+from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.services.loop import Service
 from queue_service.turn import IN_METADATA
 from queue_service.worker.leases import Held, Leases
@@ -49,6 +49,9 @@ AGAIN = 1.0
 # more if this process died.
 MAX_UNWRITTEN, MAX_BYTES = 2_000, 16 * 1024 * 1024
 
+
+# As the statements that make deliveries spell it.
+DELIVERIES = "thread_response"
 
 Entry = tuple[Held, Settlement | None]
 
@@ -372,20 +375,25 @@ class Finisher:
 
 
 def _by_kind(entries: Sequence[Entry]) -> list[_Group]:
-    """One group for each statement. What works on turns goes apart: their statements lock streams, and then the lanes of
-    deliveries, which those that end deliveries have locked from the beginning."""
-    if all(type(outcome) is not Return and held.run.metadata is None for held, outcome in entries):
+    """One group for each statement. Turns and deliveries go apart: an ending of a turn locks the lane of its delivery, and
+    then the run's own. Who locked lanes of both kinds in another order would deadlock with it."""
+    if all(type(outcome) is not Return and _is_plain(held.run) for held, outcome in entries):
         return [_Group(entries)] if entries else []
-    groups: dict[tuple[bool, bool, bool], list[Entry]] = {}
+    groups: dict[tuple[bool, ...], list[Entry]] = {}
     for entry in entries:
         held, outcome = entry
         kind = (
             isinstance(outcome, Return),
             isinstance(outcome, Ending) and outcome.handed_on,
             IN_METADATA in (held.run.metadata or ()),
+            held.run.queue == DELIVERIES,
         )
         groups.setdefault(kind, []).append(entry)
     return [_Group(groups[kind]) for kind in sorted(groups)]
+
+
+def _is_plain(run: Run) -> bool:
+    return run.metadata is None and run.queue != DELIVERIES
 
 
 def _verdict(refused: Exception) -> Verdict:
