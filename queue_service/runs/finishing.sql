@@ -1,5 +1,5 @@
 -- What becomes of claimed runs, and of each write whether its claim was still held: `attempt` has moved if it was not.
--- Locks are taken leases first, then runs by ascending id, then lanes by queue and key.
+-- Locks are taken leases first, then runs by ascending id, then those of their turns, then lanes by queue and key.
 --
 -- The columns of a run that is running or has ended describe its last attempt. Those before it that failed or lost their
 -- worker are in `attempts`, the last twenty, their errors shortened; null where there were none, which costs nothing.

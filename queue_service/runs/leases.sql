@@ -1,6 +1,6 @@
 -- The leases under which workers hold what they claimed: kept up while a worker lives, swept when it does not.
--- A lease lists the runs that one statement claimed. Locks are taken leases first, then runs by ascending id, then lanes by
--- queue and key.
+-- A lease lists the runs that one statement claimed. Locks are taken leases first, then runs by ascending id, then those of
+-- their turns, then lanes by queue and key.
 
 -- name: extend
 -- Push the deadline of leases. One row for each that is still held; the others were swept, and their runs with them.

@@ -35,7 +35,7 @@ async def read(app: App, request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     ("options", "seqs"),
     [
         ({"kinds": ["card"]}, [5, 10, 15]),
-        ({"kinds": {"card", "status"}}, [5, 7, 10, 15]),
+        ({"kinds": ("card", "status")}, [5, 7, 10, 15]),
         ({"kinds": ("card", "reply"), "after": 5}, [10, 15, 20]),
         ({"kinds": ["card"], "limit": 2}, [5, 10]),
         ({"kinds": ["card"], "limit": 2, "after": 10}, [15]),

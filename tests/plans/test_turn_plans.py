@@ -111,6 +111,11 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
     "dispatch": (lambda: turns.dispatch(owed("new"), RUN, None), 10),
     "dispatch again": (lambda: turns.dispatch(owed("m501"), RUN, None), 10),
     "send": (lambda: turns.send(owed("new"), RUN, "{}", "digest", None, notify=False), 12),
+    "send in a lane": (
+        lambda: turns.send(owed("new"), {**RUN, "ordering_key": "k"}, "{}", "digest", None, notify=False), 15),
+    "interrupt": (lambda: turns.interrupt("d5", "m501"), 400),
+    "waits": (lambda: turns.waits("d5", "m501"), 4),
+    "message_seq": (lambda: turns.message_seq("d5", "m501"), 2),
     "send again": (lambda: turns.send(owed("m501"), RUN, "{}", "digest", None, notify=False), 12),
     "end": (lambda: turns.end([ending(501)], notify=False), 15),
     "end many": (lambda: turns.end([ending(n) for n in range(1, 1_000, 7)], notify=False), 2_000),
