@@ -47,6 +47,7 @@ class Messages:
         metadata: Mapping[str, Any] | None,
         options: Mapping[str, Any],
         mode: Mode,
+        conn: Any,
     ) -> Receipt:
         """As `Turns.send` says."""
         if mode not in get_args(Mode):
@@ -59,23 +60,38 @@ class Messages:
         if mode != "queue":
             said |= {"mode": mode, "deployment": turn.deployment}
         digest = hashlib.sha256(msgspec.json.encode([turn.stream, task, payload], order="sorted")).hexdigest()
-        sent = await self._sent(owed, turn, run, msgspec.json.encode(said).decode(), digest, notice)
+        message = msgspec.json.encode(said).decode()
+        if conn is not None:
+            receipt = await self._sent(
+                owed, turn, queries.send(owed, run, message, digest, notice, notify=True), digest, conn
+            )
+        else:
+            receipt = await self._sent_and_noticed(owed, turn, run, message, digest, notice)
         if mode == "interrupt":
-            await self._interrupt(turn)
-        return sent
+            await self._interrupt(turn, conn)
+        return receipt
 
-    async def _sent(
+    async def _sent_and_noticed(
         self, owed: Owed, turn: Turn, run: dict[str, Any], message: str, digest: str, notice: Notice | None
     ) -> Receipt:
         notifier = self._core.opened.notifier
         rides = notice is not None and notifier.try_reserve(notice.channel)
         notify = notifier.try_reserve(channels.EVENTS)
-        query: Query[Sent | None] = queries.send(owed, run, message, digest, notice if rides else None, notify=notify)
+        query = queries.send(owed, run, message, digest, notice if rides else None, notify=notify)
+        receipt = await self._sent(owed, turn, query, digest, None)
+        if receipt.new:
+            notifier.send([] if notice is None or rides else [notice])
+            notifier.send([] if notify else channels.appended({turn.stream: receipt.seq}))
+        return receipt
+
+    async def _sent(self, owed: Owed, turn: Turn, query: Query[Sent | None], digest: str, conn: Any) -> Receipt:
         for _ in range(MAX_TRIES):
             try:
-                sent = await self._core.fetch(query)
+                sent = await self._core.fetch(query, conn)
             except pg.NotNullViolation:
-                # The stream was closed at this moment; the next look sees that.
+                # The stream was closed at this moment; the next look sees that. A caller's transaction has failed with it.
+                if conn is not None:
+                    raise StreamEnded(turn.stream) from None
                 continue
             if sent is None:
                 continue
@@ -83,20 +99,22 @@ class Messages:
                 raise StreamEnded(turn.stream)
             if sent.seq is None or sent.digest != digest:
                 raise MessageConflict(*owed.key)
-            if sent.word == "sent":
-                notifier.send([] if notice is None or rides else [notice])
-                notifier.send([] if notify else channels.appended({turn.stream: sent.seq}))
             return Receipt(
                 deployment=turn.deployment, message_id=turn.message_id, stream=turn.stream, seq=sent.seq,
                 new=sent.word == "sent",
             )  # fmt: skip
         raise contested(turn)
 
-    async def _interrupt(self, turn: Turn) -> None:
+    async def _interrupt(self, turn: Turn, conn: Any) -> None:
         """The handlers at work are cancelled once their turns have ended: what they still do comes too late."""
-        for _, run_id in await self._core.fetch(queries.interrupt(turn.deployment, turn.message_id)):
-            if run_id is not None:
+        for _, run_id in await self._core.fetch(queries.interrupt(turn.deployment, turn.message_id), conn):
+            if run_id is None:
+                continue
+            if conn is None:
                 await self._runs.cancel(run_id)
+            elif await self._core.fetch(runs.cancel(run_id), conn) == "requested":
+                cancelled = [channels.about_runs(channels.CANCEL, [run_id])]
+                await self._core.fetch(channels.notify(cancelled, alone=False), conn)
 
     async def take_back(self, deployment: str, message_id: str) -> bool:
         """As `Turns.unsend` says."""

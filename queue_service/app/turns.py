@@ -138,6 +138,7 @@ class Turns:
         total: timedelta | float | None = None,
         metadata: Mapping[str, Any] | None = None,
         mode: Mode = "queue",
+        conn: Any = None,
         **options: Any,
     ) -> Receipt:
         """Take in a person's message: store it as an event of kind `message` in the turn's stream, and dispatch the turn,
@@ -149,11 +150,12 @@ class Turns:
         `mode` says what a message does that comes while another one is answered. `queue`: it waits. `steer`: it is also
         offered to the handler at work (`Run.inputs`). `interrupt`: the turns of its stream that are being worked on end
         `cancelled`. The last two have the stream as their `ordering_key` unless they are given another, and their event
-        says the mode. Raises MessageConflict for another payload under a message id that was used, StreamEnded for a
-        stream that is closing too.
+        says the mode. With `conn` all of it is part of the caller's transaction, which has the stream until it ends.
+        Raises MessageConflict for another payload under a message id that was used, StreamEnded for a stream that is
+        closing too.
         """
         owed = self._owed(turn, admission, execution, total)
-        return await self._messages.send(owed, turn, task, payload, metadata, options, mode)
+        return await self._messages.send(owed, turn, task, payload, metadata, options, mode, conn)
 
     async def unsend(self, deployment: str, message_id: str) -> bool:
         """Take a message back: its turn ends `cancelled` and its run is not begun. Returns False if it was begun, or has

@@ -201,3 +201,40 @@ class TestRace:
         else:
             assert (await waiting).seq == 2
         assert await counts(conn) == dict.fromkeys(TABLES, 1 if commit else 2)
+
+
+class TestInTheCallersTransaction:
+    async def test_a_message_is_taken_in_with_the_commit_or_not_at_all(self, app: App, conn: Connection) -> None:
+        turn = Turn(deployment="dep-1", message_id="m1", stream="conv-1")
+        with pytest.raises(RuntimeError):
+            async with conn.transaction():
+                await app.turns.send(turn, "agent_turn", {"text": "hi"}, conn=conn)
+                raise RuntimeError
+        for table in ("runs", "turn_markers", "turn_outcomes", "events", "receipts"):
+            assert await one(conn, f"select count(*) from queue_service.{table}") == 0
+        async with conn.transaction():
+            receipt = await app.turns.send(turn, "agent_turn", {"text": "hi"}, conn=conn)
+        assert (receipt.seq, receipt.new) == (1, True)
+        again = await app.turns.send(turn, "agent_turn", {"text": "hi"})
+        assert (again.seq, again.new) == (1, False)
+
+    async def test_it_interrupts_with_the_commit(self, app: App, conn: Connection) -> None:
+        begun = asyncio.Event()
+
+        @app.task()
+        async def agent_turn(run: Run, text: str) -> None:
+            assert run.turn is not None
+            if text == "first":
+                begun.set()
+                await asyncio.Event().wait()
+            await app.turns.commit_reply("dep-1", [run.turn.message_id], {})
+
+        async with working(app):
+            first, second = (Turn(deployment="dep-1", message_id=each, stream="conv-1") for each in ("m1", "m2"))
+            await app.turns.send(first, "agent_turn", {"text": "first"}, ordering_key="conv-1")
+            await begun.wait()
+            async with conn.transaction():
+                await app.turns.send(second, "agent_turn", {"text": "second"}, mode="interrupt", conn=conn)
+                assert await app.turns.is_live("dep-1", "m1")
+            assert (await app.turns.wait("dep-1", "m1", timeout=10)).code == "cancelled"
+            assert (await app.turns.wait("dep-1", "m2", timeout=10)).kind == "reply"
