@@ -38,7 +38,7 @@ from queue_service.turns.model import (
     may_name,
     replied,
 )
-from queue_service.turns.queries import Key, Outage, Owed, TurnCounts
+from queue_service.turns.queries import Key, Owed, TurnCounts
 from queue_service.words import check_word
 
 log = get_logger(__name__)
@@ -191,7 +191,7 @@ class Turns:
         `provider`: one outage, told by one call. It is about the turns that are owed their ending now.
         """
         failure = TurnFailure(code, reason=reason)
-        outage = _outage(deployment, organization_id, provider)
+        outage = queries.outage(deployment, organization_id, provider)
         if outage is not None:
             return await self._core.fetch(queries.withhold_all(outage, failure.code, failure.reason))
         return await self._core.fetch(queries.withhold(str(deployment), failure.code, failure.reason))
@@ -201,7 +201,7 @@ class Turns:
     ) -> list[str]:
         """Report that the provider recovered: a sign of life for the turns withheld. Returns their message ids. Which turns
         is said as in `withhold`."""
-        outage = _outage(deployment, organization_id, provider)
+        outage = queries.outage(deployment, organization_id, provider)
         return await self._core.fetch(
             queries.restore(str(deployment)) if outage is None else queries.restore_all(outage)
         )
@@ -388,14 +388,3 @@ class Turns:
         if standing is not None and standing.outcome is not None:
             raise TurnEnded(*key, standing.outcome)
         return standing is not None and standing.seconds_left is not None
-
-
-def _outage(deployment: str | None, organization_id: str | None, provider: str | None) -> Outage | None:
-    """None: it is about one deployment."""
-    outage = Outage(organization_id, provider)
-    if (deployment is None) == (outage == Outage()):
-        raise ConfigError("Say whose turns: those of a deployment, or of an organization_id or a provider.")
-    for name, value in {"deployment": deployment, **outage._asdict()}.items():
-        if value is not None:
-            check_word(value, name)
-    return outage if deployment is None else None

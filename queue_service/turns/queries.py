@@ -14,6 +14,7 @@ from queue_service.db.channels import Notice
 from queue_service.db.query import Query, Rows, column, found, interval_literal, json_literal, scalar
 from queue_service.db.rows import flaw_of
 from queue_service.db.statements import Statements
+from queue_service.errors import ConfigError
 from queue_service.turns.model import (
     EndedTurn,
     Marker,
@@ -23,6 +24,7 @@ from queue_service.turns.model import (
     TurnFailure,
     known_code,
 )
+from queue_service.words import check_word
 
 SQL = Statements("queue_service.turns")
 
@@ -173,6 +175,17 @@ def discharge(deployment: str, message_id: str) -> Query[bool]:
 
 def extend(deployment: str) -> Query[list[str]]:
     return SQL.query("extend", column, deployment=deployment)
+
+
+def outage(deployment: str | None, organization_id: str | None, provider: str | None) -> Outage | None:
+    """What these words are about; None: one deployment. ConfigError for too many words, or too few."""
+    whose = Outage(organization_id, provider)
+    if (deployment is None) == (whose == Outage()):
+        raise ConfigError("Say whose turns: those of a deployment, or of an organization_id or a provider.")
+    for name, value in {"deployment": deployment, **whose._asdict()}.items():
+        if value is not None:
+            check_word(value, name)
+    return whose if deployment is None else None
 
 
 def withhold(deployment: str, code: str, reason: str | None) -> Query[list[str]]:
