@@ -193,10 +193,11 @@ async def test_what_was_stopped_starts_no_more_children_and_leaves_turns_to_othe
 ) -> None:
     here = taking(app)
     await here.stop()
-    async with taking(other), working(app, {"agent": 4}):
-        run_id = await dispatched(app, "m", "reply")
-        await eventually(lambda: one(conn, "select attempt > 0 and state = 'queued' from queue_service.runs"))
-        assert (await found(app, run_id)).failures == 0
+    async with taking(other):
+        async with working(app, {"agent": 4}):
+            run_id = await dispatched(app, "m", "reply")
+            await eventually(lambda: one(conn, "select attempt > 0 and state = 'queued' from queue_service.runs"))
+            assert (await found(app, run_id)).failures == 0
         async with working(other, {"agent": 4}):
             await eventually(lambda: _equal(rows(conn, ENDINGS), [("m", "reply", None)]))
 
