@@ -8,7 +8,7 @@ from typing import Any
 
 from queue_service.db.query import Query
 from queue_service.runs import settling
-from queue_service.runs.model import Ending, Return, Run
+from queue_service.runs.model import Ending, Return
 from queue_service.turn import IN_METADATA
 from queue_service.worker.leases import Held
 from queue_service.worker.tally import Settlement
@@ -56,7 +56,12 @@ class Group:
 def by_kind(entries: Sequence[Entry]) -> list[Group]:
     """One group for each statement. Turns and deliveries go apart: an ending of a turn locks the lane of its delivery, and
     then the run's own. Who locked lanes of both kinds in another order would deadlock with it."""
-    if all(type(outcome) is not Return and _is_plain(held.run) for held, outcome in entries):
+    # A comprehension, since a call for each run would cost more than all the rest of this.
+    if not [
+        entry
+        for entry in entries
+        if type(entry[1]) is Return or entry[0].run.metadata is not None or entry[0].run.queue == DELIVERIES
+    ]:
         return [Group(entries)] if entries else []
     groups: dict[tuple[bool, ...], list[Entry]] = {}
     for entry in entries:
@@ -69,7 +74,3 @@ def by_kind(entries: Sequence[Entry]) -> list[Group]:
         )
         groups.setdefault(kind, []).append(entry)
     return [Group(groups[kind]) for kind in sorted(groups)]
-
-
-def _is_plain(run: Run) -> bool:
-    return run.metadata is None and run.queue != DELIVERIES
