@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -51,6 +51,35 @@ def execution(name: str, query: Query[Any]) -> sql.Composed:
     names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", query.text)))
     values = sql.SQL(", ").join(sql.Literal(query.params[each]) for each in names)
     return sql.SQL("execute {} ({})").format(sql.Identifier(name), values)
+
+
+class Look(NamedTuple):
+    """What a statement read of some tables: how many rows it looked at, how many a join then dropped, and by what means.
+    `shown` is for whoever has to see why."""
+
+    visited: int
+    discarded: int
+    kinds: set[tuple[str, str]]
+    shown: str
+
+
+def looked(conn: Sync, query: Query[Any], tables: Collection[str], *, prepared: str | None = None) -> Look:
+    """Execute a statement, or the one that was `prepared` under this name, and see what it read."""
+    explain = "explain (analyze, timing off, format json) "
+    if prepared is None:
+        row = conn.execute(f"{explain}{query.text}".encode(), query.params).fetchone()
+    else:
+        row = conn.execute(sql.SQL(explain) + execution(prepared, query)).fetchone()
+    assert row is not None
+    nodes = list(flattened(row[0][0]["Plan"]))
+    reads = [node for node in nodes if "Scan" in node["Node Type"] and node.get("Relation Name") in tables]
+    names = ("Node Type", "Index Name", "Actual Rows", "Actual Loops")
+    return Look(
+        visited=sum(n["Actual Loops"] * (n["Actual Rows"] + n.get("Rows Removed by Filter", 0)) for n in reads),
+        discarded=sum(n["Actual Loops"] * n.get("Rows Removed by Join Filter", 0) for n in nodes),
+        kinds={(node["Relation Name"], node["Node Type"]) for node in reads if node["Actual Loops"]},
+        shown="\n".join(str(tuple(node.get(name) for name in names)) for node in reads),
+    )
 
 
 def flattened(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:

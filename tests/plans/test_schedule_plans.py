@@ -7,13 +7,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from psycopg import sql
 
 from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.schedules import queries
 from queue_service.schedules.model import DueSchedule, Firing, Misfire
-from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
+from tests.plans.database import Sync, believed_empty, looked, prepare
 
 SCHEDULES, SLOTS = 20_000, 200_000
 TABLES = {"schedules", "schedule_slots", "runs"}
@@ -81,26 +80,9 @@ def stage(request: pytest.FixtureRequest, filled: Sync) -> str:
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_a_statement_looks_at_what_it_takes_and_little_else(filled: Sync, stage: str, name: str) -> None:
     make, most = STATEMENTS[name]
-    query = make()
-    explain = "explain (analyze, timing off, format json) "
+    prepared = f"p{list(STATEMENTS).index(name)}" if stage == "planned while empty" else None
     with filled.transaction(force_rollback=True):
-        if stage == "planned while empty":
-            row = filled.execute(sql.SQL(explain) + execution(f"p{list(STATEMENTS).index(name)}", query)).fetchone()
-        else:
-            row = filled.execute(f"{explain}{query.text}".encode(), query.params).fetchone()
-    assert row is not None
-    nodes = list(flattened(row[0][0]["Plan"]))
-    reads = [node for node in nodes if "Scan" in node["Node Type"] and node.get("Relation Name") in TABLES]
-    shown = "\n".join(
-        str((node["Node Type"], node.get("Index Name"), node["Actual Rows"], node["Actual Loops"])) for node in reads
-    )
-    visited = sum(
-        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) for node in reads
-    )
-    assert visited <= most, shown
-    assert {node["Node Type"] for node in reads if node["Actual Loops"]} <= {
-        "Index Scan",
-        "Index Only Scan",
-        "Tid Scan",
-    }, shown
-    assert sum(node["Actual Loops"] * node.get("Rows Removed by Join Filter", 0) for node in nodes) <= 30_000
+        look = looked(filled, make(), TABLES, prepared=prepared)
+    assert look.visited <= most, look.shown
+    assert {kind for _, kind in look.kinds} <= {"Index Scan", "Index Only Scan", "Tid Scan"}, look.shown
+    assert look.discarded <= 30_000

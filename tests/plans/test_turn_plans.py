@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
-from psycopg import sql
 
 from queue_service.connections import queries as connections
 from queue_service.connections.queries import NewDelivery
@@ -21,7 +20,7 @@ from queue_service.turn import Turn
 from queue_service.turns import queries as turns
 from queue_service.turns.model import TurnEnding, TurnFailure
 from queue_service.turns.queries import Owed
-from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
+from tests.plans.database import Sync, believed_empty, looked, prepare
 
 TURNS, EVENTS = 100_000, 300_000
 TABLES = {
@@ -161,25 +160,11 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_a_statement_looks_at_what_it_takes_and_little_else(conn: Sync, stage: Stage, name: str) -> None:
     make, most = STATEMENTS[name]
-    query = make()
-    explain = "explain (analyze, timing off, format json) "
-    if stage.name == "planned while empty":
-        place = list(STATEMENTS).index(name)
-        row = conn.execute(sql.SQL(explain) + execution(f"p{place}", query)).fetchone()
-    else:
-        row = conn.execute(f"{explain}{query.text}".encode(), query.params).fetchone()
-    assert row is not None
-    nodes = list(flattened(row[0][0]["Plan"]))
-    reads = [node for node in nodes if "Scan" in node["Node Type"] and node.get("Relation Name") in TABLES]
-    visited = sum(
-        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) for node in reads
-    )
-    # A loop over two lists of one batch is cheap while the batch is small.
-    discarded = sum(node["Actual Loops"] * node.get("Rows Removed by Join Filter", 0) for node in nodes)
-    kinds = {node["Node Type"] for node in reads if node["Actual Loops"]}
-    shown = [(node["Node Type"], node.get("Index Name"), node["Actual Rows"], node["Actual Loops"]) for node in reads]
+    prepared = f"p{list(STATEMENTS).index(name)}" if stage.name == "planned while empty" else None
+    look = looked(conn, make(), TABLES, prepared=prepared)
     # Before version 17 a plan for an empty table may look through the turns of a deployment, here a hundred.
     slack = 0 if conn.info.server_version >= 170_000 else 200
-    assert visited <= most + slack, "\n".join(map(str, shown))
-    assert discarded <= 30_000
-    assert kinds <= {"Index Scan", "Index Only Scan", "Tid Scan"}, "\n".join(map(str, shown))
+    assert look.visited <= most + slack, look.shown
+    # A loop over two lists of one batch is cheap while the batch is small.
+    assert look.discarded <= 30_000
+    assert {kind for _, kind in look.kinds} <= {"Index Scan", "Index Only Scan", "Tid Scan"}, look.shown
