@@ -14,7 +14,6 @@ from psycopg import errors as pg
 
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.core import Core
-from queue_service.app.runs import Runs
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.query import Query
@@ -22,7 +21,7 @@ from queue_service.db.steps import MAX_TRIES
 from queue_service.errors import ConfigError, DatabaseUnavailable, MessageConflict, StreamEnded, nearest
 from queue_service.events import queries as events
 from queue_service.events.model import Event
-from queue_service.runs import queries as runs
+from queue_service.runs.queries import take_back
 from queue_service.turn import Input, Turn
 from queue_service.turns import queries
 from queue_service.turns.model import Receipt
@@ -36,7 +35,6 @@ PAGE = 200
 class Messages:
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._runs = Runs(core)
 
     async def send(
         self,
@@ -107,18 +105,19 @@ class Messages:
 
     async def _interrupt(self, turn: Turn, conn: Any) -> None:
         """The handlers at work are cancelled once their turns have ended: what they still do comes too late."""
-        for _, run_id in await self._core.fetch(queries.interrupt(turn.deployment, turn.message_id), conn):
-            if run_id is None:
-                continue
-            if conn is None:
-                await self._runs.cancel(run_id)
-            elif await self._core.fetch(runs.cancel(run_id), conn) == "requested":
-                cancelled = [channels.about_runs(channels.CANCEL, [run_id])]
-                await self._core.fetch(channels.notify(cancelled, alone=False), conn)
+        ended = await self._core.fetch(queries.interrupt(turn.deployment, turn.message_id), conn)
+        runs = [run_id for _, run_id in ended if run_id is not None]
+        if not runs:
+            return
+        notices = [channels.about_runs(channels.CANCEL, runs)]
+        if conn is None:
+            self._core.notify(notices)
+        else:
+            await self._core.fetch(channels.notify(notices, alone=False), conn)
 
     async def take_back(self, deployment: str, message_id: str) -> bool:
         """As `Turns.unsend` says."""
-        run_id = await self._core.fetch(runs.take_back(deployment, message_id))
+        run_id = await self._core.fetch(take_back(deployment, message_id))
         if run_id is not None:
             self._core.notify([channels.about_runs(channels.FINISHED, [run_id])])
         return run_id is not None

@@ -90,7 +90,7 @@ with left_over as materialized (
      where stream = %(stream)s and state <> 'ended'
        and exists (select from left_over where left_over.kind <> 'reset')
        and exists (select from queue_service.turn_markers as m
-                    where m.deployment = %(deployment)s and m.message_id = %(message_id)s and m.run_id = %(run_id)s)
+                    where m.deployment = %(deployment)s and m.message_id = %(message_id)s)
     returning head
 )
 insert into queue_service.events (stream, seq, kind, body, run_id, attempt)

@@ -179,17 +179,25 @@ with deleted as (
 {ended_rows}
 
 -- name: interrupt
--- End the turns of a message's stream that came before it and are being worked on, `cancelled`. Rows as of `end`, and the run.
+-- End the turns of a message's stream that came before it and are being worked on, `cancelled`, and mark their runs for
+-- their workers. Rows as of `end`, and the run. A run is locked before its turn, as by whatever ends it: one that ends at this
+-- moment ends its turn by itself.
 -- writes: turn_markers, turn_outcomes, streams, events, runs
 with mine as materialized (
     select m.stream, m.armed_at from queue_service.turn_markers as m
      where m.deployment = %(deployment)s and m.message_id = %(message_id)s
-), begun as materialized (
+), before as materialized (
     select m.message_id, m.run_id from queue_service.turn_markers as m
      where m.deployment = %(deployment)s and m.message_id <> %(message_id)s
        and m.stream = (select mine.stream from mine) and m.armed_at < (select mine.armed_at from mine)
-       and (m.run_id is null
-            or (select runs.state from queue_service.runs where runs.id = m.run_id) is not distinct from 'running')
+), marked as (
+    update queue_service.runs set cancel_requested = true
+     where id = any(array(select before.run_id from before)) and state = 'running'
+    returning id
+), begun as materialized (
+    select m.message_id, m.run_id from queue_service.turn_markers as m
+     where m.deployment = %(deployment)s and m.message_id = any(array(select before.message_id from before))
+       and (m.run_id is null or m.run_id = any(array(select marked.id from marked)))
      order by m.message_id
        for update
 ), taken as (

@@ -160,8 +160,8 @@ def sweep_one(deployment: str, message_id: str) -> Query[list[EndedTurn]]:
 
 
 def interrupt(deployment: str, message_id: str) -> Query[list[tuple[EndedTurn, int | None]]]:
-    """The turns before this one that were being worked on and have ended now, and the run of each. Followers are notified
-    with the commit."""
+    """The turns before this one that were being worked on and have ended now, and the run of each, whose cancellation is
+    requested. Followers are notified with the commit; the workers are not."""
 
     def decode(rows: Rows) -> list[tuple[EndedTurn, int | None]]:
         return [(EndedTurn(*row[:6]), row[6]) for row in rows]

@@ -25,7 +25,6 @@ from queue_service.exceptions import is_a
 from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
-from queue_service.worker.again import after_reset, may_follow_another
 from queue_service.worker.ahead import MAX_RUNS, Ahead
 from queue_service.worker.execution import Cause, Execution, outcome_to_write
 from queue_service.worker.finisher import Finisher
@@ -35,6 +34,7 @@ from queue_service.worker.handlers.process_protocol import HandlerBegun, Message
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
+from queue_service.worker.resets import after_reset, may_follow_another
 from queue_service.worker.tally import Settlement
 
 log = get_logger(__name__)

@@ -398,3 +398,10 @@ class TestAScheduleOfTurns:
         run = await app.get(run_id)
         assert run is not None
         assert run.turn is None
+
+    async def test_a_turn_that_was_armed_before_is_not_armed_again(self, app: App, conn: Connection) -> None:
+        message_id = "daily/2026-01-01T09:00:00.000000Z"
+        await app.turns.arm(Turn(deployment="dep-1", message_id=message_id, stream="conv-1"))
+        await app.turns.commit_reply("dep-1", [message_id], {})
+        await fire(conn, firing(await due(conn, "report")))
+        assert await app.turns.list() == []

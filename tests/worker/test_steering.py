@@ -192,12 +192,22 @@ class TestInterrupting:
         async def t(text: str) -> None: ...
 
         await send(app, "m1")
-        await send(app, "elsewhere", stream="conv-2")
         await claimed(conn, tasks=("t",), laned=True)
+        # Handed on, so that somebody is at it.
+        await app.turns.arm(turn("elsewhere", stream="conv-2"))
         await send(app, "m2")
         await send(app, "m3", "interrupt")
         assert await ended(app, "m1") == ["cancelled"]
         assert sorted(each.message_id for each in await app.turns.list()) == ["elsewhere", "m2", "m3"]
+        assert await rows(conn, "select cancel_requested from queue_service.runs order by id") == [
+            (True,), (False,), (False,)
+        ]  # fmt: skip
+
+    async def test_leaves_what_came_after_it_alone_when_it_is_sent_again(self, app: App) -> None:
+        await send(app, "m1", "interrupt")
+        await app.turns.arm(turn("m2"))
+        await send(app, "m1", "interrupt")
+        assert await app.turns.is_live("dep-1", "m2")
 
     async def test_ends_a_turn_that_was_handed_on_to_its_deployment(self, app: App) -> None:
         await app.turns.arm(turn("m1"))

@@ -176,6 +176,7 @@ class StoreOfProcess:
         return steps.take(name)
 
     def store(self, run: Run, step: NewStep) -> None:
+        """As StepStore.store."""
         busy, pauses = Pauses(FIRST_PAUSE, LAST_PAUSE), Pauses(FIRST_TRY, LAST_TRY)
         deadline = time.monotonic() + LOCK_SECONDS
         while True:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from queue_service import App, Retry, Run, Snooze, Turn, Worker
 from queue_service.db.pool import Connection
+from queue_service.db.query import Query
+from queue_service.worker.resets import after_reset
 from tests.support import eventually, one, working
 
 AGAIN = Retry(max_attempts=3, backoff="fixed", base=0, jitter=False)
@@ -143,3 +147,15 @@ async def test_a_worker_that_was_killed_is_followed_by_a_reset(app: App, conn: C
     dying.cancel()
     await asyncio.wait([dying])
     assert [kind for kind, *_ in await told(app)] == ["delta", "reset", "delta", "reply"]
+
+
+async def test_a_handler_that_is_cancelled_at_its_reset_is_cancelled(app: App) -> None:
+    async def cancelled(_: Query[Any]) -> Any:
+        raise asyncio.CancelledError
+
+    async def handler() -> None: ...
+
+    run = await app.get(await app.turns.dispatch(TURN, "t", {}))
+    assert run is not None
+    with pytest.raises(asyncio.CancelledError):
+        await after_reset(cancelled, run, handler())
