@@ -65,6 +65,7 @@ def test_what_people_say_after_a_turn_was_given_reaches_its_child(
         ("decision", {}), ("decision", {"key": ["k"]}), ("interrupt", {"message_id": "another"}),
         ("interrupt", {"message_id": "later"}), ("message", {"message_id": "x", "body": {}}),
         ("message", {"message_id": "m", "body": {}, "mode": "steer"}), ("message", {"body": {}, "mode": "steer"}),
+        ("message", {"message_id": "x", "body": {}, "mode": "steer", "deployment": "another"}),
         ("delta", {"text": "x"}), ("gap", {"from": 1, "to": 2}), ("reply", {"deployment": "d"}),
         ("error", {"deployment": "d", "message_ids": [1, None]}), ("error", {"deployment": "d", "message_ids": "m"}),
     ],

@@ -101,6 +101,14 @@ async def test_a_turn_that_is_claimed_elsewhere_is_left_to_the_process_that_has_
         assert there["d"].pid is not None
 
 
+async def test_what_a_child_says_is_of_the_attempt_that_gave_it_the_turn(app: App, conn: Connection) -> None:
+    said = "select run_id, attempt from queue_service.events where kind = 'delta'"
+    async with taking(app), working(app, {"agent": 4}):
+        run_id = await dispatched(app, "m", "delta reply")
+        await eventually(lambda: _equal(_count(conn), 1))
+    assert await rows(conn, said) == [(run_id, 1)]
+
+
 async def test_a_run_goes_on_for_as_long_as_its_turn_is_owed_an_ending(app: App, conn: Connection) -> None:
     async with taking(app), working(app, {"agent": 4}):
         run_id = await dispatched(app, "m", "delta hold")
