@@ -142,7 +142,7 @@ moment as materialized (
     select max(id) as last
       from (select id from queue_service.finished_runs
              where state <> 'succeeded' and state = %(state)s and id > %(after)s
-               and finished_at >= (select date_trunc('day', moment.since) from moment)
+               and finished_at >= (select date_trunc('day', moment.since, 'UTC') from moment)
              order by id limit %(scan_limit)s) as following
 )
 

@@ -53,7 +53,9 @@ with freed as (
 ), taken as (
     delete from queue_service.runs
      where {is_held} and (select count(*) from freed) >= 0
-    returning runs.*, {outcome} as outcome, (%(heirs)s::bigint[])[width_bucket(runs.id, %(ids)s::bigint[])] as heir
+    returning runs.*, {outcome} as outcome,
+        -- No array: where array_nulls is off, it could hold no null.
+        ((select %(heirs)s::jsonb) ->> (width_bucket(runs.id, %(ids)s::bigint[]) - 1))::bigint as heir
 ), inherited as (
     update queue_service.runs
        set metadata = case when jsonb_typeof(metadata) = 'object' then metadata else '{}' end || (
@@ -159,7 +161,7 @@ with unlocked as materialized (
 )
 update queue_service.runs
    set progress = ((select %(reports)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1))
-                  || jsonb_build_object('at', clock_timestamp())
+                  || jsonb_build_object('at', (to_jsonb(clock_timestamp() at time zone 'UTC') #>> '{}') || '+00:00')
  where runs.id = any(array(select unlocked.id from unlocked))
 returning runs.id, runs.attempt
 

@@ -8,11 +8,12 @@ id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, lo
 
 -- define: attempts_and_this
 -- The attempts of a run before this one, and this one: its worker, end and error as `this` says. What is no list of attempts
--- is dropped.
+-- is dropped. In JSON a time is one of the session's time zone, if it is not said which.
 case when jsonb_typeof(attempts) is distinct from 'array' then '[]'
          when jsonb_array_length(attempts) >= 20 then attempts - 0 else attempts end
-    || jsonb_build_object('attempt', attempt, 'worker_id', this.worker_id, 'claimed_at', claimed_at,
-           'ended_at', this.ended_at, 'error', this.error || jsonb_strip_nulls(jsonb_build_object(
+    || jsonb_build_object('attempt', attempt, 'worker_id', this.worker_id,
+           'claimed_at', (to_jsonb(claimed_at at time zone 'UTC') #>> '{}') || '+00:00',
+           'ended_at', (to_jsonb(this.ended_at at time zone 'UTC') #>> '{}') || '+00:00', 'error', this.error || jsonb_strip_nulls(jsonb_build_object(
                'message', left(this.error ->> 'message', 1000),
                'traceback', right(this.error ->> 'traceback', 2000))))
 

@@ -90,7 +90,8 @@ with found as materialized (
 ), stored as (
     insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
     select queue, task, payload, priority, now, now + expires_in, turn ->> 'stream',
-           jsonb_build_object('schedule', name, 'slot', now) || queue_service.turn_of_slot(turn, now)
+           jsonb_build_object('schedule', name, 'slot', (to_jsonb(now at time zone 'UTC') #>> '{}') || '+00:00')
+           || queue_service.turn_of_slot(turn, now)
       from found
     returning id, queue, priority, metadata
 ), armed as materialized (
@@ -175,7 +176,8 @@ with given as materialized (
     insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
     select stored_slots.run_id, moved.queue, moved.task, moved.payload, moved.priority, moment.now,
            moment.now + moved.expires_in, moved.turn ->> 'stream', jsonb_build_object(
-               'schedule', moved.name, 'slot', stored_slots.slot) || queue_service.turn_of_slot(moved.turn, stored_slots.slot)
+               'schedule', moved.name, 'slot', (to_jsonb(stored_slots.slot at time zone 'UTC') #>> '{}') || '+00:00')
+           || queue_service.turn_of_slot(moved.turn, stored_slots.slot)
       from (select clock_timestamp() as now offset 0) as moment
      cross join stored_slots
       join moved on moved.name = stored_slots.schedule

@@ -138,9 +138,16 @@ taken as materialized (
                     else 'internal_error' end as code,
                case when m.failure_code is not null then m.failure_reason
                     when m.ends_by < clock_timestamp()
-                         then format('It was not answered within %%s as a whole.', m.ends_by - m.armed_at)
+                         then format('It was not answered within %%s as a whole.', in_words.total)
                     when m.admitted_at is null then queue_service.why_unanswered(m.run_id, m.admission)
-                    else format('No sign of life for %%s.', m.execution) end as reason
+                    else format('No sign of life for %%s.', in_words.execution) end as reason
+          from (
+            -- An interval as text would follow the session's IntervalStyle.
+            select rtrim(rtrim(to_char(make_interval(secs => extract(epoch from m.ends_by - m.armed_at)::float8),
+                                       'HH24:MI:SS.US'), '0'), '.') as total,
+                   rtrim(rtrim(to_char(make_interval(secs => extract(epoch from m.execution)::float8),
+                                       'HH24:MI:SS.US'), '0'), '.') as execution
+          ) as in_words
     ) as failure
 )
 
