@@ -1,0 +1,125 @@
+"""Whatever the server, the database or the role sets for each session: all that the product does comes out the same."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from queue_service.db import schema
+from queue_service.testing import databases
+from tests.servers.product import Product
+
+Set = Callable[..., str]
+
+PASSWORD = uuid.uuid4().hex
+
+# What is read and written as text, and what literals mean.
+FORMATS = {
+    "datestyle": "SQL, DMY", "intervalstyle": "sql_standard", "timezone": "-5.504167", "extra_float_digits": "-15",
+    "bytea_output": "escape", "xmlbinary": "hex", "xmloption": "document", "array_nulls": "off",
+    "transform_null_equals": "on", "standard_conforming_strings": "off", "backslash_quote": "off",
+    "quote_all_identifiers": "on", "client_min_messages": "debug1", "timezone_abbreviations": "Australia",
+}  # fmt: skip
+# How a statement is executed.
+PLANS = {
+    "plan_cache_mode": "force_custom_plan", "jit": "on", "jit_above_cost": "0", "jit_inline_above_cost": "0",
+    "work_mem": "64kB", "constraint_exclusion": "on", "from_collapse_limit": "1", "join_collapse_limit": "1",
+    "geqo_threshold": "2", "cursor_tuple_fraction": "0", "random_page_cost": "1000", "cpu_index_tuple_cost": "1000",
+    "default_statistics_target": "1", "temp_buffers": "800kB", "enable_indexscan": "off", "enable_indexonlyscan": "off",
+    "enable_nestloop": "off", "enable_hashjoin": "off", "enable_sort": "off", "enable_material": "off",
+    "enable_tidscan": "off", "enable_partition_pruning": "off", "enable_hashagg": "off", "enable_memoize": "off",
+}  # fmt: skip
+# How a transaction is, and what is written about it.
+TRANSACTIONS = {
+    "default_transaction_isolation": "serializable", "default_transaction_deferrable": "on", "synchronous_commit": "off",
+    "row_security": "off", "exit_on_error": "on", "application_name": "somebody", "log_statement": "all",
+    "log_min_duration_statement": "0", "log_error_verbosity": "verbose", "check_function_bodies": "off",
+    "default_toast_compression": "pglz", "stats_fetch_consistency": "snapshot", "track_activities": "off",
+}  # fmt: skip
+TIMES = {
+    "statement_timeout": "1ms", "lock_timeout": "1ms", "idle_session_timeout": "1ms",
+    "idle_in_transaction_session_timeout": "1ms",
+}  # fmt: skip
+ENCODINGS = ("LATIN1", "SQL_ASCII", "WIN1252", "EUC_JP")
+
+STRAIGHT = {
+    "formats": FORMATS,
+    "other formats": {"datestyle": "German", "intervalstyle": "postgres_verbose", "timezone": "Pacific/Kiritimati"},
+    "plans": PLANS,
+    "transactions": TRANSACTIONS,
+    "times": TIMES,
+    "a time for transactions": {"transaction_timeout": "30ms"},
+    **{encoding: {"client_encoding": encoding} for encoding in ENCODINGS},
+}
+
+
+@pytest.fixture(scope="module")
+def role(server: str) -> Iterator[str]:
+    """The name of a role that logs in, and owns the schema of the databases here."""
+    name = f"queue_service_test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(sql.SQL("create role {} login password {}").format(sql.Identifier(name), sql.Literal(PASSWORD)))
+        try:
+            yield name
+        finally:
+            admin.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+
+
+def owned(conninfo: str, role: str) -> str:
+    """The same database as this role, who may create a schema in it."""
+    with psycopg.connect(conninfo, autocommit=True) as admin:
+        name = sql.Identifier(str(conninfo_to_dict(conninfo)["dbname"]))
+        admin.execute(sql.SQL("grant create, temporary on database {} to {}").format(name, sql.Identifier(role)))
+    return make_conninfo(conninfo, user=role, password=PASSWORD)
+
+
+@pytest.fixture(scope="module")
+def owned_template(server: str, role: str) -> Iterator[str]:
+    with databases.made(server, "template0", prefix="queue_service_template") as conninfo:
+        schema.upgrade(owned(conninfo, role))
+        yield str(conninfo_to_dict(conninfo)["dbname"])
+
+
+@pytest.fixture
+def superuser(server: str, owned_template: str) -> Iterator[str]:
+    with databases.made(server, owned_template) as conninfo:
+        yield conninfo
+
+
+@pytest.fixture
+def set_role(superuser: str, role: str) -> Set:
+    """Gives the role other settings in the test's database, and returns its conninfo."""
+
+    def given(**settings: str) -> str:
+        with psycopg.connect(superuser, autocommit=True) as admin:
+            database = sql.Identifier(str(conninfo_to_dict(superuser)["dbname"]))
+            known = {row[0] for row in admin.execute("select lower(name) from pg_settings")}
+            for name, value in settings.items():
+                if name not in known:
+                    pytest.skip(f"this Postgres has no {name}")
+                # A list as such: in quotes it would be one name.
+                values = sql.SQL(", ").join(map(sql.Literal, value.split(", ")))
+                admin.execute(
+                    sql.SQL("alter role {} in database {} set {} = {}").format(
+                        sql.Identifier(role), database, sql.Identifier(name), values
+                    )
+                )
+        return make_conninfo(superuser, user=role, password=PASSWORD)
+
+    return given
+
+
+@pytest.mark.parametrize("settings", STRAIGHT.values(), ids=STRAIGHT)
+async def test_what_the_role_sets_changes_nothing(set_role: Set, settings: dict[str, str]) -> None:
+    await Product(set_role(**settings)).go_through()
+
+
+@pytest.mark.parametrize("settings", [FORMATS, PLANS, TRANSACTIONS], ids=["formats", "plans", "transactions"])
+async def test_nor_does_it_where_no_setting_of_ours_is_in_force(set_role: Set, settings: dict[str, str]) -> None:
+    """As behind a pooler, whose sessions are for everybody: what a statement means is said in the statement."""
+    await Product(set_role(**settings), POOLER="transaction").go_through()
