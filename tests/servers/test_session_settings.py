@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from queue_service.db import schema
+from queue_service.cli import cli
+from queue_service.db import embedded, schema
+from queue_service.db.cluster import Cluster
+from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.testing import databases
 from tests.servers.product import Product
+from tests.servers.shadows import calls, put_shadows
 
 Set = Callable[..., str]
 
@@ -56,6 +63,12 @@ STRAIGHT = {
     "a time for transactions": {"transaction_timeout": "30ms"},
     **{encoding: {"client_encoding": encoding} for encoding in ENCODINGS},
 }
+
+
+def _alter(admin: psycopg.Connection, what: sql.Composed, name: str, value: str) -> None:
+    # A list is one of several values: in quotes together it would be one.
+    values = sql.SQL(", ").join(sql.Literal(each.strip('"')) for each in value.split(", "))
+    admin.execute(sql.SQL("{} set {} = {}").format(what, sql.Identifier(name), values))
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +115,8 @@ def set_role(superuser: str, role: str) -> Set:
             for name, value in settings.items():
                 if name not in known:
                     pytest.skip(f"this Postgres has no {name}")
-                # A list as such: in quotes it would be one name.
-                values = sql.SQL(", ").join(map(sql.Literal, value.split(", ")))
-                admin.execute(
-                    sql.SQL("alter role {} in database {} set {} = {}").format(
-                        sql.Identifier(role), database, sql.Identifier(name), values
-                    )
+                _alter(
+                    admin, sql.SQL("alter role {} in database {}").format(sql.Identifier(role), database), name, value
                 )
         return make_conninfo(superuser, user=role, password=PASSWORD)
 
@@ -123,3 +132,97 @@ async def test_what_the_role_sets_changes_nothing(set_role: Set, settings: dict[
 async def test_nor_does_it_where_no_setting_of_ours_is_in_force(set_role: Set, settings: dict[str, str]) -> None:
     """As behind a pooler, whose sessions are for everybody: what a statement means is said in the statement."""
     await Product(set_role(**settings), POOLER="transaction").go_through()
+
+
+@pytest.mark.parametrize(("schema_name", "search_path"), [("evil", "evil, pg_catalog"), ("public", '"$user", public')])
+async def test_nothing_of_somebodys_is_called_for_something_of_the_servers_own(
+    superuser: str, set_role: Set, schema_name: str, search_path: str
+) -> None:
+    """What is called runs with the rights of whoever sweeps, who may be a superuser."""
+    with psycopg.connect(superuser, autocommit=True) as admin:
+        put_shadows(admin, schema_name)
+        await Product(set_role(search_path=search_path)).go_through()
+        assert calls(admin, schema_name) == 0
+        # They are there to be called.
+        admin.execute(f"set search_path = {search_path}".encode())
+        with pytest.raises(psycopg.errors.RaiseException, match="a shadow was called"):
+            admin.execute("select count(queue) from queue_service.runs")
+
+
+async def test_what_the_database_sets_changes_nothing(superuser: str, role: str) -> None:
+    with psycopg.connect(superuser, autocommit=True) as admin:
+        database = sql.Identifier(str(conninfo_to_dict(superuser)["dbname"]))
+        for name, value in {**FORMATS, **TRANSACTIONS, **TIMES, "client_encoding": "LATIN1"}.items():
+            _alter(admin, sql.SQL("alter database {}").format(database), name, value)
+    await Product(make_conninfo(superuser, user=role, password=PASSWORD)).go_through()
+
+
+async def test_what_the_server_sets_changes_nothing(tmp_path: Path) -> None:
+    odd = {
+        **FORMATS,
+        **PLANS,
+        **TRANSACTIONS,
+        **TIMES,
+        "client_encoding": "LATIN1",
+        "search_path": "public, pg_catalog",
+    }
+    cluster = Cluster(tmp_path / "cluster", embedded.programs(), {**databases.FAST, **odd})
+    cluster.use()
+    try:
+        schema.upgrade(cluster.conninfo)
+        await Product(cluster.conninfo).go_through()
+    finally:
+        cluster.stop()
+        cluster.leave()
+
+
+class TestASessionInWhichNoTriggersFire:
+    """There the lanes of runs are kept by nobody."""
+
+    async def test_is_refused_in_a_sentence(self, set_role: Set) -> None:
+        conninfo = set_role(session_replication_role="replica")
+        with pytest.raises(ConfigError, match="reset session_replication_role"):
+            await Product(conninfo).go_through()
+        environment = {"QUEUE_SERVICE_DATABASE_URL": conninfo}
+        called = await asyncio.to_thread(CliRunner().invoke, cli, ["runs", "list"], env=environment)
+        assert called.exit_code == ConfigError.exit_code
+        assert "reset session_replication_role" in called.output
+
+    async def test_is_made_one_of_ours_by_whoever_may(self, superuser: str) -> None:
+        with psycopg.connect(superuser, autocommit=True) as admin:
+            database = sql.Identifier(str(conninfo_to_dict(superuser)["dbname"]))
+            _alter(admin, sql.SQL("alter database {}").format(database), "session_replication_role", "replica")
+        await Product(superuser).go_through()
+
+
+async def test_an_order_to_write_nothing_is_an_outage_until_it_is_taken_back(
+    superuser: str, set_role: Set, role: str
+) -> None:
+    conninfo = set_role(default_transaction_read_only="on")
+    with pytest.raises(DatabaseUnavailable, match=r"takes no writes\. default_transaction_read_only is on"):
+        await Product(conninfo).go_through()
+    with psycopg.connect(superuser, autocommit=True) as admin:
+        database = sql.Identifier(str(conninfo_to_dict(superuser)["dbname"]))
+        admin.execute(sql.SQL("alter role {} in database {} reset all").format(sql.Identifier(role), database))
+    await Product(conninfo).go_through()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [FORMATS, TRANSACTIONS, TIMES, {"client_encoding": "LATIN1"}, {"search_path": "evil, pg_catalog"}],
+    ids=["formats", "transactions", "times", "LATIN1", "search_path"],
+)
+async def test_the_database_is_migrated_whatever_the_role_sets(
+    empty_database: str, role: str, settings: dict[str, str]
+) -> None:
+    conninfo = owned(empty_database, role)
+    with psycopg.connect(empty_database, autocommit=True) as admin:
+        if "search_path" in settings:
+            put_shadows(admin, "evil")
+        database = sql.Identifier(str(conninfo_to_dict(empty_database)["dbname"]))
+        for name, value in settings.items():
+            _alter(admin, sql.SQL("alter role {} in database {}").format(sql.Identifier(role), database), name, value)
+        await asyncio.to_thread(schema.upgrade, conninfo)
+        await asyncio.to_thread(schema.check, conninfo)
+        await asyncio.to_thread(schema.downgrade, conninfo, "base")
+        assert "search_path" not in settings or calls(admin, "evil") == 0
