@@ -74,7 +74,7 @@ class Product:
             return HandedOn("dep-1" if to is None else to)
 
         self._deliveries = Deliveries(app)
-        self._deliveries.register("chat", self)  # type: ignore[arg-type]
+        self._deliveries.register("chat", self)
 
     async def handle_completion(self, delivery: Any) -> None:
         self.shown.append(delivery.event.body["text"])
