@@ -42,7 +42,7 @@ least(queues.burst, queues.tokens + extract(epoch from clock_timestamp() - queue
 case when queues.max_running is not null then queues.max_running - (
                     select count(*) from queue_service.runs
                      where runs.id = any(array(
-                            select unnest(leases.run_ids) from queue_service.leases where leases.limited))
+                            select pg_catalog.unnest(leases.run_ids) from queue_service.leases where leases.limited))
                        and runs.queue = queues.name and runs.state = 'running') end
 
 -- define: is_for_us
@@ -55,7 +55,7 @@ case when queues.max_running is not null then queues.max_running - (
 
 -- define: known
 -- The tasks by which lanes are looked for: the claimant's, and that of a lane whose head nobody has looked at.
-unnest(%(tasks)s::text[] || '{""}'::text[]) as known (task)
+pg_catalog.unnest(%(tasks)s::text[] operator(pg_catalog.||) '{""}'::text[]) as known (task)
 
 -- define: is_claimable
 runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.losses = 0
@@ -69,7 +69,7 @@ runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.los
 -- is the time of the scan; it comes even where nothing is due. The last two say whether the queue has a limit, and how many
 -- seconds the look has taken so far: what it waited for before it began, as a lock on the table, is not in it.
 with recursive asked (queue) as materialized (
-    select each.queue from unnest(%(queues)s::text[]) as each (queue)
+    select each.queue from pg_catalog.unnest(%(queues)s::text[]) as each (queue)
      where not exists (select from queue_service.queues where queues.name = each.queue and {is_paused})
 ), level (queue, priority, run_at, id, found) as (
     select asked.queue, top.priority, first.run_at, first.id, (first.id is not null)::integer
@@ -126,7 +126,7 @@ select moment.now, due.queue, due.priority, due.run_at, due.id,
 -- define: new_lease
 -- One for all that was picked; none where nothing was.
 insert into queue_service.leases (worker_id, expires_at, run_ids, limited, final_tasks)
-    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id), %(limited)s::boolean,
+    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, pg_catalog.array_agg(picked.id), %(limited)s::boolean,
            %(final_tasks)s::text[]
       from picked having count(*) > 0
     returning id
@@ -150,14 +150,14 @@ returning runs.id, runs.queue, runs.task, case when runs.attempt < 2147483647 th
 -- owner, and what another session is claiming. A queue that is paused or has a limit gives none.
 -- writes: runs, leases
 with asked as materialized (
-    select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
+    select asked.queue, asked.wanted from pg_catalog.unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
      where asked.queue not in (select queues.name from queue_service.queues where {is_paused} or {is_limited})
 ), picked as materialized (
     select chosen.id
       from asked
      cross join lateral (
         select candidate.id, floor.queue
-          from unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[],
+          from pg_catalog.unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[],
                       %(floor_ids)s::bigint[]) as floor (queue, priority, run_at, id)
          cross join lateral (
             select runs.id from queue_service.runs
@@ -263,7 +263,7 @@ due as materialized (
 with asked as materialized (
     select asked.queue, asked.wanted, coalesce((select queues.max_running_per_key from queue_service.queues
                                                  where queues.name = asked.queue), 1) as width
-      from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
+      from pg_catalog.unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
      where asked.queue not in (select queues.name from queue_service.queues where {is_paused} or {is_limited})
 ), {from_lanes}, lease as (
     {new_lease}
@@ -308,13 +308,13 @@ took as materialized (
 -- session, in how many seconds more may begin (null: it is not the rate that forbids it), with each run that was taken.
 -- writes: runs, leases, queues
 with given as materialized (
-    select given.queue, given.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
+    select given.queue, given.wanted from pg_catalog.unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
 ), {within_limits}, picked as materialized (
     select chosen.id, chosen.queue
       from asked
      cross join lateral (
         select candidate.id, floor.queue
-          from unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[],
+          from pg_catalog.unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[],
                       %(floor_ids)s::bigint[]) as floor (queue, priority, run_at, id)
          cross join lateral (
             select runs.id from queue_service.runs
@@ -344,7 +344,7 @@ select taken.*, asked.queue,
 -- As `claim_lanes`, of queues that have a limit, and within it. Rows as of `claim_limited` and `claim_lanes`.
 -- writes: runs, leases, queues
 with given as materialized (
-    select given.queue, given.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
+    select given.queue, given.wanted from pg_catalog.unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
 ), {within_limits}, {from_lanes}, {counted_in}, lease as (
     {new_lease}
 ), taken as (

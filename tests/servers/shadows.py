@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import psycopg
-from psycopg import sql
+from psycopg import errors, sql
 
 import queue_service
 
@@ -34,29 +35,49 @@ select distinct p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid),
    and pg_catalog.pg_get_function_result(p.oid) !~ 'any|internal|cstring|TABLE|trigger'
    and pg_catalog.pg_get_function_identity_arguments(p.oid) !~ 'any|internal|cstring|OUT|VARIADIC'
 """
+_ELEMENTS = ["text", "bigint", "integer", "smallint", "jsonb", "timestamptz", "boolean", "tid"]
+_ARRAYS = [f"{each}[]" for each in _ELEMENTS]
 _BETTER = {
-    "count": ["text", "bigint", "boolean", "void"], "max": ["timestamptz", "bigint"], "min": ["timestamptz", "bigint"],
-    "array_agg": ["text", "bigint", "integer", "jsonb", "tid"], "unnest": ["text[]", "bigint[]", "integer[]", "tid[]"],
-    "bool_or": ["boolean"], "bool_and": ["boolean"], "cardinality": ["text[]", "bigint[]", "tid[]"],
-    "jsonb_object_agg": ["text, bigint"], "jsonb_build_object": ["text, text", "text, text, text, text"],
-    "width_bucket": ["bigint, bigint[]"], "concat_ws": ["text, text, text"], "format": ["text, text", "text, bigint"],
-    "to_jsonb": ["timestamp"], "array_to_string": ["bigint[], text"], "num_nulls": ["bigint, bigint"],
-}  # fmt: skip
+    **{name: [*_ELEMENTS, *_ARRAYS] for name in ("count", "max", "min", "array_agg", "to_jsonb", "jsonb_agg")},
+    **dict.fromkeys(("unnest", "cardinality"), _ARRAYS),
+    "array_to_string": [f"{each}, text" for each in _ARRAYS],
+    "format": [*(f"text, {each}" for each in _ELEMENTS), "text, interval", "text, text, text"],
+    "jsonb_build_object": [
+        *(f"text, {each}" for each in _ELEMENTS),
+        *(f"text, text, text, {each}" for each in _ELEMENTS),
+    ],
+    "jsonb_object_agg": [f"text, {each}" for each in _ELEMENTS],
+    "width_bucket": ["bigint, bigint[]", "integer, integer[]"],
+    "concat_ws": ["text, text, text", "text, text"],
+    "num_nulls": ["bigint, bigint"],
+    "nextval": ["text"],
+    "generate_series": ["integer, smallint", "integer, bigint", "integer, integer"],
+    "make_interval": ["secs float8"],
+    "jsonb_strip_nulls": ["jsonb"],
+}
 _OPERATORS = """
-select o.oprname, o.oprleft::pg_catalog.regtype::pg_catalog.text, o.oprright::pg_catalog.regtype::pg_catalog.text,
-       o.oprresult::pg_catalog.regtype::pg_catalog.text
-  from pg_catalog.pg_operator as o
- where o.oprnamespace = 'pg_catalog'::pg_catalog.regnamespace and o.oprleft = any(%s::pg_catalog.regtype[])
-   and o.oprright = any(%s::pg_catalog.regtype[]) and o.oprname = any(%s)
+select name, a.type, b.type, coalesce(o.oprresult::pg_catalog.regtype::pg_catalog.text, 'boolean')
+  from pg_catalog.unnest(%(names)s::text[]) as name cross join pg_catalog.unnest(%(types)s::text[]) as a (type)
+  cross join pg_catalog.unnest(%(types)s::text[]) as b (type)
+  left join pg_catalog.pg_operator as o on o.oprnamespace = 'pg_catalog'::pg_catalog.regnamespace and o.oprname = name
+       and o.oprleft = a.type::pg_catalog.regtype and o.oprright = b.type::pg_catalog.regtype
 """
-_COMPARED = ["text", "bigint", "integer", "smallint", "jsonb", "timestamptz", "interval", "boolean", "float8"]
-_USED = ["=", "<>", "<", ">", "<=", ">=", "+", "-", "*", "/", "||", "->", "->>", "?"]
-_BETTER_OPERATORS = [
-    ("||", "bigint", "text"),
-    ("||", "text", "bigint"),
-    ("||", "text[]", "text[]"),
-    ("||", "smallint", "text"),
+_COMPARED = [
+    "text",
+    "bigint",
+    "integer",
+    "smallint",
+    "jsonb",
+    "timestamptz",
+    "interval",
+    "boolean",
+    "float8",
+    "numeric",
+    "text[]",
+    "bigint[]",
+    "tid",
 ]
+_USED = ["=", "<>", "<", ">", "<=", ">=", "+", "-", "*", "/", "||", "->", "->>", "?", "#>>"]
 _TYPES = ["text", "jsonb", "timestamptz", "float8", "regclass", "tid"]
 _TABLES = ["pg_class", "pg_inherits", "pg_namespace"]
 
@@ -70,12 +91,10 @@ def put_shadows(admin: psycopg.Connection, schema: str) -> None:
         _put_function(admin, where, name, arguments, result)
     for name, signatures in _BETTER.items():
         for arguments in signatures:
-            if arguments != "void":
+            with contextlib.suppress(errors.DuplicateFunction):
                 _put_function(admin, where, name, arguments, "bigint")
-    operators = admin.execute(_OPERATORS, [_COMPARED, _COMPARED, _USED]).fetchall()
-    for number, (name, left, right, result) in enumerate(
-        [*operators, *((*each, "text") for each in _BETTER_OPERATORS)]
-    ):
+    operators = admin.execute(_OPERATORS, {"names": _USED, "types": _COMPARED}).fetchall()
+    for number, (name, left, right, result) in enumerate(operators):
         function = f"operator_{number}"
         _put_function(admin, where, function, f"{left}, {right}", result)
         body = "create operator {}.{} (function = {}.{}, leftarg = {}, rightarg = {})"
@@ -102,7 +121,7 @@ def calls(admin: psycopg.Connection, schema: str) -> int:
 
 def _put_function(admin: psycopg.Connection, where: sql.Identifier, name: str, arguments: str, result: str) -> None:
     body = (
-        "create or replace function {}.{}({}) returns {} language plpgsql as $shadow$ begin "
+        "create function {}.{}({}) returns {} language plpgsql as $shadow$ begin "
         "perform pg_catalog.nextval({}::pg_catalog.regclass); raise exception 'a shadow was called'; end $shadow$"
     )
     calls = sql.Literal(f"{where.as_string(admin)}.calls")

@@ -24,7 +24,7 @@ _PLACEHOLDER = re.compile(r"%%|%\((\w+)\)s")
 # What follows the time zone, the DateStyle or the like of a session; in ours these are known, in those of others they are not.
 _OF_THE_SESSION = re.compile(
     r"\bcurrent_(?:date|time|timestamp)\b|\blocaltime|::(?:date|time|timestamp)\b|\btimestamp '|\bage\(|\be'"
-    r"|date_trunc\('\w+', [^,()]+\)|to_char\((?!make_interval)(?:(?! at time zone 'UTC')[^)])+\)"
+    r"|date_trunc\('\w+', [^,()]+\)|to_char\((?!pg_catalog.make_interval)(?:(?! at time zone 'UTC')[^)])+\)"
     r"|(?:_at|deadline|ends_by|_timestamp\(\)|_at\)|slot|\bnow)::text\b"
 )
 
