@@ -14,7 +14,7 @@ returning owner
 -- writes: connections
 update queue_service.connections set expires_at = clock_timestamp() + %(lease)s::interval
  where owner = %(owner)s
-   and (platform, channel_id) in (select * from pg_catalog.unnest(%(platforms)s::text[], %(channel_ids)s::text[]))
+   and (platform, channel_id) in (select * from unnest(%(platforms)s::text[], %(channel_ids)s::text[]))
 returning platform, channel_id
 
 -- name: release
@@ -22,7 +22,7 @@ returning platform, channel_id
 -- writes: connections
 delete from queue_service.connections
  where owner = %(owner)s
-   and (platform, channel_id) in (select * from pg_catalog.unnest(%(platforms)s::text[], %(channel_ids)s::text[]))
+   and (platform, channel_id) in (select * from unnest(%(platforms)s::text[], %(channel_ids)s::text[]))
 returning platform, channel_id
 
 -- name: owner

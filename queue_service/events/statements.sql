@@ -94,7 +94,8 @@ with left_over as materialized (
     returning head
 )
 insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
-select %(stream)s, heads.head, 'reset', pg_catalog.jsonb_build_object('message_id', %(message_id)s::text), %(run_id)s, %(attempt)s
+select %(stream)s, heads.head, 'reset', pg_catalog.jsonb_build_object('message_id', %(message_id)s::text), %(run_id)s,
+       %(attempt)s
   from heads
 returning seq, pg_notify('queue_service_events', seq::text || ' ' || stream)::text
 
@@ -163,7 +164,7 @@ select stream, head, state from queue_service.streams where stream = any(%(strea
 -- name: tails
 -- What came after a cursor, in each of these streams: at most `limit` events of each, in order. Columns as of `read`.
 select e.stream, e.seq, e.kind, e.terminal, e.created_at, e.body::text, e.attempt
-  from pg_catalog.unnest(%(streams)s::text[], %(cursors)s::bigint[]) as given (stream, cursor)
+  from unnest(%(streams)s::text[], %(cursors)s::bigint[]) as given (stream, cursor)
  cross join lateral (
     select events.* from queue_service.events
      where events.stream = given.stream and events.seq > given.cursor

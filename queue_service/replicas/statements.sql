@@ -39,7 +39,7 @@ delete from queue_service.gateway_requests
 -- writes: gateway_requests
 insert into queue_service.gateway_requests (id, gateway, body, expires_at)
 select given.id, given.gateway, given.body, clock_timestamp() + %(lifetime)s::interval
-  from pg_catalog.unnest(%(ids)s::text[], %(gateways)s::text[], %(bodies)s::text[]) as given (id, gateway, body)
+  from unnest(%(ids)s::text[], %(gateways)s::text[], %(bodies)s::text[]) as given (id, gateway, body)
  where exists (select from queue_service.gateways as g
                 where g.id = given.gateway and g.expires_at > clock_timestamp())
 returning id

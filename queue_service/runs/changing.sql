@@ -23,7 +23,8 @@ with target as materialized (
     select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
            metadata, null,
-           coalesce(error, pg_catalog.jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.')),
+           coalesce(error, pg_catalog.jsonb_build_object(
+               'reason', 'cancelled', 'message', 'It was cancelled before it started.')),
            attempts
       from gone
     returning id
@@ -55,7 +56,8 @@ with target as materialized (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
-           metadata, null, pg_catalog.jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.'), attempts
+           metadata, null,
+           pg_catalog.jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.'), attempts
       from gone
     returning id
 )
@@ -71,7 +73,8 @@ gone as (
     returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
               priority, 'expired' as state, queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
               timeout, metadata, null::jsonb,
-              coalesce(error, pg_catalog.jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.')), attempts
+              coalesce(error, pg_catalog.jsonb_build_object(
+                  'reason', 'expired', 'message', 'It was not started in time.')), attempts
 ), over as materialized (
     select id, metadata -> 'turn'::text as turn, state, null::jsonb as error from gone where metadata ? 'turn'::text
 ), {end_turns}, {leave_lanes}
@@ -223,7 +226,7 @@ with gone as (
      where id = any(array(select id from queue_service.runs
                            where queue = %(queue)s and state = 'queued' and ordering_key is null
                            order by queue, priority desc, run_at, id + 0 limit %(limit)s for update skip locked)
-                    || array(select id from queue_service.runs
+                    operator(pg_catalog.||) array(select id from queue_service.runs
                               where queue = %(queue)s and state = 'queued' and ordering_key is not null
                               order by queue, ordering_key, id limit %(limit)s for update skip locked))
        and state = 'queued'

@@ -34,8 +34,8 @@ queues.paused_at is not null and coalesce(queues.resumes_at, 'infinity') > (sele
 
 -- define: tokens
 -- How many more may begin by the rate, a token each; null where there is none.
-least(queues.burst, queues.tokens + extract(epoch from clock_timestamp() - queues.tokens_at)::float8
-                                             * queues.rate / extract(epoch from queues.period)::float8)
+least(queues.burst::float8, queues.tokens + extract(epoch from clock_timestamp() - queues.tokens_at)::float8
+                                                     * queues.rate::float8 / extract(epoch from queues.period)::float8)
 
 -- define: vacant
 -- How many more may run; null where no limit says so.
@@ -150,14 +150,14 @@ returning runs.id, runs.queue, runs.task, case when runs.attempt < 2147483647 th
 -- owner, and what another session is claiming. A queue that is paused or has a limit gives none.
 -- writes: runs, leases
 with asked as materialized (
-    select asked.queue, asked.wanted from pg_catalog.unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
+    select asked.queue, asked.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
      where asked.queue not in (select queues.name from queue_service.queues where {is_paused} or {is_limited})
 ), picked as materialized (
     select chosen.id
       from asked
      cross join lateral (
         select candidate.id, floor.queue
-          from pg_catalog.unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[],
+          from unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[],
                       %(floor_ids)s::bigint[]) as floor (queue, priority, run_at, id)
          cross join lateral (
             select runs.id from queue_service.runs
@@ -183,7 +183,7 @@ with asked as materialized (
 -- get more though it did not get all that was wanted.
 due as materialized (
     select asked.queue, asked.wanted, asked.width, known.task,
-           ceil(asked.wanted::float8 / count(*) over (partition by asked.queue))::integer as share
+           ceil(asked.wanted::float8 / (count(*) over (partition by asked.queue))::float8)::integer as share
       from asked
      cross join {known}
      cross join lateral (
@@ -196,7 +196,8 @@ due as materialized (
 ), free as materialized (
     -- The row of a lane that has changed since this statement began does not show by its new place. What is seen of such a
     -- lane may not be its order now; it is left for the next claim.
-    select locked.*, due.wanted, ceil(due.wanted::float8 / count(*) over (partition by due.queue))::integer as share,
+    select locked.*, due.wanted,
+           ceil(due.wanted::float8 / (count(*) over (partition by due.queue))::float8)::integer as share,
            due.share < due.wanted and count(*) over (partition by due.queue, due.task) = due.share as has_more_beside,
            -- (As `exists`, it might be answered from a table of all lanes.)
            (select true from queue_service.lanes where lanes.ctid = locked.place) is not null as is_unchanged
@@ -263,7 +264,7 @@ due as materialized (
 with asked as materialized (
     select asked.queue, asked.wanted, coalesce((select queues.max_running_per_key from queue_service.queues
                                                  where queues.name = asked.queue), 1) as width
-      from pg_catalog.unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
+      from unnest(%(queues)s::text[], %(wanted)s::integer[]) as asked (queue, wanted)
      where asked.queue not in (select queues.name from queue_service.queues where {is_paused} or {is_limited})
 ), {from_lanes}, lease as (
     {new_lease}
@@ -294,7 +295,7 @@ counted as materialized (
 -- define: counted_in
 -- Makes `took`, how many of each queue were picked, and takes as many tokens.
 took as materialized (
-    select picked.queue, count(*) as runs from picked group by picked.queue
+    select picked.queue, (count(*))::float8 as runs from picked group by picked.queue
 ), spent as (
     update queue_service.queues
        set claims = claims + 1, tokens = {tokens} - took.runs,
@@ -308,13 +309,13 @@ took as materialized (
 -- session, in how many seconds more may begin (null: it is not the rate that forbids it), with each run that was taken.
 -- writes: runs, leases, queues
 with given as materialized (
-    select given.queue, given.wanted from pg_catalog.unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
+    select given.queue, given.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
 ), {within_limits}, picked as materialized (
     select chosen.id, chosen.queue
       from asked
      cross join lateral (
         select candidate.id, floor.queue
-          from pg_catalog.unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[],
+          from unnest(%(floor_queues)s::text[], %(priorities)s::smallint[], %(floors)s::timestamptz[],
                       %(floor_ids)s::bigint[]) as floor (queue, priority, run_at, id)
          cross join lateral (
             select runs.id from queue_service.runs
@@ -334,9 +335,10 @@ with given as materialized (
     {take_picked}
 )
 select taken.*, asked.queue,
-       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
-            then extract(epoch from asked.period)::float8 / asked.rate
-                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
+       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1::float8
+            then extract(epoch from asked.period)::float8 / asked.rate::float8
+                 * (1::float8 - asked.tokens
+                    + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
        false, false
   from asked left join taken on taken.queue = asked.queue
 
@@ -344,16 +346,17 @@ select taken.*, asked.queue,
 -- As `claim_lanes`, of queues that have a limit, and within it. Rows as of `claim_limited` and `claim_lanes`.
 -- writes: runs, leases, queues
 with given as materialized (
-    select given.queue, given.wanted from pg_catalog.unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
+    select given.queue, given.wanted from unnest(%(queues)s::text[], %(wanted)s::integer[]) as given (queue, wanted)
 ), {within_limits}, {from_lanes}, {counted_in}, lease as (
     {new_lease}
 ), taken as (
     {take_picked}
 )
 select taken.*, asked.queue,
-       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
-            then extract(epoch from asked.period)::float8 / asked.rate
-                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
+       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1::float8
+            then extract(epoch from asked.period)::float8 / asked.rate::float8
+                 * (1::float8 - asked.tokens
+                    + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
        left_over.is_barren, left_over.has_more
   from asked left join taken on taken.queue = asked.queue left join left_over on left_over.queue = asked.queue
 
@@ -370,7 +373,7 @@ with suspect as materialized (
        and not exists (
             select from queue_service.queues
              where queues.name = runs.queue
-               and ({is_paused} or coalesce({vacant} < 1, false) or coalesce({tokens} < 1, false)))
+               and ({is_paused} or coalesce({vacant} < 1, false) or coalesce({tokens} < 1::float8, false)))
      order by runs.run_at
      limit 1
        for update of runs skip locked
@@ -395,5 +398,5 @@ select exists (
        and not exists (
             select from queue_service.queues
              where queues.name = runs.queue
-               and ({is_paused} or coalesce({vacant} < 1, false) or coalesce({tokens} < 1, false)))
+               and ({is_paused} or coalesce({vacant} < 1, false) or coalesce({tokens} < 1::float8, false)))
 )

@@ -30,14 +30,16 @@ with freed as (
     -- Those of which more is to be told than their history: to look at each of them twice would cost a drain 3 %.
     select id, queue, ordering_key, state, metadata, outcome from taken where ordering_key is not null or metadata is not null
 ), over as materialized (
-    select id, metadata -> 'turn'::text as turn, coalesce(outcome ->> 'state'::text, 'succeeded') as state, outcome -> 'error'::text as error
+    select id, metadata -> 'turn'::text as turn, coalesce(outcome ->> 'state'::text, 'succeeded') as state,
+           outcome -> 'error'::text as error
       from gone where metadata ? 'turn'::text
 ), {end_turns}, {leave_lanes}
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
-       least(failures, 2147483646) + (outcome ->> 'state'::text is not distinct from 'failed')::integer, losses, max_attempts,
-       priority, coalesce(outcome ->> 'state'::text, 'succeeded'), queue, task, payload, singleton_key, ordering_key,
-       organization_id, retry_delay, timeout, metadata, outcome -> 'result'::text, coalesce(outcome -> 'error'::text, error), attempts
+       least(failures, 2147483646) + (outcome ->> 'state'::text is not distinct from 'failed')::integer, losses,
+       max_attempts, priority, coalesce(outcome ->> 'state'::text, 'succeeded'), queue, task, payload, singleton_key,
+       ordering_key, organization_id, retry_delay, timeout, metadata, outcome -> 'result'::text,
+       coalesce(outcome -> 'error'::text, error), attempts
   from taken
  where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 returning id, attempt
@@ -59,7 +61,8 @@ with freed as (
 ), inherited as (
     update queue_service.runs
        set metadata = case when jsonb_typeof(metadata) = 'object' then metadata else '{}' end || (
-            select pg_catalog.jsonb_build_object('turn', taken.metadata -> 'turn'::text) from taken where taken.heir = runs.id limit 1)
+            select pg_catalog.jsonb_build_object('turn', taken.metadata -> 'turn'::text)
+              from taken where taken.heir = runs.id limit 1)
      where id = any(array(select taken.heir from taken where taken.metadata ? 'turn'::text))
     returning id
 ), gone as materialized (
@@ -112,18 +115,20 @@ with freed as (
 ), {leave_lanes}, cancelled as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
-           least(failures, 2147483646) + coalesce((outcome ->> 'failed'::text)::boolean, false)::integer, losses, max_attempts,
-           priority, 'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
-           metadata, null, coalesce(outcome -> 'error'::text, pg_catalog.jsonb_build_object('reason', 'cancelled', 'message',
-               'It was cancelled while it ran.')), attempts
+           least(failures, 2147483646) + coalesce((outcome ->> 'failed'::text)::boolean, false)::integer, losses,
+           max_attempts, priority, 'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id,
+           retry_delay, timeout, metadata, null, coalesce(outcome -> 'error'::text, pg_catalog.jsonb_build_object(
+               'reason', 'cancelled', 'message', 'It was cancelled while it ran.')), attempts
       from gone
     returning id, attempt
 ), queued as (
     update queue_service.runs
        set state = 'queued', lease_id = null, claimed_at = null,
            failures = least(failures, 2147483646) + coalesce(({outcome} ->> 'failed'::text)::boolean, false)::integer,
-           run_at = coalesce(clock_timestamp() + pg_catalog.make_interval(secs => ({outcome} ->> 'delay'::text)::float8), run_at),
-           error = coalesce({outcome} -> 'error'::text, error), reserved_for = {outcome} ->> 'reserved_for'::text, progress = null,
+           run_at = coalesce(
+               clock_timestamp() + pg_catalog.make_interval(secs => ({outcome} ->> 'delay'::text)::float8), run_at),
+           error = coalesce({outcome} -> 'error'::text, error), reserved_for = {outcome} ->> 'reserved_for'::text,
+           progress = null,
            attempts = case when ({outcome} -> 'failed'::text)::boolean then (
                select {attempts_and_this}
                  from (select %(worker_id)s::bigint as worker_id, clock_timestamp() as ended_at,
@@ -161,7 +166,8 @@ with unlocked as materialized (
 )
 update queue_service.runs
    set progress = ((select %(reports)s::jsonb) -> (pg_catalog.width_bucket(runs.id, %(ids)s::bigint[]) - 1))
-                  || pg_catalog.jsonb_build_object('at', (pg_catalog.to_jsonb(clock_timestamp() at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
+                  || pg_catalog.jsonb_build_object(
+                      'at', (pg_catalog.to_jsonb(clock_timestamp() at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
  where runs.id = any(array(select unlocked.id from unlocked))
 returning runs.id, runs.attempt
 

@@ -34,7 +34,7 @@ select asked.queue, asked.ordering_key, clock_timestamp(),
        coalesce((select queues.max_running_per_key from queue_service.queues where queues.name = asked.queue), 1),
        (select count(*) from queue_service.runs
          where runs.queue = asked.queue and runs.ordering_key = asked.ordering_key and runs.state = 'running')
-  from (select distinct queue, ordering_key from pg_catalog.unnest(%(queues)s::text[], %(keys)s::text[]) as each (queue, ordering_key)
+  from (select distinct queue, ordering_key from unnest(%(queues)s::text[], %(keys)s::text[]) as each (queue, ordering_key)
          order by queue, ordering_key) as asked
     on conflict (queue, ordering_key) do nothing
 returning queue, ordering_key

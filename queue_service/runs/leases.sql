@@ -69,7 +69,8 @@ held as materialized (
            case when cancel_requested then 'cancelled' else 'failed' end, queue, task, payload, singleton_key,
            ordering_key, organization_id, retry_delay, timeout, metadata, null,
            pg_catalog.jsonb_build_object('reason', 'worker_lost', 'message',
-               pg_catalog.format('The worker was lost while this run was with it, for the %%s. time.', least(losses, 2147483646) + 1)
+               pg_catalog.format('The worker was lost while this run was with it, for the %%s. time.',
+                                 least(losses, 2147483646) + 1)
                || case
                when coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                then ' Its task says on_lost="fail": it is begun again only if you retry it.' else '' end), attempts
@@ -155,7 +156,8 @@ select (select max(looked.id) from looked),
 -- As `sweep`, such runs.
 -- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with lapsed as materialized (
-    select lease_id as id, null::bigint as worker_id, pg_catalog.array_agg(id) as run_ids, %(final_tasks)s::text[] as final_tasks
+    select lease_id as id, null::bigint as worker_id, pg_catalog.array_agg(id) as run_ids,
+           %(final_tasks)s::text[] as final_tasks
       from queue_service.runs
      where id = any(%(ids)s::bigint[]) and state = 'running'
        and claimed_at < (select clock_timestamp()) - interval '1 minute'

@@ -72,7 +72,8 @@ select {read_columns}, is_fitting, place = %(scan_limit)s from (
         ({live_as_read} where %(live)s::boolean and id < %(before)s order by id desc limit %(scan_limit)s)
         union all
         ({live_as_read} where %(running)s::boolean and id < %(before)s
-            and id = any(array(select pg_catalog.unnest(run_ids) from queue_service.leases)) order by id desc limit %(scan_limit)s)
+            and id = any(array(select pg_catalog.unnest(run_ids) from queue_service.leases))
+          order by id desc limit %(scan_limit)s)
         union all
         ({finished_as_read} where %(finished)s::boolean and id < %(before)s order by id desc limit %(scan_limit)s)
         union all

@@ -90,7 +90,8 @@ with found as materialized (
 ), stored as (
     insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
     select queue, task, payload, priority, now, now + expires_in, turn ->> 'stream'::text,
-           pg_catalog.jsonb_build_object('schedule', name, 'slot', (pg_catalog.to_jsonb(now at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
+           pg_catalog.jsonb_build_object(
+               'schedule', name, 'slot', (pg_catalog.to_jsonb(now at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
            || queue_service.turn_of_slot(turn, now)
       from found
     returning id, queue, priority, metadata
@@ -162,9 +163,7 @@ with given as materialized (
 ), deleted_slots as (
     delete from queue_service.schedule_slots
      where ctid = any(array(
-        select old.ctid
-          from picked
-         cross join lateral (
+        select old.ctid from picked cross join lateral (
             select schedule_slots.ctid from queue_service.schedule_slots
              where schedule_slots.schedule = picked.name
                and schedule_slots.slot < (select clock_timestamp()) - %(retention)s::interval
@@ -176,7 +175,8 @@ with given as materialized (
     insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
     select stored_slots.run_id, moved.queue, moved.task, moved.payload, moved.priority, moment.now,
            moment.now + moved.expires_in, moved.turn ->> 'stream'::text, pg_catalog.jsonb_build_object(
-               'schedule', moved.name, 'slot', (pg_catalog.to_jsonb(stored_slots.slot at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
+               'schedule', moved.name,
+               'slot', (pg_catalog.to_jsonb(stored_slots.slot at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
            || queue_service.turn_of_slot(moved.turn, stored_slots.slot)
       from (select clock_timestamp() as now offset 0) as moment
      cross join stored_slots

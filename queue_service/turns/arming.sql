@@ -162,7 +162,8 @@ with {asked}, open_streams as materialized (
     returning seq, digest
 )
 select 'sent', seq, digest, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end,
-       case when %(notify)s then pg_notify('queue_service_events', seq::text || ' ' || %(stream)s::text)::text end from receipt
+       case when %(notify)s then pg_notify('queue_service_events', seq::text || ' ' || %(stream)s::text)::text end
+  from receipt
 union all
 select 'known', r.seq, r.digest, null, null
   from asked left join lateral (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.testing import databases
 from tests.servers.product import Product
 from tests.servers.shadows import calls, put_shadows
+from tests.unit.test_statements import STATEMENTS
 
 Set = Callable[..., str]
 
@@ -226,3 +228,32 @@ async def test_the_database_is_migrated_whatever_the_role_sets(
         await asyncio.to_thread(schema.check, conninfo)
         await asyncio.to_thread(schema.downgrade, conninfo, "base")
         assert "search_path" not in settings or calls(admin, "evil") == 0
+
+
+async def test_behind_a_pooler_nothing_of_somebodys_is_called_either(superuser: str, set_role: Set) -> None:
+    """There the search path is that of the role, and what stands in `public` may fit better than what is the server's."""
+    with psycopg.connect(superuser, autocommit=True) as admin:
+        put_shadows(admin, "public")
+        await Product(set_role(), POOLER="transaction").go_through()
+        assert calls(admin, "public") == 0
+
+
+def test_no_statement_would_call_what_fits_better_in_public(superuser: str, role: str) -> None:
+    """Nobody may execute what stands there: a plan that would is refused, even if it is only to be shown."""
+    with psycopg.connect(superuser, autocommit=True) as admin:
+        if admin.info.server_version < 160000:
+            pytest.skip("Postgres 16 shows plans of statements without their parameters")
+        put_shadows(admin, "public")
+        admin.execute("revoke execute on all functions in schema public from public")
+    refused = {}
+    with psycopg.connect(make_conninfo(superuser, user=role, password=PASSWORD), autocommit=True) as conn:
+        for statement in STATEMENTS:
+            if statement.text.startswith("lock table"):
+                continue
+            names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", statement.text)))
+            text = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", statement.text)  # noqa: B023
+            try:
+                conn.execute(f"explain (generic_plan) {text.replace('%%', '%')}".encode())
+            except psycopg.Error as error:
+                refused[f"{statement.file.parent.name} {statement.name}"] = str(error).splitlines()[0]
+    assert not refused, "\n".join(f"{name}: {why}" for name, why in refused.items())
