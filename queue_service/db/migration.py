@@ -176,8 +176,8 @@ class Migration:
         self._driver = driver
         self._has_version = False
         self._deadlock_timeout = 0
-        #: The table that was not free when we had others.
-        self._first: str | None = None
+        #: The table that was not free when we had others. Until then, the one that most statements use.
+        self._first = "runs"
 
     def begin(self) -> None:
         """Raises ConfigError where the database cannot hold what we store, and DatabaseUnavailable on a standby."""
