@@ -238,6 +238,12 @@ class Migration:
         if not self._rows("select to_regnamespace(%(name)s) is not null", name=SCHEMA)[0][0]:
             self._driver.execute(f"create schema {SCHEMA}".encode())
 
+    def as_interrupted(self) -> str:
+        """What has become of the schema, for whoever has interrupted us."""
+        if self._driver.is_committing:
+            return "It is done, or will be: it waits for the end of its commit. `queue-service db current` says so."
+        return "The migration was stopped, and nothing was changed."
+
     def _holder(self, query: str, **params: object) -> str:
         found = self._rows(query, **params)
         return str(Holder(*found[0])) if found else "another session"
@@ -253,13 +259,17 @@ def changed(conninfo: str, change: Callable[[Migration], T], *, tell: Tell | Non
     Raises DatabaseUnavailable where somebody has had a table for longer than PATIENCE, or where the connection is lost;
     DatabaseRefused; ConfigError for a database that cannot be ours. Nothing is changed then.
     """
-    waits = _Waits(tell or _log)
+    tell = tell or _log
+    waits = _Waits(tell)
     with connected(conninfo) as migration:
         while True:
             try:
                 return _tried(migration, change, commit=commit)
             except NotFree as busy:
                 why = busy
+            except KeyboardInterrupt:
+                tell(migration.as_interrupted())
+                raise
             except Exception as failed:
                 if not _may_begin_again(_cause(failed)):
                     raise
@@ -279,7 +289,7 @@ def _tried(migration: Migration, change: Callable[[Migration], T], *, commit: bo
 
 
 def _log(sentence: str) -> None:
-    log.warning("a migration waits", why=sentence)
+    log.warning("a migration is held up", why=sentence)
 
 
 class _Waits:
