@@ -20,7 +20,7 @@ from queue_service import codec
 from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.meaning import is_about_a_row
-from queue_service.db.pool import OwnConnection
+from queue_service.db.pool import Fetcher
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefused
 from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
@@ -39,7 +39,7 @@ SLOW, QUICK = 3.0, 0.5
 # After a write of fewer runs than these, others are let come together for so long, in seconds: a statement costs as much as
 # ten handlers. One that came alone has a caller who waits, as likely as not, and who then asks for the next.
 FEW, REST = 50, 0.005
-FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
+FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
 # Seconds until what was set aside is looked at again.
 AGAIN = 1.0
 # No handler is begun while so many endings, or so many bytes of results, are not written yet: they would be executed once
@@ -90,7 +90,7 @@ class Finisher:
 
     def __init__(
         self,
-        connection: OwnConnection,
+        connection: Fetcher,
         leases: Leases,
         worker_id: int,
         *,
