@@ -23,8 +23,8 @@ from psycopg.pq import TransactionStatus
 
 from queue_service.backoff import Pauses, spread
 from queue_service.db.meaning import meaning
-from queue_service.db.pool import options
-from queue_service.errors import ConfigError, DatabaseRefused, DatabaseUnavailable
+from queue_service.db.session import MEANING, PLANNER, check_encoding, options
+from queue_service.errors import DatabaseRefused, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.printable import printable
 
@@ -52,34 +52,17 @@ NEXT_WAIT = 100
 # Nothing that the server, the database or the role has set changes what a migration means, or ends it. `set local` is the
 # one way that leaves nothing behind on a connection of a pooler, which would refuse `options` in the start-up packet, too.
 # A client that stands still does not keep the tables for ever. The planner's switches are as Postgres has them.
-SETTINGS = """
-set local statement_timeout = 0;
-set local lock_timeout = '10s';
-set local idle_in_transaction_session_timeout = '60s';
-set local search_path = pg_catalog;
-set local client_encoding = 'UTF8';
-set local datestyle = 'ISO';
-set local intervalstyle = 'postgres';
-set local timezone = 'UTC';
-set local standard_conforming_strings = on;
-set local quote_all_identifiers = off;
-set local check_function_bodies = on;
-set local array_nulls = on;
-set local transform_null_equals = off;
-set local enable_seqscan = on;
-set local enable_indexscan = on;
-set local enable_indexonlyscan = on;
-set local enable_bitmapscan = on;
-set local enable_nestloop = on;
-set local enable_hashjoin = on;
-set local enable_mergejoin = on;
-set local enable_sort = on;
-set local enable_hashagg = on;
-set local jit = off;
-set local plan_cache_mode = auto;
+_LIMITS = {"statement_timeout": "0", "lock_timeout": "10s", "idle_in_transaction_session_timeout": "60s"}
+_TEXTS = {"client_encoding": "UTF8", "quote_all_identifiers": "off", "check_function_bodies": "on"}
+_PLANNER = dict.fromkeys((name for name in PLANNER if name.startswith("enable_")), "on")
+_SETTINGS = {**_LIMITS, **MEANING, **_TEXTS, **_PLANNER, "jit": "off", "plan_cache_mode": "auto"}
+SETTINGS = (
+    "".join(f"set local {name} = '{value}';\n" for name, value in _SETTINGS.items())
+    + """
 select set_config('transaction_timeout', '0', true) where current_setting('transaction_timeout', true) is not null;
 select set_config('synchronous_commit', 'on', true) where current_setting('synchronous_commit') = 'off';
 """
+)
 
 # As one message, so that a limit of the role has no moment in which to strike. The last part has the server notice within
 # two seconds that we were killed, even while it builds an index; not every platform can.
@@ -189,11 +172,7 @@ class Migration:
                 f"The database takes no writes: {_said(refused)}. A standby is migrated by its primary: name that one."
             ) from None
         (encoding, self._has_version, self._deadlock_timeout), *_ = self._rows(_LOOK)
-        if encoding != "UTF8":
-            raise ConfigError(
-                f"The encoding of this database is {encoding}, which cannot hold every text that a run may carry. Nothing "
-                "was changed. Make another database, with: create database … encoding 'UTF8' template template0."
-            )
+        check_encoding(encoding)
 
     def revision(self) -> str | None:
         """The one that the schema has; None where there is none yet."""

@@ -133,7 +133,7 @@ def test_a_database_that_cannot_hold_every_text_is_refused_before_anything_is_ch
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"create database {name} encoding '{encoding}' template template0 locale 'C'".encode())
         try:
-            with pytest.raises(ConfigError, match=rf"is {encoding}, .* encoding 'UTF8' template template0"):
+            with pytest.raises(ConfigError, match=rf"is {encoding}, .*encoding 'UTF8' template template0"):
                 schema.upgrade(make_conninfo(server, dbname=name))
             with psycopg.connect(server, dbname=name) as conn:
                 assert ask(conn, "select count(*) from pg_namespace where nspname = 'queue_service'") == 0
