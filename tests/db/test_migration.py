@@ -17,9 +17,10 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from queue_service.db import migration, revision, schema
+from queue_service.db import embedded, migration, revision, schema
 from queue_service.db.cluster import Cluster
 from queue_service.errors import ConfigError, DatabaseRefused, DatabaseUnavailable
+from queue_service.testing import databases
 from tests.support import eventually
 
 REPOSITORY = Path(__file__).parents[2]
@@ -383,21 +384,19 @@ def test_what_stands_in_the_way_is_told_in_a_sentence(empty_database: str, look:
     assert have(empty_database) is None
 
 
-async def test_a_commit_that_waits_for_a_standby_is_not_cancelled(own_cluster: Cluster) -> None:
+async def test_a_commit_that_waits_for_a_standby_is_not_cancelled(tmp_path: Path) -> None:
     """It would stand without the standby, and be gone with the primary, though somebody was told that it is there."""
-    with psycopg.connect(own_cluster.conninfo, autocommit=True) as look:
-        look.execute("create database fresh template template0")
-        fresh = make_conninfo(own_cluster.conninfo, dbname="fresh")
-        look.execute("alter system set synchronous_standby_names = 'nobody'")
-        look.execute("select pg_reload_conf()")
-        process = migrating(fresh)
-        waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and datname = 'fresh'"
-        await eventually(lambda: ask(look, waiting), within=30)
-        process.send_signal(signal.SIGINT)
-        _, said = await asyncio.to_thread(process.communicate)
-        assert "db current" in said
-        assert ask(look, waiting) == 1
-        look.execute("alter system reset synchronous_standby_names")
-        look.execute("select pg_reload_conf()")
-        await eventually(lambda: ask(look, waiting) == 0)
-    assert have(fresh) == revision.HEAD
+    alone = {**databases.FAST, "synchronous_standby_names": "nobody"}
+    cluster = Cluster(tmp_path / "cluster", embedded.programs(), alone)
+    cluster.use()
+    try:
+        with psycopg.connect(cluster.conninfo, autocommit=True) as look:
+            process = migrating(cluster.conninfo)
+            backend = await eventually(lambda: at(look, "SyncRep"), within=30)
+            process.send_signal(signal.SIGINT)
+            _, said = await asyncio.to_thread(process.communicate)
+            assert "db current" in said
+            assert at(look, "SyncRep") == backend
+    finally:
+        cluster.stop()
+        cluster.leave()
