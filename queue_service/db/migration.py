@@ -139,6 +139,14 @@ class _Connection(psycopg.Connection[Any]):
 
     is_committing = False
 
+    def begin(self) -> None:
+        try:
+            self.execute(_BEGIN.encode())
+        except pg.FeatureNotSupported as refused:
+            raise DatabaseUnavailable(
+                f"The database takes no writes: {_said(refused)}. A standby is migrated by its primary: name that one."
+            ) from None
+
     def commit(self) -> None:
         self.is_committing = True
         super().commit()
@@ -165,12 +173,7 @@ class Migration:
     def begin(self) -> None:
         """Raises ConfigError where the database cannot hold what we store, and DatabaseUnavailable on a standby."""
         self.connection.begin()
-        try:
-            self._driver.execute(_BEGIN.encode())
-        except (pg.FeatureNotSupported, pg.ReadOnlySqlTransaction) as refused:
-            raise DatabaseUnavailable(
-                f"The database takes no writes: {_said(refused)}. A standby is migrated by its primary: name that one."
-            ) from None
+        self._driver.begin()
         (encoding, self._has_version, self._deadlock_timeout), *_ = self._rows(_LOOK)
         check_encoding(encoding)
 
@@ -309,7 +312,7 @@ def connected(conninfo: str) -> Iterator[Migration]:
             options(conninfo, "queue_service migrate"), autocommit=True, prepare_threshold=None
         )
         # What SQLAlchemy asks to begin with is asked under our settings; then it rolls this back.
-        driver.execute(_BEGIN.encode())
+        driver.begin()
         return driver
 
     engine = sqlalchemy.create_engine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -140,6 +141,16 @@ def test_a_database_that_cannot_hold_every_text_is_refused_before_anything_is_ch
                 assert ask(conn, "select count(*) from pg_namespace where nspname = 'queue_service'") == 0
         finally:
             admin.execute(f"drop database {name} with (force)".encode())
+
+
+def test_a_standby_is_not_migrated(own_cluster: Cluster) -> None:
+    """As any server that recovers: this one waits for what a primary would send."""
+    own_cluster.stop()
+    (own_cluster.data / "standby.signal").touch()
+    os.chown(own_cluster.data / "standby.signal", own_cluster.data.stat().st_uid, -1)
+    own_cluster.start()
+    with pytest.raises(DatabaseUnavailable, match=r"takes no writes: .*name that one"):
+        schema.upgrade(own_cluster.conninfo)
 
 
 # Beside those who are at work
