@@ -83,8 +83,7 @@ select current_setting('server_encoding'), to_regclass('queue_service.alembic_ve
 """
 _TABLES = """
 select c.relname from pg_class as c
- where c.relnamespace = to_regnamespace('queue_service') and c.relkind in ('r', 'p') and not c.relispartition
-   and c.relname <> 'alembic_version'
+ where c.relnamespace = to_regnamespace('queue_service') and c.relkind in ('r', 'p') and c.relname <> 'alembic_version'
  order by c.relname
 """
 # Of those who have the table, the one whose transaction is the oldest; of those who have our lock, there is one.
@@ -93,7 +92,7 @@ select a.pid, a.application_name, a.state, extract(epoch from clock_timestamp() 
   from pg_locks as l join pg_stat_activity as a on a.pid = l.pid
  where l.granted and a.pid <> pg_backend_pid() and l.locktype = 'relation'
    and l.database = (select oid from pg_database where datname = current_database())
-   and l.relation in (select to_regclass(%(table)s) union all select relid from pg_partition_tree(to_regclass(%(table)s)))
+   and l.relation = to_regclass(%(table)s)
  order by a.xact_start nulls last limit 1
 """
 _HOLDER_OF_LOCK = """
@@ -119,7 +118,8 @@ class Holder(NamedTuple):
         doing = [self.application, self.state or ""]
         if self.seconds is not None:
             doing.append(f"its transaction is {self.seconds:.0f} s old")
-        if first := _without_values(self.query):
+        # Without a state, it is another user's, and not for us to see.
+        if self.state is not None and (first := _without_values(self.query)):
             doing.append(f"its last statement: {first}")
         return printable(f"process {self.pid} ({', '.join(filter(None, doing))})")
 
@@ -128,7 +128,7 @@ class NotFree(Exception):
     """Somebody has what we need, and this says what and who. `ends` is whether we give up on it some day, `seconds` how
     long others may have waited behind us while we waited."""
 
-    def __init__(self, what: str, *, ends: bool = True, seconds: float = 0.0) -> None:
+    def __init__(self, what: str, seconds: float = 0.0, *, ends: bool = True) -> None:
         self.ends = ends
         self.seconds = seconds
         super().__init__(what)
@@ -199,21 +199,23 @@ class Migration:
 
     def take_tables(self) -> None:
         """All tables that are there, until the end of the transaction. Raises NotFree."""
-        wait = min(self._deadlock_timeout, LONGEST_LOOK) + FIRST_WAIT
         tables = sorted((name for (name,) in self._rows(_TABLES)), key=lambda name: name != self._first)
         self._driver.execute("savepoint no_table")
+        begun = time.monotonic()
+        wait, until = min(self._deadlock_timeout, LONGEST_LOOK) + FIRST_WAIT, None
         for table in tables:
-            begun = time.monotonic()
+            name = f'{SCHEMA}."{table}"'
+            take = f"set local lock_timeout = {wait}; lock table only {name} in access exclusive mode"
             try:
-                self._driver.execute(f"set local lock_timeout = {wait}".encode())
-                self._driver.execute(f'lock table {SCHEMA}."{table}" in access exclusive mode'.encode())
+                self._driver.execute(take.encode())
             except (pg.LockNotAvailable, pg.DeadlockDetected):
                 self._driver.execute("rollback to savepoint no_table")
-                seconds = time.monotonic() - begun
                 self._first = table
-                holder = self._holder(_HOLDER_OF_TABLE, table=f'{SCHEMA}."{table}"')
-                raise NotFree(f"table {table}, held by {holder}", seconds=seconds) from None
-            wait = max(1, min(NEXT_WAIT, self._deadlock_timeout // 2))
+                seconds = time.monotonic() - begun
+                raise NotFree(f"table {table}, held by {self._holder(_HOLDER_OF_TABLE, table=name)}", seconds) from None
+            # Who waits for the first one looks for a deadlock after so long, and shall find us waiting for nobody.
+            until = until or time.monotonic() + self._deadlock_timeout / 2000
+            wait = max(1, min(NEXT_WAIT, int((until - time.monotonic()) * 1000)))
 
     def make_schema(self) -> None:
         """If it is not there. One that is may belong to somebody who may make no schema."""
