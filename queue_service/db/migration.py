@@ -167,8 +167,9 @@ class Migration:
         self._driver = driver
         self._has_version = False
         self._deadlock_timeout = 0
-        #: The table that was not free when we had others. Until then, the one that most statements use.
-        self._first = "runs"
+        #: Those that were not free when we had others, the last one first: before them all, the one that most use. So it
+        #: comes to the order in which most statements take them, if they have one.
+        self._first = ["runs"]
 
     def begin(self) -> None:
         """Raises ConfigError where the database cannot hold what we store, and DatabaseUnavailable on a standby."""
@@ -199,7 +200,11 @@ class Migration:
 
     def take_tables(self) -> None:
         """All tables that are there, until the end of the transaction. Raises NotFree."""
-        tables = sorted((name for (name,) in self._rows(_TABLES)), key=lambda name: name != self._first)
+        names = [name for (name,) in self._rows(_TABLES)]
+        tables = [
+            *(name for name in self._first if name in names),
+            *(name for name in names if name not in self._first),
+        ]
         self._driver.execute("savepoint no_table")
         begun = time.monotonic()
         wait, until = min(self._deadlock_timeout, LONGEST_LOOK) + FIRST_WAIT, None
@@ -210,7 +215,7 @@ class Migration:
                 self._driver.execute(take.encode())
             except (pg.LockNotAvailable, pg.DeadlockDetected):
                 self._driver.execute("rollback to savepoint no_table")
-                self._first = table
+                self._first = [table, *(name for name in self._first if name != table)]
                 seconds = time.monotonic() - begun
                 raise NotFree(f"table {table}, held by {self._holder(_HOLDER_OF_TABLE, table=name)}", seconds) from None
             # Who waits for the first one looks for a deadlock after so long, and shall find us waiting for nobody.
@@ -246,20 +251,17 @@ def changed(conninfo: str, change: Callable[[Migration], T], *, tell: Tell | Non
     tell = tell or _log
     waits = _Waits(tell)
     with connected(conninfo) as migration:
-        while True:
-            try:
-                return _tried(migration, change, commit=commit)
-            except NotFree as busy:
-                why = busy
-            except KeyboardInterrupt:
-                tell(migration.as_interrupted())
-                raise
-            except Exception as failed:
-                if not _may_begin_again(_cause(failed)):
-                    raise
-                why = NotFree(f"another transaction: {_said(_cause(failed))}")
-            migration.connection.rollback()
-            waits.pause(why)
+        try:
+            while True:
+                try:
+                    return _tried(migration, change, commit=commit)
+                except Exception as failed:  # noqa: BLE001 - what is none of a database is raised again
+                    why = _why_again(failed)
+                migration.connection.rollback()
+                waits.pause(why)
+        except KeyboardInterrupt:
+            tell(migration.as_interrupted())
+            raise
 
 
 def _tried(migration: Migration, change: Callable[[Migration], T], *, commit: bool) -> T:
@@ -364,12 +366,16 @@ def _cause(error: BaseException) -> BaseException:
     return error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) and error.orig is not None else error
 
 
-def _may_begin_again(error: BaseException) -> bool:
-    """Where another transaction was in the way of this one."""
-    if isinstance(error, pg.InternalError_):
-        # Of two that change one entry of the catalogue, as `grant` does, the second is told this.
-        return "tuple concurrently" in str(error)
-    return isinstance(error, (pg.LockNotAvailable, pg.DeadlockDetected, pg.SerializationFailure))
+def _why_again(failed: Exception) -> NotFree:
+    """Who was in the way of this transaction, so that another one is to be tried. Raises what it is where nobody was."""
+    error = _cause(failed)
+    # Of two that change one entry of the catalogue, as `grant` does, the second is told this.
+    is_overtaken = isinstance(error, pg.InternalError_) and "tuple concurrently" in str(error)
+    if is_overtaken or isinstance(error, (pg.LockNotAvailable, pg.DeadlockDetected, pg.SerializationFailure)):
+        return NotFree(f"another transaction: {_said(error)}")
+    if isinstance(error, NotFree):
+        return error
+    raise failed
 
 
 def _said(error: BaseException) -> str:
