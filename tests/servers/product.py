@@ -8,7 +8,6 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import psycopg
 from click.testing import CliRunner
 
 from queue_service import App, Deliveries, HandedOn, Retry, Run, RunState, Snooze, Turn, Worker
@@ -182,16 +181,11 @@ async def _backdate(conn: Connection) -> None:
         "update queue_service.turn_markers set deadline = clock_timestamp() - interval '1 second'"
         " where message_id in ('lapsed', 'silent', 'slow', 'queued');"
         "update queue_service.turn_markers set admitted_at = armed_at where message_id = 'silent';"
-        "update queue_service.turn_markers set armed_at = clock_timestamp() - interval '25 hours 1 second',"
-        " ends_by = clock_timestamp() - interval '1 second' where message_id = 'slow';"
+        "update queue_service.turn_markers set armed_at = now() - interval '25 hours 1 second',"
+        " ends_by = now() - interval '1 second' where message_id = 'slow';"
         "update queue_service.runs set run_at = '2999-01-02 03:04:05Z' where queue = 'none';"
         "insert into queue_service.steps (run_id, created_at, attempt, name, result)"
         " select 0, clock_timestamp() - interval '2 days' + n * interval '1 microsecond', 1, n::text, '0'"
         " from generate_series(1, 1500) as n"
     )
     assert await one(conn, "select count(*) from queue_service.steps") == 1500
-
-
-def is_reachable(conninfo: str) -> bool:
-    with psycopg.connect(conninfo) as conn:
-        return conn.execute("select 1").fetchone() == (1,)
