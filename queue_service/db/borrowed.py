@@ -49,10 +49,11 @@ class AsyncFetching(Protocol):
 
 
 class AsyncBorrowed(AsyncFetching, Protocol):
-    """As SyncBorrowed."""
+    """As SyncBorrowed. `driver` is the connection itself."""
 
     def begin(self) -> AbstractAsyncContextManager[Any]: ...
     async def in_transaction(self) -> bool: ...
+    async def driver(self) -> psycopg.AsyncConnection[Any]: ...
 
 
 def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
@@ -119,6 +120,9 @@ class _AsyncPsycopg:
 
     async def in_transaction(self) -> bool:
         return not self._conn.autocommit or _has_begun(self._conn)
+
+    async def driver(self) -> psycopg.AsyncConnection[Any]:
+        return self._conn
 
 
 class _Django(_Psycopg):
@@ -192,6 +196,9 @@ class _AsyncAlchemy:
 
     async def in_transaction(self) -> bool:
         return await (await self._raw()).in_transaction()
+
+    async def driver(self) -> psycopg.AsyncConnection[Any]:
+        return await (await self._raw()).driver()
 
     async def _raw(self) -> _AsyncPsycopg:
         conn = await self._connection()

@@ -30,7 +30,13 @@ from queue_service.worker.execution import Cause, Execution, outcome_to_write
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
-from queue_service.worker.handlers.process_protocol import HandlerBegun, Message, ProgressReported, RunSettled
+from queue_service.worker.handlers.process_protocol import (
+    HandlerBegun,
+    HandlerWaits,
+    Message,
+    ProgressReported,
+    RunSettled,
+)
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
@@ -190,6 +196,22 @@ class Executor:
         if execution is not None and execution.ended is None:
             execution.ended = ending
             self._finisher.settled(execution.held, ending)
+
+    def stop_clock(self, run: Run, waits: bool) -> None:
+        """The handler of a run begins to wait for something of ours, or no longer does: the time of all runs that it was
+        given stands still meanwhile."""
+        execution = self._running.get(id(run))
+        if execution is None:
+            return
+        together = [execution] if execution.counting is None else list(self._running.values())
+        for each in together:
+            if each.task is execution.task:
+                each.stop_clock(waits=waits)
+
+    def waiting_since(self, run: Run) -> float | None:
+        """(monotonic) Since when its handler waits for something of ours, if it does. May be called from any thread."""
+        execution = self._running.get(id(run))
+        return None if execution is None else execution.waiting_since
 
     # Slots
 
@@ -374,6 +396,8 @@ class Executor:
                 execution.limit(task.timeout)
             case RunSettled(ending):
                 self.settle(execution.held.run, ending)
+            case HandlerWaits(waits):
+                self.stop_clock(execution.held.run, waits)
             case ProgressReported(progress):
                 self._reported(execution.held.run, progress)
 
