@@ -93,9 +93,10 @@ class Lender:
                 self._places.hold(turn)
                 yield conn
                 await conn.end(commits=True)
-            except BaseException:
+            except BaseException as error:
                 await conn.end(commits=False)
-                raise
+                if not _was_asked_for(error):
+                    raise
             finally:
                 self._keep(conn, is_usable=await conn.reset())
         finally:
@@ -115,9 +116,10 @@ class Lender:
                 _check_is_ours(run)
                 yield conn
                 conn.end(commits=True)
-            except BaseException:
+            except BaseException as error:
                 conn.end(commits=False)
-                raise
+                if not _was_asked_for(error):
+                    raise
             finally:
                 self._lent.pop(turn, None)
                 self._keep(conn, is_usable=conn.reset())
@@ -254,6 +256,11 @@ class Lender:
             while self._idle and self._idle[0].since <= limit:
                 self._idle.popleft().pgconn.finish()
             self._arm()
+
+
+def _was_asked_for(error: BaseException) -> bool:
+    """Whether this is how psycopg lets a block roll back and go on behind it."""
+    return isinstance(error, psycopg.Rollback) and error.transaction is None
 
 
 def _check_is_ours(run: Borrower) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from queue_service import stopped
+from queue_service.runs import stopped
 from queue_service.app import App
 from queue_service.db.lending import Lender
 from queue_service.errors import ClaimLost, ConfigError
