@@ -9,10 +9,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from queue_service.runs import stopped
 from queue_service.app import App
 from queue_service.db.lending import Lender
 from queue_service.errors import ClaimLost, ConfigError
+from queue_service.runs import stopped
 from queue_service.runs.model import Ending, Run
 from queue_service.settings import Settings
 from queue_service.turn import Input, Turn
