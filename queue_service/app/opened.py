@@ -126,8 +126,8 @@ class Opened:
             await asyncio.to_thread(self._cluster.start)
 
     async def sweep_turns(self) -> int:
-        """End the turns whose deadline has passed. Returns how many. Raises DatabaseRefused where some cannot be ended, once
-        the others are."""
+        """End the turns whose deadline has passed. Returns how many. Raises DatabaseRefused where one cannot be ended,
+        once the others are."""
         refused: dict[tuple[str, str], Exception] = {}
         count = await self._sweeper.turns(refused)
         for (deployment, message_id), why in refused.items():

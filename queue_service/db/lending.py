@@ -139,7 +139,7 @@ class Lender:
         self._is_closed = True
         if self._closing_idle is not None:
             self._closing_idle.cancel()
-        self._close_idle()
+        self._close_idle(0.0)
 
     # Waiting
 
@@ -196,6 +196,9 @@ class Lender:
         why = (meaning(lost) or lost) if isinstance(lost, psycopg.Error) else lost
         if not isinstance(why, (DatabaseUnavailable, Unfit)):
             raise why from (None if why is lost else lost)
+        if isinstance(lost, (DatabaseUnavailable, Unfit)):
+            # A server that says nothing, or takes no writes: the others that are kept will be no better.
+            self._close_idle(0.0)
         _check_is_ours(turn.run)
         if self._is_closed:
             raise DatabaseUnavailable("The connections of this worker were closed.") from None
@@ -245,15 +248,18 @@ class Lender:
 
     def _arm(self) -> None:
         if self._closing_idle is None and self._idle:
-            self._closing_idle = threading.Timer(IDLE, self._close_idle)
+            self._closing_idle = threading.Timer(IDLE, self._close_old)
             self._closing_idle.daemon = True
             self._closing_idle.start()
 
-    def _close_idle(self) -> None:
+    def _close_old(self) -> None:
+        self._closing_idle = None
+        self._close_idle(IDLE * 0.9)
+
+    def _close_idle(self, age: float) -> None:
+        """Close what nobody has used for so many seconds."""
         with self._changing:
-            self._closing_idle = None
-            limit = time.monotonic() - (0 if self._is_closed else IDLE * 0.9)
-            while self._idle and self._idle[0].since <= limit:
+            while self._idle and self._idle[0].since <= time.monotonic() - age:
                 self._idle.popleft().pgconn.finish()
             self._arm()
 

@@ -111,7 +111,11 @@ class _Lent:
         return bare
 
     def _begins_to_wait(self) -> None:
-        self.is_cancellable = _is_ordinary.get() and self.pgconn.transaction_status == TransactionStatus.INTRANS
+        self.is_cancellable = (
+            _is_ordinary.get()
+            and self.pgconn.transaction_status == TransactionStatus.INTRANS
+            and self.pgconn.pipeline_status == pq.PipelineStatus.OFF
+        )
 
     def _check(self, row: Any, pid: int | None) -> bool:
         """Whether the triggers that keep our tables have to be turned on. Raises Unfit."""
