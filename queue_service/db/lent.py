@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import os
 import re
 import socket
@@ -347,7 +348,9 @@ def _called(cancel: Callable[[], None]) -> None:
         cancel()
 
 
+@functools.cache
 def _closed_pgconn() -> pq.abc.PGconn:
+    """One for all."""
     closed = pq.PGconn.connect_start(b"host=/")
     closed.finish()
     return closed
