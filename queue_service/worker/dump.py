@@ -103,8 +103,8 @@ class Dump:
             more["stack"] = _text(_frames_of(self._loop_thread))
         else:
             where, more["stack"] = "event loop, waiting", _text(_awaited(each.slot.get_coro()))
-        since = next((at for each in self._executors if (at := each.waiting_since(run)) is not None), None)
-        if since is not None:
+        executions = [found for each in self._executors if (found := each.execution_of(run)) is not None]
+        if executions and (since := executions[0].waiting_since) is not None:
             more["waits_for_connection"] = round(time.monotonic() - since, 1)
         log.warning(
             "a run", run_id=run.id, task=run.task, queue=run.queue, attempt=run.attempt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from enum import Enum, auto
 from typing import Any
@@ -100,6 +101,15 @@ class Execution(msgspec.Struct, eq=False):
         # The others of its batch go on.
         if not self.counting:
             self.task.cancel()
+
+
+def stop_clocks(running: Mapping[int, Execution], key: int, *, waits: bool) -> None:
+    """Of all runs that the handler of this one was given: none of their time passes while it waits for something of ours."""
+    execution = running.get(key)
+    if execution is not None:
+        for each in [execution] if execution.counting is None else list(running.values()):
+            if each.task is execution.task:
+                each.stop_clock(waits=waits)
 
 
 def outcome_to_write(execution: Execution, outcome: Settlement) -> Settlement | None:

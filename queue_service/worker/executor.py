@@ -26,7 +26,7 @@ from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
 from queue_service.worker.ahead import MAX_RUNS, Ahead
-from queue_service.worker.execution import Cause, Execution, outcome_to_write
+from queue_service.worker.execution import Cause, Execution, outcome_to_write, stop_clocks
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
@@ -198,20 +198,8 @@ class Executor:
             self._finisher.settled(execution.held, ending)
 
     def stop_clock(self, run: Run, waits: bool) -> None:
-        """The handler of a run begins to wait for something of ours, or no longer does: the time of all runs that it was
-        given stands still meanwhile."""
-        execution = self._running.get(id(run))
-        if execution is None:
-            return
-        together = [execution] if execution.counting is None else list(self._running.values())
-        for each in together:
-            if each.task is execution.task:
-                each.stop_clock(waits=waits)
-
-    def waiting_since(self, run: Run) -> float | None:
-        """(monotonic) Since when its handler waits for something of ours, if it does. May be called from any thread."""
-        execution = self._running.get(id(run))
-        return None if execution is None else execution.waiting_since
+        """The handler of a run begins to wait for something of ours, or no longer does."""
+        stop_clocks(self._running, id(run), waits=waits)
 
     # Slots
 

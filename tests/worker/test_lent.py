@@ -116,7 +116,8 @@ def waiting_for(worker: Worker, run_id: int, *, queue: str = "default") -> float
     assert worker._parts is not None
     executor = worker._parts.executors[queue]
     run = next((held.run for held, _ in executor.executing() if held.run.id == run_id), None)
-    since = None if run is None else executor.waiting_since(run)
+    execution = None if run is None else executor.execution_of(run)
+    since = None if execution is None else execution.waiting_since
     return 0.0 if since is None else time.monotonic() - since
 
 
