@@ -28,15 +28,8 @@ from queue_service.tasks import Task, Tasks
 from queue_service.worker.ahead import MAX_RUNS, Ahead
 from queue_service.worker.execution import Cause, Execution, outcome_to_write, stop_clocks
 from queue_service.worker.finisher import Finisher
-from queue_service.worker.handlers import batches, results
+from queue_service.worker.handlers import batches, process_protocol, results
 from queue_service.worker.handlers.coroutines import awaited, watched
-from queue_service.worker.handlers.process_protocol import (
-    HandlerBegun,
-    HandlerWaits,
-    Message,
-    ProgressReported,
-    RunSettled,
-)
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
@@ -377,16 +370,16 @@ class Executor:
         while slot.cancelling():
             slot.uncancel()
 
-    def _received(self, execution: Execution, task: Task[..., Any], message: Message) -> None:
+    def _received(self, execution: Execution, task: Task[..., Any], message: process_protocol.Message) -> None:
         """What the process of a handler sends before its answer."""
         match message:
-            case HandlerBegun():
+            case process_protocol.HandlerBegun():
                 execution.limit(task.timeout)
-            case RunSettled(ending):
+            case process_protocol.RunSettled(ending):
                 self.settle(execution.held.run, ending)
-            case HandlerWaits(waits):
+            case process_protocol.HandlerWaits(waits):
                 self.stop_clock(execution.held.run, waits)
-            case ProgressReported(progress):
+            case process_protocol.ProgressReported(progress):
                 self._reported(execution.held.run, progress)
 
     def _invoke(self, execution: Execution, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:
