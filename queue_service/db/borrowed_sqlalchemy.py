@@ -1,0 +1,158 @@
+"""SQLAlchemy's connections and sessions, sync and async, that belong to the caller.
+
+SQLAlchemy begins the transaction, and so knows of it. The statements go straight to psycopg's connection underneath: what
+listens to SQLAlchemy's own statements neither changes ours nor logs what they carry.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy import Connection, update
+from sqlalchemy.exc import InvalidRequestError, PendingRollbackError, ResourceClosedError, UnboundExecutionError
+from sqlalchemy.orm import Session, scoped_session
+
+from queue_service.db.borrowed_psycopg import AsyncPsycopg, Psycopg, refuse_begun, told
+from queue_service.db.query import Query
+from queue_service.db.tables import runs
+from queue_service.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def wrapped(conn: Any) -> Alchemy | AsyncAlchemy | None:
+    """None for what is none of these."""
+    if isinstance(conn, scoped_session):
+        conn = conn()
+    if isinstance(conn, (Session, Connection)):
+        _check_driver(_bind(conn).dialect if isinstance(conn, Session) else conn.dialect)
+        return Alchemy(conn)
+    # Importing this needs greenlet, which users of the synchronous half may not have.
+    return _wrapped_async(conn) if "sqlalchemy.ext.asyncio" in sys.modules else None
+
+
+def _wrapped_async(conn: Any) -> AsyncAlchemy | None:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+
+    if isinstance(conn, async_scoped_session):
+        conn = conn()
+    if isinstance(conn, AsyncConnection):
+        _check_driver(conn.dialect)
+    elif isinstance(conn, AsyncSession):
+        _check_driver(_bind(conn.sync_session).dialect)
+    else:
+        return None
+    return AsyncAlchemy(conn)
+
+
+class Alchemy:
+    is_async: Literal[False] = False
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    def fetch(self, query: Query[T]) -> T:
+        return self._driver().fetch(query)
+
+    def copy(self, statement: str, data: str) -> None:
+        self._driver().copy(statement, data)
+
+    def begin(self) -> AbstractContextManager[Any]:
+        refuse_begun(self._conn.in_transaction())
+        begun: AbstractContextManager[Any] = self._conn.begin()
+        return begun
+
+    def in_transaction(self) -> bool:
+        return self._driver().in_transaction()
+
+    def can_copy(self) -> bool:
+        return self._driver().can_copy()
+
+    def _driver(self) -> Psycopg:
+        """The driver's connection, in a transaction as SQLAlchemy sees it. That sends nothing."""
+        with _told():
+            conn = self._conn
+            if isinstance(conn, Session):
+                conn = conn.connection(bind_arguments={"bind": _bind(conn)})
+            elif not conn.in_transaction():
+                conn.begin()
+            return Psycopg(conn.connection.driver_connection)
+
+
+class AsyncAlchemy:
+    is_async: Literal[True] = True
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    async def fetch(self, query: Query[T]) -> T:
+        return await (await self._driver()).fetch(query)
+
+    async def copy(self, statement: str, data: str) -> None:
+        await (await self._driver()).copy(statement, data)
+
+    def begin(self) -> AbstractAsyncContextManager[Any]:
+        refuse_begun(self._conn.in_transaction())
+        begun: AbstractAsyncContextManager[Any] = self._conn.begin()
+        return begun
+
+    async def in_transaction(self) -> bool:
+        return await (await self._driver()).in_transaction()
+
+    async def can_copy(self) -> bool:
+        return await (await self._driver()).can_copy()
+
+    async def _driver(self) -> AsyncPsycopg:
+        """As of `Alchemy`."""
+        with _told():
+            conn = self._conn
+            if hasattr(conn, "sync_session"):
+                conn = await conn.connection(bind_arguments={"bind": _bind(conn.sync_session)})
+            elif not conn.in_transaction():
+                await conn.begin()
+            return AsyncPsycopg((await conn.get_raw_connection()).driver_connection)
+
+
+def _bind(session: Session) -> Any:
+    """The engine or connection that the session has for our tables: by its own rules, asked about a write to `runs`, or
+    else the one connection that it has. ConfigError where it has neither."""
+    try:
+        return session.get_bind(clause=update(runs))
+    except UnboundExecutionError:
+        transaction = session.get_transaction()
+        # It has no public name.
+        entries = getattr(transaction, "_connections", {})
+        connections = {id(entry[0]): entry[0] for entry in entries.values()}
+    if len(connections) == 1:
+        return next(iter(connections.values()))
+    raise ConfigError(
+        f"This session has binds for mappers only, and {len(connections) or 'no'} connections so far, so nothing says in "
+        "which database the run belongs. Add queue_service.db.tables.runs to its binds= with that engine, or pass "
+        "conn=session.connection(bind_arguments={'mapper': …})."
+    )
+
+
+def _check_driver(dialect: Any) -> None:
+    if dialect.driver not in {"psycopg", "psycopg_async"}:
+        raise ConfigError(
+            f"The SQLAlchemy engine uses {dialect.name}+{dialect.driver}; our statements need psycopg 3. "
+            "Create it with a postgresql+psycopg:// URL."
+        )
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What keeps SQLAlchemy from giving its connection, as ours."""
+    try:
+        with told(None):
+            yield
+    except PendingRollbackError as failed:
+        raise ConfigError(
+            "A statement of this transaction has failed before, and SQLAlchemy takes nothing more of it. Roll it back, and "
+            "begin again."
+        ) from failed
+    except (InvalidRequestError, ResourceClosedError) as refused:
+        raise ConfigError(f"SQLAlchemy does not give its connection: {str(refused).splitlines()[0]}") from refused
