@@ -17,8 +17,8 @@ from queue_service.app.progress import watching
 from queue_service.db import channels
 from queue_service.db.borrowed import borrow
 from queue_service.db.execute import NOT_EXECUTED
-from queue_service.db.steps import MAX_TRIES, Steps, drive, drive_any
-from queue_service.errors import DatabaseUnavailable, DuplicateRun, RunUnknown
+from queue_service.db.steps import MAX_TRIES, Steps, can_copy, drive, drive_any
+from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, RunUnknown
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Progress, Run
@@ -90,6 +90,11 @@ class Runs:
         """Store one run for each payload, all or none, and return their ids in order. Takes the options of `enqueue` that
         can be shared (not `singleton_key`). About twenty times quicker than one by one.
         """
+        if conn is not None and not await can_copy(borrow(conn)):
+            raise ConfigError(
+                "enqueue_many copies its runs in, which psycopg does not do in pipeline mode. Leave the pipeline first, or "
+                "enqueue them one by one."
+            )
         first, texts = enqueueing.new_runs(self._core.tasks, self._core.settings.payload_limit, task, payloads, options)
         return await self._store(lambda notice: enqueueing.enqueue_many(first, texts, notice), first, conn)
 

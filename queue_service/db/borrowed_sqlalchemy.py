@@ -7,8 +7,8 @@ listens to SQLAlchemy's own statements neither changes ours nor logs what they c
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection, update
@@ -40,7 +40,8 @@ def _wrapped_async(conn: Any) -> AsyncAlchemy | None:
     if isinstance(conn, async_scoped_session):
         conn = conn()
     if isinstance(conn, AsyncConnection):
-        _check_driver(conn.dialect)
+        with _told():
+            _check_driver(conn.dialect)
     elif isinstance(conn, AsyncSession):
         _check_driver(_bind(conn.sync_session).dialect)
     else:
@@ -55,10 +56,12 @@ class Alchemy:
         self._conn = conn
 
     def fetch(self, query: Query[T]) -> T:
-        return self._driver().fetch(query)
+        with self._driver() as driver:
+            return driver.fetch(query)
 
     def copy(self, statement: str, data: str) -> None:
-        self._driver().copy(statement, data)
+        with self._driver() as driver:
+            driver.copy(statement, data)
 
     def begin(self) -> AbstractContextManager[Any]:
         refuse_begun(self._conn.in_transaction())
@@ -66,20 +69,29 @@ class Alchemy:
         return begun
 
     def in_transaction(self) -> bool:
-        return self._driver().in_transaction()
+        with self._driver() as driver:
+            return driver.in_transaction()
 
     def can_copy(self) -> bool:
-        return self._driver().can_copy()
+        with self._driver() as driver:
+            return driver.can_copy()
 
-    def _driver(self) -> Psycopg:
-        """The driver's connection, in a transaction as SQLAlchemy sees it. That sends nothing."""
+    @contextmanager
+    def _driver(self) -> Iterator[Psycopg]:
+        """The driver's connection, in a transaction as SQLAlchemy sees it, which sends nothing. SQLAlchemy hears of it where
+        the server was lost: it then rolls back without asking, and gives that connection to nobody."""
         with _told():
             conn = self._conn
             if isinstance(conn, Session):
                 conn = conn.connection(bind_arguments={"bind": _bind(conn)})
             elif not conn.in_transaction():
                 conn.begin()
-            return Psycopg(conn.connection.driver_connection)
+            driver = conn.connection.driver_connection
+        try:
+            yield Psycopg(driver)
+        finally:
+            if driver.closed:
+                conn.invalidate()
 
 
 class AsyncAlchemy:
@@ -89,10 +101,12 @@ class AsyncAlchemy:
         self._conn = conn
 
     async def fetch(self, query: Query[T]) -> T:
-        return await (await self._driver()).fetch(query)
+        async with self._driver() as driver:
+            return await driver.fetch(query)
 
     async def copy(self, statement: str, data: str) -> None:
-        await (await self._driver()).copy(statement, data)
+        async with self._driver() as driver:
+            await driver.copy(statement, data)
 
     def begin(self) -> AbstractAsyncContextManager[Any]:
         refuse_begun(self._conn.in_transaction())
@@ -100,12 +114,15 @@ class AsyncAlchemy:
         return begun
 
     async def in_transaction(self) -> bool:
-        return await (await self._driver()).in_transaction()
+        async with self._driver() as driver:
+            return await driver.in_transaction()
 
     async def can_copy(self) -> bool:
-        return await (await self._driver()).can_copy()
+        async with self._driver() as driver:
+            return await driver.can_copy()
 
-    async def _driver(self) -> AsyncPsycopg:
+    @asynccontextmanager
+    async def _driver(self) -> AsyncIterator[AsyncPsycopg]:
         """As of `Alchemy`."""
         with _told():
             conn = self._conn
@@ -113,7 +130,12 @@ class AsyncAlchemy:
                 conn = await conn.connection(bind_arguments={"bind": _bind(conn.sync_session)})
             elif not conn.in_transaction():
                 await conn.begin()
-            return AsyncPsycopg((await conn.get_raw_connection()).driver_connection)
+            driver = (await conn.get_raw_connection()).driver_connection
+        try:
+            yield AsyncPsycopg(driver)
+        finally:
+            if driver.closed:
+                await conn.invalidate()
 
 
 def _bind(session: Session) -> Any:
