@@ -78,8 +78,8 @@ class Alchemy:
 
     @contextmanager
     def _driver(self) -> Iterator[Psycopg]:
-        """The driver's connection, in a transaction as SQLAlchemy sees it, which sends nothing. SQLAlchemy hears of it where
-        the server was lost: it then rolls back without asking, and gives that connection to nobody."""
+        """The driver's connection, in a transaction as SQLAlchemy sees it, which sends nothing. SQLAlchemy hears of it
+        where the server was lost: it then rolls back without asking, and gives that connection to nobody."""
         with _told():
             conn = self._conn
             if isinstance(conn, Session):

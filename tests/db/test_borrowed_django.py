@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import django  # type: ignore[import-untyped]
@@ -17,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 from queue_service import App
 from queue_service.app.sync import SyncApp
 from queue_service.db.borrowed import borrow
-from queue_service.errors import ConfigError, DatabaseRefused, DatabaseUnavailable, PayloadRefused, ValueRefused
+from queue_service.errors import ConfigError, DatabaseRefused, DatabaseUnavailable, PayloadRefused
 
 PAYLOADS = [{"n": n, "text": "ünïcode\t\\"} for n in range(3)]
 
@@ -145,10 +144,15 @@ class TestAFailedStatement:
         assert len(stored(beside)) == 1
 
     def test_in_an_inner_block_leaves_the_outer_one_whole(self, q: SyncApp, beside: psycopg.Connection[Any]) -> None:
+        beside.execute(
+            "create function public.no() returns trigger language plpgsql as $$ begin raise 'not today'; end $$;"
+            "create trigger no before insert on queue_service.runs for each row when (new.task = 'no') "
+            "execute function public.no()"
+        )
         with transaction.atomic():
             kept = q.enqueue("noop", {}, conn=connection)
-            with pytest.raises(ValueRefused), transaction.atomic():
-                q.enqueue("noop", {}, run_at=datetime(8998, 1, 1, tzinfo=UTC), expires_in=2e12, conn=connection)
+            with pytest.raises(DatabaseRefused, match="not today"), transaction.atomic():
+                q.enqueue("no", {}, conn=connection)
         assert stored(beside) == [(kept, {})]
 
     def test_one_that_was_refused_before_it_was_sent_ends_nothing(
