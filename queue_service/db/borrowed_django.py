@@ -74,5 +74,5 @@ class Django(Psycopg):
         try:
             yield
         finally:
-            if self._wrapper.in_atomic_block and self._conn.info.transaction_status == TransactionStatus.INERROR:
+            if self._wrapper.in_atomic_block and self._conn.pgconn.transaction_status == TransactionStatus.INERROR:
                 self._wrapper.needs_rollback = True

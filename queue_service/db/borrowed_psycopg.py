@@ -145,7 +145,7 @@ def is_pipelined(conn: AnyConnection) -> bool:
 
 
 def has_begun(conn: AnyConnection) -> bool:
-    return conn.info.transaction_status not in {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}
+    return conn.pgconn.transaction_status not in {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}
 
 
 def refuse_begun(begun: bool) -> None:
@@ -166,7 +166,7 @@ def check_usable(conn: AnyConnection, *, writes: bool) -> None:
         )
     if conn.closed:
         raise ConfigError("This connection is closed. Give one that is open.")
-    if conn.info.transaction_status == TransactionStatus.INERROR:
+    if conn.pgconn.transaction_status == TransactionStatus.INERROR:
         raise ConfigError(
             "A statement of this transaction has failed before, and Postgres takes nothing more of it. Roll it back, or "
             "back to a savepoint, and begin again."

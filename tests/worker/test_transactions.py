@@ -14,7 +14,6 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -764,7 +763,7 @@ class TestRefused:
                 async with run.transaction() as mine:
                     await mine.execute(verb)
             async with AsyncSession(async_engine) as session:
-                with pytest.raises(InvalidRequestError):
+                with pytest.raises(ConfigError, match="closed transaction"):
                     async with run.transaction(session):
                         await getattr(session, verb)()
             answers.append(await one(conn, "select state from queue_service.runs where id = %s", run.id))
