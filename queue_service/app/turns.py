@@ -256,7 +256,7 @@ class Turns:
     async def reject(self, deployment: str, message_id: str, reason: str, *, conn: Any = None) -> Outcome:
         """A guardrail refuses the message: its turn ends with code `rejected` and the reason as its sentence. Returns the
         outcome that stands, which is another one where the turn had ended before. Either way the message must not be
-        passed on; so must it not if this raises: TurnUnknown for a turn never armed, DatabaseUnavailable. `conn`: as `fail`.
+        passed on; so must it not if this raises: TurnUnknown for a turn never armed, DatabaseUnavailable. `conn` as `fail`.
         """
         await self.fail(deployment, message_id, TurnFailure("rejected", reason), conn=conn)
         standing = await self._standing(key_of(deployment, message_id), conn)

@@ -13,10 +13,10 @@ from typing import Any
 import psycopg
 from psycopg import postgres
 from psycopg.abc import Buffer
-from psycopg.adapt import AdaptersMap, Loader
+from psycopg.adapt import AdaptersMap, Loader, PyFormat
 from psycopg.pq import Format
 from psycopg.types import TypesRegistry
-from psycopg.types.array import ListBinaryDumper, register_all_arrays
+from psycopg.types.array import BaseListDumper, ListBinaryDumper, register_all_arrays
 from psycopg.types.datetime import TimedeltaBinaryDumper
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
@@ -29,6 +29,17 @@ class UtcLoader(Loader):
         return _EPOCH + timedelta(microseconds=int.from_bytes(data, "big", signed=True))
 
 
+class BinaryList(ListBinaryDumper):
+    """Also of a list with nothing in it but nulls, which psycopg gives as text: our statements cast it."""
+
+    def upgrade(self, obj: list[Any], format: PyFormat) -> BaseListDumper:  # noqa: A002 - psycopg's name
+        dumper = super().upgrade(obj, format)
+        if not isinstance(dumper, BinaryList):
+            dumper = BinaryList(self.cls, self._tx)
+            dumper.oid = self._tx.adapters.types["text"].array_oid
+        return dumper
+
+
 def _ours() -> AdaptersMap:
     types = TypesRegistry()
     postgres.register_default_types(types)
@@ -36,7 +47,7 @@ def _ours() -> AdaptersMap:
     postgres.register_default_adapters(adapters)
     register_all_arrays(adapters)
     # The last one that is registered is the one that is used.
-    adapters.register_dumper(list, ListBinaryDumper)
+    adapters.register_dumper(list, BinaryList)
     adapters.register_dumper(timedelta, TimedeltaBinaryDumper)
     adapters.register_loader("timestamptz", UtcLoader)
     return adapters
