@@ -30,8 +30,11 @@ _NEAR_MISSES = [
     ("sqlalchemy", "Engine", "It is an engine: take a connection out of it, `with engine.begin() as conn`."),
     ("sqlalchemy", "sessionmaker", "It makes sessions: call it, and pass the session."),
     ("sqlalchemy", "Transaction", "It is a transaction: pass its connection or session."),
+    ("sqlalchemy", "ConnectionFairy", "It is a raw connection: pass its `driver_connection`."),
+    ("flask_sqlalchemy", "", "It is the extension: pass its `session`."),
     ("psycopg", "Cursor", "It is a cursor: pass its `connection`."),
     ("django", "Cursor", "It is a cursor: pass django.db.connection."),
+    ("django", "ConnectionHandler", "It has connections: pass one of them, such as connections['default']."),
     ("psycopg2", "", "It is psycopg2's; our statements need psycopg 3."),
     ("asyncpg", "", "It is asyncpg's; our statements need psycopg 3."),
 ]

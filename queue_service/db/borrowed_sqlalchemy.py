@@ -7,13 +7,15 @@ listens to SQLAlchemy's own statements neither changes ours nor logs what they c
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, Literal, TypeVar
 
+import psycopg
 from sqlalchemy import Connection, update
 from sqlalchemy.exc import InvalidRequestError, PendingRollbackError, ResourceClosedError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.util import await_only
 
 from queue_service.db.borrowed_psycopg import AsyncPsycopg, Psycopg, refuse_begun, told
 from queue_service.db.query import Query
@@ -77,7 +79,7 @@ class Alchemy:
             return driver.can_copy()
 
     @contextmanager
-    def _driver(self) -> Iterator[Psycopg]:
+    def _driver(self) -> Iterator[Psycopg | Awaited]:
         """The driver's connection, in a transaction as SQLAlchemy sees it, which sends nothing. SQLAlchemy hears of it
         where the server was lost: it then rolls back without asking, and gives that connection to nobody."""
         with _told():
@@ -88,10 +90,35 @@ class Alchemy:
                 conn.begin()
             driver = conn.connection.driver_connection
         try:
-            yield Psycopg(driver)
+            yield Psycopg(driver) if isinstance(driver, psycopg.Connection) else Awaited(driver)
         finally:
             if driver.closed:
                 conn.invalidate()
+
+
+class Awaited:
+    """The driver's connection under an asynchronous engine, for who holds the blocking side of it: in `run_sync`, or in
+    what listens to a session. SQLAlchemy waits there for what is asynchronous."""
+
+    def __init__(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        self._conn = AsyncPsycopg(conn)
+
+    def fetch(self, query: Query[T]) -> T:
+        return self._waited(self._conn.fetch(query))
+
+    def copy(self, statement: str, data: str) -> None:
+        self._waited(self._conn.copy(statement, data))
+
+    def in_transaction(self) -> bool:
+        return self._waited(self._conn.in_transaction())
+
+    def can_copy(self) -> bool:
+        return self._waited(self._conn.can_copy())
+
+    def _waited(self, call: Coroutine[Any, Any, T]) -> T:
+        # Where there is nobody to wait, SQLAlchemy says so, and closes it.
+        with _told():
+            return await_only(call)
 
 
 class AsyncAlchemy:
@@ -151,7 +178,7 @@ def _bind(session: Session) -> Any:
     if len(connections) == 1:
         return next(iter(connections.values()))
     raise ConfigError(
-        f"This session has binds for mappers only, and {len(connections) or 'no'} connections so far, so nothing says in "
+        f"This session has no bind but for mappers, and {len(connections) or 'no'} connections so far, so nothing says in "
         "which database the run belongs. Add queue_service.db.tables.runs to its binds= with that engine, or pass "
         "conn=session.connection(bind_arguments={'mapper': …})."
     )

@@ -173,6 +173,8 @@ class TestAFailedStatement:
     def test_its_cursor_is_no_connection(self, q: SyncApp) -> None:
         with connection.cursor() as cursor, pytest.raises(ConfigError, match=r"pass django\.db\.connection"):
             q.enqueue("noop", {}, conn=cursor)
+        with pytest.raises(ConfigError, match="pass one of them"):
+            q.enqueue("noop", {}, conn=connections)
 
 
 def test_a_connection_to_another_kind_of_database_is_refused(q: SyncApp) -> None:

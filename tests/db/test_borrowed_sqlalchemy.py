@@ -115,7 +115,7 @@ class TestASessionThatIsBoundByMapper:
         self, q: SyncApp, engine: Engine, other_engine: Engine
     ) -> None:
         with Session(binds={Elsewhere: other_engine, Base: engine}) as mine:
-            with pytest.raises(ConfigError, match=r"no connections so far.*tables\.runs"):
+            with pytest.raises(ConfigError, match=r"(?s)no connections so far.*tables\.runs"):
                 q.enqueue("noop", {}, conn=mine)
             assert not mine.in_transaction()
             mine.add_all([Order(n=1), Note(n=1)])
@@ -244,13 +244,41 @@ class TestHowItIsConfigured:
             assert q.get(1, conn=mine) is None
 
 
+@pytest.mark.usefixtures("orders")
+class TestTheBlockingSideOfAnAsynchronousSession:
+    async def test_enqueues_within_run_sync(self, q: SyncApp, app: App, async_engine: AsyncEngine, conn: Ours) -> None:
+        async with AsyncSession(async_engine) as mine:
+            await mine.run_sync(lambda session: q.enqueue("noop", {}, conn=session))
+            await mine.run_sync(lambda session: q.enqueue_many("noop", [{}], conn=session))
+            await mine.rollback()
+            assert await counts(conn) == [0, 0]
+            await mine.run_sync(lambda session: q.enqueue("noop", {}, conn=session))
+            await mine.commit()
+        async with async_engine.begin() as connection:
+            await connection.run_sync(lambda its: q.enqueue("noop", {}, conn=its))
+        assert await counts(conn) == [0, 2]
+
+    async def test_enqueues_in_what_listens_to_it(self, q: SyncApp, async_engine: AsyncEngine, conn: Ours) -> None:
+        async with AsyncSession(async_engine) as mine:
+            event.listen(mine.sync_session, "after_flush", lambda session, _: q.enqueue("noop", {}, conn=session))
+            mine.add(Order(n=1))
+            await mine.commit()
+        assert await counts(conn) == [1, 1]
+
+    async def test_says_so_anywhere_else(self, q: SyncApp, async_engine: AsyncEngine) -> None:
+        async with AsyncSession(async_engine) as mine:
+            await mine.connection()
+            with pytest.raises(ConfigError, match="greenlet"):
+                q.enqueue("noop", {}, conn=mine.sync_session)
+
+
 class TestWhatIsPassedByMistake:
     async def test_says_what_to_pass(self, app: App, engine: Engine, async_engine: AsyncEngine) -> None:
         with Session(engine) as mine, engine.connect() as connection:
             for thing, advice in (
                 (engine, "engine.begin"), (async_engine, "engine.begin"), (sessionmaker(engine), "makes sessions"),
                 (async_sessionmaker(async_engine), "makes sessions"), (mine.begin(), "is a transaction"),
-                (connection.begin(), "is a transaction"),
+                (connection.begin(), "is a transaction"), (engine.raw_connection(), "driver_connection"),
             ):  # fmt: skip
                 with pytest.raises(ConfigError, match=advice):
                     await app.enqueue("noop", {}, conn=thing)
