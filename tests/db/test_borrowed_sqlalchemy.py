@@ -246,7 +246,7 @@ class TestHowItIsConfigured:
 
 @pytest.mark.usefixtures("orders")
 class TestTheBlockingSideOfAnAsynchronousSession:
-    async def test_enqueues_within_run_sync(self, q: SyncApp, app: App, async_engine: AsyncEngine, conn: Ours) -> None:
+    async def test_enqueues_within_run_sync(self, q: SyncApp, async_engine: AsyncEngine, conn: Ours) -> None:
         async with AsyncSession(async_engine) as mine:
             await mine.run_sync(lambda session: q.enqueue("noop", {}, conn=session))
             await mine.run_sync(lambda session: q.enqueue_many("noop", [{}], conn=session))
