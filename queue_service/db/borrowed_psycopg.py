@@ -193,8 +193,13 @@ def _check_encodings(conn: AnyConnection) -> None:
 def _check_takes_writes(conn: AnyConnection) -> None:
     if conn.read_only:
         raise ConfigError("This connection is read only, by its own `read_only`. Give one that may write.")
-    # psycopg has no other word for it. A prepare would fail, long after this.
-    if getattr(conn, "_tpc", None) is not None:
+    # psycopg has no other word for it.
+    refuse_two_phases(getattr(conn, "_tpc", None) is not None)
+
+
+def refuse_two_phases(are_two: bool) -> None:
+    """ConfigError for a transaction of two phases: to prepare it would fail, long after this."""
+    if are_two:
         raise ConfigError(
             "This transaction is one of two phases, and Postgres prepares none that has sent notices, as ours do. Use a "
             "connection of its own for the queue, with an ordinary transaction."

@@ -12,12 +12,12 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, asyn
 from typing import Any, Literal, TypeVar
 
 import psycopg
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, TwoPhaseTransaction, update
 from sqlalchemy.exc import InvalidRequestError, PendingRollbackError, ResourceClosedError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import await_only
 
-from queue_service.db.borrowed_psycopg import AsyncPsycopg, Psycopg, refuse_begun, told
+from queue_service.db.borrowed_psycopg import AsyncPsycopg, Psycopg, refuse_begun, refuse_two_phases, told
 from queue_service.db.query import Query
 from queue_service.db.tables import runs
 from queue_service.errors import ConfigError
@@ -58,11 +58,11 @@ class Alchemy:
         self._conn = conn
 
     def fetch(self, query: Query[T]) -> T:
-        with self._driver() as driver:
+        with self._driver(writes=query.writes) as driver:
             return driver.fetch(query)
 
     def copy(self, statement: str, data: str) -> None:
-        with self._driver() as driver:
+        with self._driver(writes=True) as driver:
             driver.copy(statement, data)
 
     def begin(self) -> AbstractContextManager[Any]:
@@ -79,7 +79,7 @@ class Alchemy:
             return driver.can_copy()
 
     @contextmanager
-    def _driver(self) -> Iterator[Psycopg | Awaited]:
+    def _driver(self, *, writes: bool = False) -> Iterator[Psycopg | Awaited]:
         """The driver's connection, in a transaction as SQLAlchemy sees it, which sends nothing. SQLAlchemy hears of it
         where the server was lost: it then rolls back without asking, and gives that connection to nobody."""
         with _told():
@@ -88,6 +88,8 @@ class Alchemy:
                 conn = conn.connection(bind_arguments={"bind": _bind(conn)})
             elif not conn.in_transaction():
                 conn.begin()
+            # Until SQLAlchemy 2.1 the driver does not know.
+            refuse_two_phases(writes and isinstance(conn.get_transaction(), TwoPhaseTransaction))
             driver = conn.connection.driver_connection
         try:
             yield Psycopg(driver) if isinstance(driver, psycopg.Connection) else Awaited(driver)
@@ -128,11 +130,11 @@ class AsyncAlchemy:
         self._conn = conn
 
     async def fetch(self, query: Query[T]) -> T:
-        async with self._driver() as driver:
+        async with self._driver(writes=query.writes) as driver:
             return await driver.fetch(query)
 
     async def copy(self, statement: str, data: str) -> None:
-        async with self._driver() as driver:
+        async with self._driver(writes=True) as driver:
             await driver.copy(statement, data)
 
     def begin(self) -> AbstractAsyncContextManager[Any]:
@@ -149,7 +151,7 @@ class AsyncAlchemy:
             return await driver.can_copy()
 
     @asynccontextmanager
-    async def _driver(self) -> AsyncIterator[AsyncPsycopg]:
+    async def _driver(self, *, writes: bool = False) -> AsyncIterator[AsyncPsycopg]:
         """As of `Alchemy`."""
         with _told():
             conn = self._conn
@@ -157,6 +159,7 @@ class AsyncAlchemy:
                 conn = await conn.connection(bind_arguments={"bind": _bind(conn.sync_session)})
             elif not conn.in_transaction():
                 await conn.begin()
+            refuse_two_phases(writes and isinstance(conn.sync_connection.get_transaction(), TwoPhaseTransaction))
             driver = (await conn.get_raw_connection()).driver_connection
         try:
             yield AsyncPsycopg(driver)
