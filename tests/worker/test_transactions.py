@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,8 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from queue_service import App, Cancel, Retry, Run, RunState, Worker
-from queue_service.db import borrowed_psycopg
 from queue_service.db.execute import fetch
+from queue_service.db.lent import LentAsyncConnection, LentConnection
 from queue_service.db.pool import Connection
 from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs import queries
@@ -589,22 +589,25 @@ class TestInDoubt:
     async def test_one_that_was_done_counts(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch, is_async: bool
     ) -> None:
-        begin, begin_blocking = borrowed_psycopg.AsyncPsycopg.begin, borrowed_psycopg.Psycopg.begin
+        end, end_blocking = LentAsyncConnection.end, LentConnection.end
+        commits_answered: list[bool] = []
 
-        @asynccontextmanager
-        async def deaf(self: Any) -> AsyncIterator[None]:
-            async with begin(self):
-                yield
-            raise psycopg.OperationalError("the answer was lost")
+        def lose_the_first(*, commits: bool) -> None:
+            if commits:
+                commits_answered.append(bool(commits_answered))
+                if not commits_answered[-1]:
+                    raise psycopg.OperationalError("the answer was lost")
 
-        @contextlib.contextmanager
-        def deaf_blocking(self: Any) -> Iterator[None]:
-            with begin_blocking(self):
-                yield
-            raise psycopg.OperationalError("the answer was lost")
+        async def deaf(self: Any, *, commits: bool) -> None:
+            await end(self, commits=commits)
+            lose_the_first(commits=commits)
 
-        monkeypatch.setattr(borrowed_psycopg.AsyncPsycopg, "begin", deaf)
-        monkeypatch.setattr(borrowed_psycopg.Psycopg, "begin", deaf_blocking)
+        def deaf_blocking(self: Any, *, commits: bool) -> None:
+            end_blocking(self, commits=commits)
+            lose_the_first(commits=commits)
+
+        monkeypatch.setattr(LentAsyncConnection, "end", deaf)
+        monkeypatch.setattr(LentConnection, "end", deaf_blocking)
         if is_async:
 
             @app.task(name="spend", retry=ONCE)
@@ -621,6 +624,8 @@ class TestInDoubt:
         run_id = await app.enqueue("spend", {})
         tally = await Worker(app).run(once=True)
         assert (await app.wait(run_id, timeout=5)).state is RunState.SUCCEEDED
+        # The second is the commit of whoever has looked it up.
+        assert commits_answered == [False, True]
         assert (tally.succeeded, tally.lost, tally.failed) == (1, 0, 0)
         assert await written(conn) == [(run_id, 1)]
 
