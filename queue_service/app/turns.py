@@ -271,7 +271,7 @@ class Turns:
 
     async def sweep(self) -> int:
         """End the turns whose deadline has passed, with the code they were withheld with, or else `worker_unresponsive`.
-        Returns how many. Raises DatabaseRefused where one cannot be ended, after the others. Workers do this all the time."""
+        Returns how many. Raises DatabaseRefused where one cannot be ended, after the others. Workers do this always."""
         return await self._core.opened.sweep_turns()
 
     # How turns stand
