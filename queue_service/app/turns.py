@@ -271,7 +271,8 @@ class Turns:
 
     async def sweep(self) -> int:
         """End the turns whose deadline has passed, with the code they were withheld with, or else `worker_unresponsive`.
-        Returns how many. Workers, and processes that wait for turns, do this all the time."""
+        Returns how many. Raises DatabaseRefused where some cannot be ended, once the others are. Workers, and processes
+        that wait for turns, do this all the time."""
         return await self._core.opened.sweep_turns()
 
     # How turns stand

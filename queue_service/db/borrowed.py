@@ -62,11 +62,12 @@ class AsyncFetching(Protocol):
 
 
 class AsyncBorrowed(AsyncFetching, Protocol):
-    """As SyncBorrowed."""
+    """As SyncBorrowed. `driver` is the connection itself."""
 
     def begin(self) -> AbstractAsyncContextManager[Any]: ...
     async def in_transaction(self) -> bool: ...
     async def can_copy(self) -> bool: ...
+    async def driver(self) -> psycopg.AsyncConnection[Any]: ...
 
 
 def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
