@@ -19,8 +19,10 @@ from queue_service.db import schema
 from queue_service.db.cluster import Cluster
 from queue_service.testing.databases import FAST
 from queue_service.testing.watcher import watched
-from tests.support import free_port, is_gone
+from tests.support import free_port
 
+# The database with our schema.
+DATABASE = "queue"
 SLOT = "other"
 STANDBY = "standby"
 # What the server says where a statement that waited for the standby was told to wait no more.
@@ -51,7 +53,12 @@ class Node:
 
     @property
     def conninfo(self) -> str:
-        return make_conninfo("", host="127.0.0.1", port=self.port, user="postgres", dbname="postgres")
+        return make_conninfo("", host="127.0.0.1", port=self.port, user="postgres", dbname=DATABASE)
+
+    @property
+    def admin(self) -> str:
+        """From where databases are made."""
+        return make_conninfo(self.conninfo, dbname="postgres")
 
     @property
     def log(self) -> str:
@@ -90,6 +97,10 @@ class Node:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
             psutil.wait_procs(family, timeout=10)
+        if self._cluster is not None and self._cluster._users is not None:
+            # There is nothing to be left in order.
+            self._cluster._users.close()
+            self._cluster = None
 
     def promote(self) -> None:
         """Returns when it takes writes."""
@@ -98,7 +109,7 @@ class Node:
         assert promoted.returncode == 0, promoted.stdout
 
     def ask(self, question: str) -> object:
-        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+        with psycopg.connect(self.admin, autocommit=True) as conn:
             row = conn.execute(question.encode()).fetchone()
             return row and row[0]
 
@@ -115,7 +126,7 @@ class Pair:
     def conninfo(self) -> str:
         """Both of them, the first that was the primary at the start."""
         ports = f"{self._first},{self._second}"
-        return make_conninfo("", host="127.0.0.1,127.0.0.1", port=ports, user="postgres", dbname="postgres")
+        return make_conninfo("", host="127.0.0.1,127.0.0.1", port=ports, user="postgres", dbname=DATABASE)
 
     def start(self) -> None:
         self._first, self._second = self.primary.port, self.standby.port
@@ -124,7 +135,7 @@ class Pair:
         self.wait_until_synchronous()
 
     def wait_until_synchronous(self) -> None:
-        with psycopg.connect(self.primary.conninfo, autocommit=True) as conn:
+        with psycopg.connect(self.primary.admin, autocommit=True) as conn:
             conn.execute("set statement_timeout = '30s'")
             conn.execute(_SYNCHRONOUS)
 
@@ -180,13 +191,15 @@ def made_pair(programs: Path) -> Iterator[Path]:
         pair = Pair(*(Node(place / name, programs, free_port()) for name in ("a", "b")))
         a, b = pair.primary, pair.standby
         a.start()
+        with psycopg.connect(a.admin, autocommit=True) as conn:
+            conn.execute(f"create database {DATABASE}".encode())
         schema.upgrade(a.conninfo)
         a.ask(f"select pg_create_physical_replication_slot('{SLOT}', true)")
         assert a._cluster is not None
         (place / "b").mkdir()
         new = Path(tempfile.mkdtemp(prefix="new", dir=place))
         shutil.chown(new, a.data.stat().st_uid, a.data.stat().st_gid)
-        copied = a._cluster._run("pg_basebackup", "-D", str(new / "data"), "-d", a.conninfo, "-X", "stream", "-c", "fast")
+        copied = a._cluster._run("pg_basebackup", "-D", str(new / "data"), "-d", a.admin, "-X", "stream", "-c", "fast")
         assert copied.returncode == 0, copied.stdout
         (new / "data").rename(b.data)
         a.stop()
@@ -216,6 +229,3 @@ def _directory() -> Iterator[Path]:
             yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
-
-
-__all__ = ["GAVE_UP", "Node", "Pair", "is_gone", "made_pair", "running_pair"]
