@@ -1,37 +1,52 @@
-"""A TCP proxy that cuts, stalls and half-closes what passes through it."""
+"""A TCP proxy that cuts, stalls and half-closes what passes through it, or is an outage of what is behind it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Literal
+
+# What an outage looks like to whoever connects: refused, as where nothing listens; reset once it is accepted; accepted and
+# never answered, then or later; or answered slowly.
+Outage = Literal["refuse", "reset", "swallow", "slow"]
+SLOWLY = 0.1
 
 
 class Proxy:
-    """In front of `target`, a port of this machine. `faults` counts what was done to connections."""
+    """In front of `target`, a port of this machine. `faults` counts what was done to connections, `accepted` says when
+    each came (monotonic)."""
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.port = 0
         self.faults = {"cut": 0, "stalled": 0, "half-closed": 0}
+        self.accepted: list[float] = []
+        self._outage: Outage | None = None
+        self._server: asyncio.Server | None = None
+        # Those that say nothing any more, whatever comes.
+        self._mute: set[asyncio.StreamWriter] = set()
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._flows = asyncio.Event()
         self._flows.set()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Proxy]:
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=1024)
-        self.port = server.sockets[0].getsockname()[1]
+        await self._listen()
         try:
             yield self
         finally:
             self._flows.set()
-            server.close()
+            if self._server is not None:
+                self._server.close()
             for pair in list(self._pairs):
                 for writer in pair:
                     writer.transport.abort()
+            for writer in list(self._mute):
+                writer.transport.abort()
 
     @property
     def address(self) -> str:
@@ -60,10 +75,48 @@ class Proxy:
         finally:
             self._flows.set()
 
+    async def fail(self, kind: Outage, seconds: float) -> None:
+        """What is behind is gone for so long. What was connected before is reset, or with `swallow` hears nothing until it is
+        over, and is reset then."""
+        self._outage = kind
+        if kind == "refuse" and self._server is not None:
+            self._server.close()
+        if kind == "swallow":
+            self._flows.clear()
+        elif kind != "slow":
+            self.cut(1.0)
+        try:
+            await asyncio.sleep(seconds)  # the fault itself
+        finally:
+            self._outage = None
+            if kind == "refuse":
+                await self._listen()
+            if kind == "swallow":
+                self.cut(1.0)
+                self._flows.set()
+
+    def forget(self) -> None:
+        """What is connected now hears nothing any more, and is not ended either. What comes is passed on."""
+        for pair in self._pairs:
+            self._mute.update(pair)
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=1024)
+        self.port = self._server.sockets[0].getsockname()[1]
+
     def _some(self, share: float) -> list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]]:
         return [pair for pair in self._pairs if random.random() < share]
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted.append(time.monotonic())
+        if self._outage == "reset":
+            writer.transport.abort()
+            return
+        if self._outage == "swallow":
+            self._mute.add(writer)
+            with contextlib.suppress(OSError):
+                await reader.read()
+            return
         try:
             beyond, to_beyond = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
@@ -82,6 +135,10 @@ class Proxy:
         with contextlib.suppress(OSError, RuntimeError):
             while data := await reader.read(65_536):
                 await self._flows.wait()
+                if self._outage == "slow":
+                    await asyncio.sleep(SLOWLY)  # the fault itself
+                if writer in self._mute:
+                    continue
                 writer.write(data)
                 await writer.drain()
             if writer.can_write_eof():
