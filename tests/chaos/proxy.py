@@ -17,10 +17,10 @@ SLOWLY = 0.1
 
 
 class Proxy:
-    """In front of `target`, a port of this machine. `faults` counts what was done to connections, `accepted` says when
+    """In front of `target`, a port of this machine or the path of a socket. `faults` counts what was done to connections, `accepted` says when
     each came (monotonic)."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int | str) -> None:
         self.target = target
         self.port = 0
         self.faults = {"cut": 0, "stalled": 0, "half-closed": 0}
@@ -118,7 +118,7 @@ class Proxy:
                 await reader.read()
             return
         try:
-            beyond, to_beyond = await asyncio.open_connection("127.0.0.1", self.target)
+            beyond, to_beyond = await self._reach()
         except OSError:
             writer.transport.abort()
             return
@@ -130,6 +130,11 @@ class Proxy:
             self._pairs.discard(pair)
             for each in pair:
                 each.transport.abort()
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if isinstance(self.target, str):
+            return await asyncio.open_unix_connection(self.target)
+        return await asyncio.open_connection("127.0.0.1", self.target)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, RuntimeError):
