@@ -25,7 +25,9 @@ from benchmarks.scenario import SCENARIOS
 from queue_service import logs
 from queue_service.db import embedded, schema, url
 
-assert turns.CALLERS + floor.BATCH + gateway.RATE + pooler.PAIRS + outages.SHORT_REPEATS, "importing them lists their scenarios"
+assert turns.CALLERS + floor.BATCH + gateway.RATE + pooler.PAIRS + outages.SHORT_REPEATS, (
+    "importing them lists their scenarios"
+)
 CONTENDERS = [peers.OURS, "procrastinate", "pgqueuer", "graphile-worker", "pg-boss"]
 
 

@@ -76,9 +76,7 @@ def noting(began: asyncio.Queue[float]) -> Callable[[], Awaitable[None]]:
     return begin
 
 
-async def once(
-    app: App, beside: App, proxy: Proxy, began: asyncio.Queue[float], seconds: float
-) -> dict[str, float]:
+async def once(app: App, beside: App, proxy: Proxy, began: asyncio.Queue[float], seconds: float) -> dict[str, float]:
     """One outage: how long each waited, in seconds, once a fresh connection could write."""
     answered: dict[str, float] = {}
     worker = Worker(app)

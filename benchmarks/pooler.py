@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -91,10 +92,10 @@ class Mistakes(logging.Handler):
         super().__init__(logging.ERROR)
         self.count = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
         self.count += 1
 
-    def __enter__(self) -> Mistakes:
+    def __enter__(self) -> Self:
         logging.getLogger("queue_service").addHandler(self)
         return self
 

@@ -112,7 +112,7 @@ async def check(load: Load, conn: Connection) -> None:
     await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.runs"), within=60)
     await eventually(lambda: one(conn, "select count(*) = 0 from queue_service.turn_markers"), within=60)
     finished = await rows(conn, "select id, state from queue_service.finished_runs")
-    states = {run_id: state for run_id, state in finished}
+    states = dict(finished)
     assert len(states) == len(finished)
     lost = {run_id for run_id in (*load.runs.values(), *load.turns.values()) if run_id not in states}
     assert lost == set()

@@ -125,9 +125,7 @@ OPERATIONS: dict[str, Operation] = {
     "dispatch": Operation(
         lambda app: app.turns.dispatch(turn("dispatch"), "noop", {}, queue="dispatch"), run_in("dispatch")
     ),
-    "send": Operation(
-        lambda app: app.turns.send(turn("send"), "noop", {}, queue="send"), event_of("send", "message")
-    ),
+    "send": Operation(lambda app: app.turns.send(turn("send"), "noop", {}, queue="send"), event_of("send", "message")),
     "unsend": Operation(
         lambda app: app.turns.unsend("unsend", "m"),
         marker_of("unsend", count=0),

@@ -233,7 +233,7 @@ class TestADatabaseThatTakesNoWrites:
                 await eventually(lambda: 7 in executed, within=20)
 
     async def test_every_connection_of_the_pool_is_looked_at_when_one_of_them_takes_no_writes(
-        self, database: str, conn: Connection
+        self, database: str
     ) -> None:
         async with quick_app(database) as app:
             pids = await fill(app)
@@ -388,5 +388,3 @@ async def test_a_connection_that_dies_in_the_middle_of_a_statement_is_one_caller
     with pytest.raises(DatabaseUnavailable):
         await unlucky
     assert len(set(await asyncio.gather(*others))) == 20
-
-

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
@@ -102,9 +101,7 @@ async def by_closing(app: App, call: Call, conn: Connection, patched: pytest.Mon
     return await outcome(calling)
 
 
-async def by_closing_from_another_thread(
-    app: App, call: Call, conn: Connection, patched: pytest.MonkeyPatch
-) -> object:
+async def by_closing_from_another_thread(app: App, call: Call, conn: Connection, patched: pytest.MonkeyPatch) -> object:
     """The blocking face, used in one thread and closed in another."""
     loop, blocking = asyncio.get_running_loop(), quick_app(app.conninfo).sync
     with ThreadPoolExecutor(2) as threads:
@@ -189,13 +186,13 @@ async def test_what_the_standby_does_not_have_is_not_acknowledged(
     async with asyncio.timeout(30):
         await asyncio.gather(*(operation.call(replicated) for operation in OPERATIONS.values()))
     assert await stored(watching) == OPERATIONS.keys()
-    conninfo = make_conninfo(shared_pair.standby.conninfo, dbname=watching.info.dbname)
-    async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as standby:
+    standby = await connect(make_conninfo(shared_pair.standby.conninfo, dbname=watching.info.dbname), writable=False)
 
-        async def is_there() -> bool:
-            return await stored(standby) == OPERATIONS.keys()
+    async def is_there() -> bool:
+        return await stored(standby) == OPERATIONS.keys()
 
-        await eventually(is_there)
+    await eventually(is_there)
+    await standby.close()
 
 
 @pytest.mark.parametrize("way", ["by_a_deadline", "by_being_cancelled"])

@@ -95,7 +95,7 @@ async def test_a_worker_process_that_is_told_twice_to_end_leaves_it_to_the_serve
     try:
         await worker.started()
         run_id = await replicated.enqueue("hold", {"directory": str(tmp_path)})
-        await eventually(lambda: (tmp_path / "started").exists(), within=30)
+        await eventually((tmp_path / "started").exists, within=30)
         stalled = Stalled(shared_pair)
         (tmp_path / "release").touch()
         await is_waiting(watching)
@@ -172,7 +172,10 @@ async def test_a_browser_that_hangs_up_and_sends_again_is_told_nothing_that_the_
             with pytest.raises(httpx2.ReadTimeout):
                 async with asyncio.timeout(20):
                     await ann.http.post(
-                        "/api/chat/send", json=body, headers={**ann.headers, "x-connection-id": connection_id}, timeout=0.5
+                        "/api/chat/send",
+                        json=body,
+                        headers={**ann.headers, "x-connection-id": connection_id},
+                        timeout=0.5,
                     )
             await is_waiting(watching)
         assert await one(watching, "select count(*) from queue_service.events") == 0
