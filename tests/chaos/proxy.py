@@ -10,12 +10,17 @@ from contextlib import asynccontextmanager
 
 
 class Proxy:
-    """In front of `target`, a port of this machine. `faults` counts what was done to connections."""
+    """In front of `target`, a port of this machine, or the path of a socket. `faults` counts what was done to connections.
+    One that sends `swallowed_after` gets no answer any more, and nobody hears what else it sends; one that sends `refused` is
+    cut."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int | str) -> None:
         self.target = target
+        self.swallowed_after: bytes | None = None
+        self.refused: bytes | None = None
+        self._silent: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self.port = 0
-        self.faults = {"cut": 0, "stalled": 0, "half-closed": 0}
+        self.faults = {"cut": 0, "stalled": 0, "half-closed": 0, "silenced": 0}
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._flows = asyncio.Event()
         self._flows.set()
@@ -65,23 +70,40 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            beyond, to_beyond = await asyncio.open_connection("127.0.0.1", self.target)
+            if isinstance(self.target, int):
+                beyond, to_beyond = await asyncio.open_connection("127.0.0.1", self.target)
+            else:
+                beyond, to_beyond = await asyncio.open_unix_connection(self.target)
         except OSError:
             writer.transport.abort()
             return
         pair = (writer, to_beyond)
         self._pairs.add(pair)
         try:
-            await asyncio.gather(self._pump(reader, to_beyond), self._pump(beyond, writer))
+            await asyncio.gather(self._pump(reader, to_beyond, pair), self._pump(beyond, writer, pair))
         finally:
             self._pairs.discard(pair)
+            self._silent.discard(pair)
             for each in pair:
                 each.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+    ) -> None:
         with contextlib.suppress(OSError, RuntimeError):
             while data := await reader.read(65_536):
                 await self._flows.wait()
+                if self.refused is not None and self.refused in data:
+                    pair[0].transport.abort()
+                    break
+                if pair in self._silent:
+                    continue
+                if self.swallowed_after is not None and self.swallowed_after in data and writer is pair[1]:
+                    self.faults["silenced"] += 1
+                    self._silent.add(pair)
                 writer.write(data)
                 await writer.drain()
             if writer.can_write_eof():
