@@ -122,6 +122,9 @@ class AsyncPsycopg:
     async def in_transaction(self) -> bool:
         return not self._conn.autocommit or has_begun(self._conn)
 
+    async def driver(self) -> psycopg.AsyncConnection[Any]:
+        return self._conn
+
     async def can_copy(self) -> bool:
         return not is_pipelined(self._conn)
 

@@ -146,6 +146,10 @@ class AsyncAlchemy:
         async with self._driver() as driver:
             return await driver.in_transaction()
 
+    async def driver(self) -> psycopg.AsyncConnection[Any]:
+        async with self._driver() as driver:
+            return await driver.driver()
+
     async def can_copy(self) -> bool:
         async with self._driver() as driver:
             return await driver.can_copy()

@@ -104,7 +104,7 @@ class Execution(msgspec.Struct, eq=False):
 
 
 def stop_clocks(running: Mapping[int, Execution], key: int, *, waits: bool) -> None:
-    """Of all runs that the handler of this one was given: their time stands still while it waits for something of ours."""
+    """Of all runs that the handler of this one was given: no time of theirs passes while it waits for us."""
     execution = running.get(key)
     if execution is not None:
         for each in [execution] if execution.counting is None else list(running.values()):

@@ -156,11 +156,13 @@ class TestFetch:
         slow = await session()
         call = asyncio.ensure_future(fetch(slow, SLEEP))
         asleep = "select exists (select from pg_stat_activity where pid = %s and wait_event = 'PgSleep')"
-        await eventually(lambda: one(conn, asleep, slow.info.backend_pid))
+        pid = slow.info.backend_pid
+        await eventually(lambda: one(conn, asleep, pid))
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert slow.info.transaction_status is TransactionStatus.IDLE
+        assert slow.closed
+        await eventually(lambda: one(conn, asleep.replace("select exists", "select not exists"), pid))
 
 
 class TestOwnConnection:

@@ -154,7 +154,7 @@ async def end_all(database: str) -> None:
         async with quick_app(database) as app:
             app.task(name="noop")(noop)
             async with working(app, {"default": 5, "wide": 5}):
-                await eventually(lambda: count(conn, "runs") == 0 == count(conn, "turn_markers"))
+                await eventually(lambda: count(conn, "runs") == 0 == count(conn, "turn_markers"), within=30)
         ended = [run_id for (run_id,) in conn.execute("select id from queue_service.finished_runs where id > 0")]
         assert sorted(ended) == sorted(ids)
         terminal = conn.execute(
@@ -193,7 +193,7 @@ async def upgrade_beside_somebody(database: str, conn: Conn, revision: str) -> N
             "pg_stat_activity where datname = current_database() and application_name = 'queue_service migrate' "
             "and wait_event_type = 'Lock'"
         )
-        await eventually(lambda: conn.execute(f"select from {waits}".encode()).rowcount)
+        await eventually(lambda: conn.execute(f"select from {waits}".encode()).rowcount, within=30)
         enqueue(busy, ordering_key="late")
         begin(busy, enqueue(busy))
         insert(busy, "streams", stream=f"late {revision}")
