@@ -128,9 +128,6 @@ class AsyncPsycopg:
     async def can_copy(self) -> bool:
         return not is_pipelined(self._conn)
 
-    async def driver(self) -> psycopg.AsyncConnection[Any]:
-        return self._conn
-
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[psycopg.AsyncPipeline | None]:
         if self._conn.lock.locked():

@@ -154,10 +154,6 @@ class AsyncAlchemy:
         async with self._driver() as driver:
             return await driver.can_copy()
 
-    async def driver(self) -> psycopg.AsyncConnection[Any]:
-        async with self._driver() as driver:
-            return await driver.driver()
-
     @asynccontextmanager
     async def _driver(self, *, writes: bool = False) -> AsyncIterator[AsyncPsycopg]:
         """As of `Alchemy`."""
