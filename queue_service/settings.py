@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from queue_service.errors import ConfigError, nearest
 
@@ -45,6 +45,10 @@ def parse_path(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
+# As what `db/session.py` takes the way to the server.
+Pooler = Literal["auto", "none", "session", "transaction"]
+
+
 def one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         word = text.strip().lower()
@@ -64,15 +68,23 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "queue_service"
 
 
-def _setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
+def _setting(default: Any, parse: Callable[[str], Any], doc: str, *, is_secret: bool = False) -> Any:
     kind = {"default_factory": default} if callable(default) else {"default": default}
-    return dataclasses.field(**kind, metadata={"parse": parse, "doc": doc})
+    return dataclasses.field(**kind, repr=not is_secret, metadata={"parse": parse, "doc": doc})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     data_dir: Path = _setting(default_data_dir, parse_path, "directory of the embedded cluster")
     pool_size: int = _setting(4, int, "most connections of an App, besides those of a worker")
+    pooler: Pooler = _setting(
+        "auto",
+        one_of("auto", "none", "session", "transaction"),
+        "what is between us and the server: auto (find out), none, or a pooler of sessions or of transactions",
+    )
+    listen_url: str | None = _setting(
+        None, str, "a way to the server for notices, where a pooler of transactions lets none through", is_secret=True
+    )
     payload_limit: int = _setting(256 * 1024, int, "largest payload, metadata or result, in bytes")
     lease: timedelta = _setting(timedelta(seconds=30), parse_duration, "how long a claim outlives its worker")
     poll_interval: timedelta = _setting(timedelta(seconds=1), parse_duration, "longest wait without a notice")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import psycopg
 
 from queue_service import App, Run, Worker
+from queue_service.db import session
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
@@ -26,6 +28,12 @@ from queue_service.testing import eventually as eventually  # noqa: PLC0414 - mo
 from queue_service.worker.floors import FRONT
 
 LEASE = timedelta(seconds=30)
+
+
+def make_ours(conn: psycopg.Connection[Any]) -> None:
+    """Give the session the settings that ours have."""
+    wanted = {**session.SETTINGS, **session.Limits().settings()}
+    conn.execute(session.SET, {"names": list(wanted), "values": list(wanted.values()), "local": False})
 
 
 def quick_app(database: str) -> App:

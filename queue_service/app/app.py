@@ -21,6 +21,7 @@ from queue_service.db import url
 from queue_service.db.channels import Notice
 from queue_service.db.pool import Pool
 from queue_service.db.query import Query
+from queue_service.db.session import Address
 from queue_service.db.url import EmbeddedCluster, Server
 from queue_service.errors import ConfigError
 from queue_service.schedules.model import NewSchedule
@@ -229,7 +230,12 @@ class App(Runs):
     @property
     def conninfo(self) -> str:
         """How to reach the database this App is connected to, for libpq. ConfigError as for `opened`."""
-        return self._core.opened.conninfo
+        return self._core.opened.address.conninfo
+
+    @property
+    def address(self) -> Address:
+        """The same, and what is between. ConfigError as for `opened`."""
+        return self._core.opened.address
 
     @property
     def pool(self) -> Pool:

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal, TypeVar
 
-from queue_service.db import channels, embedded, revision, schema
+from queue_service.db import channels, embedded, revision, schema, url
 from queue_service.db.cluster import Cluster
-from queue_service.db.execute import translated
+from queue_service.db.execute import DEADLINE, translated, unanswered
 from queue_service.db.listener import Listener
-from queue_service.db.pool import Pool, connect
+from queue_service.db.pool import Pool
 from queue_service.db.query import Query
+from queue_service.db.session import Address, connect
 from queue_service.db.url import EmbeddedCluster, Server
 from queue_service.errors import ConfigError
 from queue_service.logs import get_logger
@@ -40,20 +41,20 @@ SERVER_LOOK = timedelta(seconds=1)
 class Opened:
     is_async: Literal[True] = True
 
-    def __init__(self, conninfo: str, settings: Settings, cluster: Cluster | None) -> None:
-        self.conninfo = conninfo
-        self.pool = Pool(conninfo, size=settings.pool_size)
+    def __init__(self, address: Address, settings: Settings, cluster: Cluster | None) -> None:
+        self.address = address
+        self.pool = Pool(address, size=settings.pool_size)
         self.services = Services()
         self.notifier = Notifier(self.pool.fetch)
         self.endings = Endings(
             self.pool.fetch,
-            Listener(conninfo, [channels.FINISHED]),
+            Listener(address.conninfo, [channels.FINISHED]),
             self.services,
             poll_interval=settings.poll_interval.total_seconds(),
         )
         self.fanout = Fanout(
             self.pool.fetch,
-            Listener(conninfo, [channels.EVENTS]),
+            Listener(address.conninfo, [channels.EVENTS]),
             self.services,
             poll_interval=settings.poll_interval.total_seconds(),
         )
@@ -66,7 +67,7 @@ class Opened:
         self.replica = Replica(
             self.pool.fetch,
             self.notifier.send,
-            Listener(conninfo, [channels.GATEWAYS]),
+            Listener(address.conninfo, [channels.GATEWAYS]),
             self.services,
             poll_interval=settings.poll_interval.total_seconds(),
         )
@@ -84,8 +85,9 @@ class Opened:
         """Connect and check the schema. Blocking work (starting a server, migrating) is done in a thread."""
         conninfo, cluster = await _reached(database)
         try:
-            opened = cls(conninfo, settings, cluster)
-            conn = await connect(conninfo)
+            address = Address(conninfo, pooler=settings.pooler, listen_url=_listen_url(settings))
+            opened = cls(address, settings, cluster)
+            conn = await connect(address)
             try:
                 if cluster is not None and await revision.current(conn) is None:
                     await asyncio.to_thread(schema.upgrade, conninfo)
@@ -143,10 +145,18 @@ class Opened:
         return await self.pool.fetch(query)
 
     async def copy(self, statement: str, data: str) -> None:
-        """Send rows in the text format of COPY, all or none."""
-        with translated():
-            async with self.pool.connection() as conn, conn.cursor() as cursor, cursor.copy(statement.encode()) as copy:
-                await copy.write(data)
+        """Send rows in the text format of COPY, all or none, within DEADLINE seconds."""
+        async with self.pool.connection() as conn:
+            try:
+                with translated():
+                    async with (
+                        asyncio.timeout(DEADLINE),
+                        conn.cursor() as cursor,
+                        cursor.copy(statement.encode()) as copy,
+                    ):
+                        await copy.write(data)
+            except TimeoutError:
+                raise unanswered(DEADLINE) from None
 
     def check_caller(self) -> None:
         """Raise ConfigError where these connections cannot be used: after a fork, or on another event loop."""
@@ -159,6 +169,17 @@ class Opened:
             raise ConfigError(
                 "This App was opened on another event loop. Open another one here, or use `app.sync` from threads."
             )
+
+
+def _listen_url(settings: Settings) -> str | None:
+    if settings.listen_url is None:
+        return None
+    where = url.parse(settings.listen_url, source="QUEUE_SERVICE_LISTEN_URL")
+    if not isinstance(where, Server):
+        raise ConfigError(
+            "QUEUE_SERVICE_LISTEN_URL names an embedded cluster. Notices are heard from a server: postgresql://…"
+        )
+    return where.conninfo
 
 
 async def _reached(database: Server | EmbeddedCluster) -> tuple[str, Cluster | None]:

@@ -33,6 +33,8 @@ def show(as_json: bool, database_url: str | None) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         shown = settings_module.format_duration(value) if isinstance(value, timedelta) else value
+        if field.name == "listen_url" and value is not None:
+            shown = str(url.parse(value, source=settings_module.env_name(field.name)))
         rows.append((field.name, shown, settings_module.env_name(field.name), field.metadata["doc"]))
     if as_json:
         render.as_json({name: str(value) if not isinstance(value, int) else value for name, value, _, _ in rows})

@@ -23,6 +23,7 @@ from queue_service.app import App
 from queue_service.cli import render
 from queue_service.db import url
 from queue_service.db.meaning import meaning
+from queue_service.db.session import Limits
 from queue_service.errors import ConfigError, DatabaseUnavailable, QueueServiceError, nearest
 from queue_service.settings import Settings
 
@@ -207,7 +208,7 @@ def read(database_url: str | None, body: Callable[[App], Coroutine[Any, Any, T]]
 
     async def hurried(app: App) -> T:
         allowed = app.settings.read_timeout
-        await app.pool.hurry(allowed)
+        app.pool.limits = Limits(statement=allowed)
         try:
             return await body(app)
         except DatabaseUnavailable as refused:

@@ -1,7 +1,8 @@
 """The two executors of a `Query`, and the one place where driver errors become ours.
 
 Every call has a deadline on this side as well as the server's `statement_timeout`: a peer that stopped answering
-(black hole, stopped process) would otherwise hold its caller until TCP gives up.
+(black hole, stopped process) would otherwise hold its caller until TCP gives up. To give up is to hang up: the server goes
+on with what it was sent, and a repeat waits behind its locks. Only what writes nothing is cancelled there.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors as pg
+from psycopg.abc import PQGen
+from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGcancel
 from psycopg.rows import tuple_row
+from psycopg.waiting import wait_async
 
 from queue_service.db.meaning import meaning
 from queue_service.db.query import Query, Rows
@@ -28,6 +32,8 @@ from queue_service.errors import DatabaseRefused, DatabaseUnavailable, SchemaMis
 T = TypeVar("T")
 
 DEADLINE = 30.0
+# How often a wait looks whether it was interrupted, in seconds; psycopg's own number.
+WAIT_INTERVAL = 0.1
 
 # What the database raises when it has answered, and said no: another statement may go through.
 REFUSED = (DatabaseRefused, psycopg.Error)
@@ -47,11 +53,35 @@ def cancellable() -> Iterator[None]:
         raise asyncio.CancelledError
 
 
+class Connection(psycopg.AsyncConnection[Any]):
+    """A connection of ours. Where whoever waits for a statement is cancelled, psycopg has it cancelled on the server. That
+    ends the wait of a commit for its synchronous standby, and the commit stands on one server alone: the next call would
+    find what was stored there, and acknowledge it. So the connection is closed instead, and the server left to itself, but
+    for a statement that writes nothing."""
+
+    only_reads = False
+
+    async def wait(self, gen: PQGen[T], interval: float = WAIT_INTERVAL, timeout: float | None = None) -> T:
+        # psycopg 3.2 has no `timeout`, and gives none.
+        bounds: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        if self.only_reads:
+            return await super().wait(gen, interval, **bounds)
+        try:
+            return await wait_async(gen, self.pgconn.socket, interval=interval, **bounds)
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            if self.pgconn.transaction_status is not TransactionStatus.IDLE:
+                self.pgconn.finish()
+            raise
+
+
 async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline: float = DEADLINE) -> T:
-    """Run the query and decode its rows. On DatabaseUnavailable from a passed deadline the connection is closed."""
-    deadline_timer = _Deadline(conn, deadline)
+    """Run the query and decode its rows. On DatabaseUnavailable from a passed deadline the connection is closed. Whether a
+    statement that writes was executed is then not known: it may still be, and a repeat waits behind its locks."""
+    deadline_timer = _Deadline(conn, deadline, may_cancel=not query.writes)
     with translated(), cancellable():
         try:
+            if isinstance(conn, Connection):
+                conn.only_reads = not query.writes
             # Not conn.cursor(): a caller's connection may make cursors and rows of other kinds.
             cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
             await cursor.execute(query.text.encode(), query.params, binary=True)
@@ -62,21 +92,28 @@ async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline
         except psycopg.OperationalError:
             if not deadline_timer.has_passed:
                 raise
-            # Whether the statement ran is not known; the connection's state is not either. It must not be used again.
+            # The connection's state is not known. It must not be used again.
             await conn.close()
-            raise DatabaseUnavailable(f"The database did not answer within {deadline:g} s.") from None
+            raise unanswered(deadline) from None
         finally:
             deadline_timer.cancel()
+            if isinstance(conn, Connection):
+                conn.only_reads = False
     return query.decode(rows)
+
+
+def unanswered(deadline: float) -> DatabaseUnavailable:
+    return DatabaseUnavailable(f"The database did not answer within {deadline:g} s.")
 
 
 class _Deadline:
     """Hangs up when it passes: whoever waits on the connection then hears that it has ended. To be cancelled would take
     longer: psycopg then has the statement cancelled on the server, and waits 5 s for one that does not answer."""
 
-    def __init__(self, conn: psycopg.AsyncConnection[Any], seconds: float) -> None:
+    def __init__(self, conn: psycopg.AsyncConnection[Any], seconds: float, *, may_cancel: bool) -> None:
         self.has_passed = False
         self._conn = conn
+        self._may_cancel = may_cancel
         self._timer = asyncio.get_running_loop().call_later(seconds, self._hang_up)
 
     def cancel(self) -> None:
@@ -84,10 +121,13 @@ class _Deadline:
 
     def _hang_up(self) -> None:
         self.has_passed = True
-        # Or the server, which does not look who listens, would go on with the statement. Nobody waits for this.
         with contextlib.suppress(OSError, psycopg.Error):
-            cancel = self._conn.pgconn.get_cancel()
-            threading.Thread(target=_cancelled_there, args=[cancel], name="queue_service cancel", daemon=True).start()
+            if self._may_cancel:
+                # Or the server, which does not look who listens, would go on with the statement. Nobody waits for this.
+                cancel = self._conn.pgconn.get_cancel()
+                threading.Thread(
+                    target=_cancelled_there, args=[cancel], name="queue_service cancel", daemon=True
+                ).start()
             with socket.socket(fileno=os.dup(self._conn.pgconn.socket)) as line:
                 line.shutdown(socket.SHUT_RDWR)
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import psycopg
 import psycopg_pool
+from psycopg.pq import TransactionStatus
 
-from queue_service.db.execute import DEADLINE
-from queue_service.db.pool import CancellablePool, none_free, options
+from queue_service.db.execute import DEADLINE, cancellable
+from queue_service.db.pool import none_free
+from queue_service.db.session import options
 from queue_service.errors import ConfigError
 
 # A handler that is stuck, or whose machine is gone, keeps neither its locks nor what vacuum would remove: the server rolls
@@ -31,6 +33,49 @@ select set_config('idle_in_transaction_session_timeout', '60s', false),
                   case current_setting('synchronous_commit') when 'off' then 'on'
                        else current_setting('synchronous_commit') end, false)
 """
+
+
+class CancellablePool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
+    """psycopg's pool, for callers that are cancelled at any moment.
+
+    A `putconn` waits for the lock of the client that is to have the connection. One that is cancelled meanwhile loses the
+    connection, and the client waits for ever. So `putconn` goes on here, whatever happens to its caller.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # How many wait for a connection at the moment.
+        self.clients = 0
+        self._returning: set[asyncio.Task[None]] = set()
+
+    async def getconn(self, timeout: float | None = None) -> psycopg.AsyncConnection[Any]:
+        conn = None
+        self.clients += 1
+        try:
+            with cancellable():
+                conn = await super().getconn(timeout)
+        except asyncio.CancelledError:
+            if conn is not None:
+                await self.putconn(conn)
+            raise
+        finally:
+            self.clients -= 1
+        return conn
+
+    async def putconn(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        if not self.clients and conn.info.transaction_status is TransactionStatus.IDLE:
+            # Then nothing is waited for, and no task of its own is needed: it would cost 25 us.
+            await super().putconn(conn)
+            return
+        returning = asyncio.create_task(super().putconn(conn), name="return of a connection")
+        self._returning.add(returning)
+        returning.add_done_callback(self._returning.discard)
+        await asyncio.shield(returning)
+
+    async def close(self, timeout: float = 5.0) -> None:
+        if self._returning:
+            await asyncio.wait(self._returning, timeout=timeout)
+        await super().close(timeout)
 
 
 class Lender:

@@ -1,102 +1,51 @@
-"""Connections of ours: how one is opened, a pool of them, and a single one that is reopened when it breaks.
+"""A pool of sessions, and a single one that is reopened when it breaks.
 
-All are in autocommit mode, since our operations are single statements; the session settings below are what every
-statement of ours relies on.
+Nobody meets a connection that has died while it was idle, or that takes no writes any more: it is looked at before it is
+lent. In an outage one task tries to connect, at its own pace, however many wait; once it succeeds, all that is wanted is
+opened. Giving a connection back never waits, so that whoever is cancelled loses none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import random
+import time
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psycopg
-import psycopg_pool
-from psycopg.conninfo import make_conninfo
+from psycopg import errors as pg
 from psycopg.pq import TransactionStatus
 
-from queue_service.db.execute import DEADLINE, cancellable, fetch, may_repeat, translated
+from queue_service.backoff import Pauses
+from queue_service.db.execute import DEADLINE, fetch, may_repeat, translated, unanswered
+from queue_service.db.execute import Connection as Connection  # noqa: PLC0414
 from queue_service.db.query import Query
+from queue_service.db.session import Address, Limits, Session
+from queue_service.db.session import connect as connect  # noqa: PLC0414
+from queue_service.db.session import options as options  # noqa: PLC0414
 from queue_service.errors import DatabaseUnavailable
+from queue_service.logs import get_logger
 
 T = TypeVar("T")
-Connection = psycopg.AsyncConnection[Any]
 
-# A half-open connection is noticed within about 25 s idle, 15 s with data in flight.
-_TCP = {
-    "connect_timeout": 10,
-    "keepalives": 1,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15_000,
-}
-
-# Settings of the server, the database or the role must not change what a statement means, so each session says them.
-# enable_*: every statement of ours is shaped for an ordered walk along one index, and the statistics of a queue's tables
-# are always out of date, so the planner would now and then talk itself into reading the whole table first.
-# synchronous_commit: durability is promised, so `off` is not accepted; every other setting is left alone.
-SESSION = """
-select set_config('statement_timeout', '30s', false),
-       set_config('lock_timeout', '10s', false),
-       set_config('idle_in_transaction_session_timeout', '60s', false),
-       set_config('default_transaction_isolation', 'read committed', false),
-       set_config('synchronous_commit',
-                  case current_setting('synchronous_commit') when 'off' then 'on'
-                       else current_setting('synchronous_commit') end, false),
-       set_config('enable_seqscan', 'off', false),
-       set_config('enable_bitmapscan', 'off', false),
-       set_config('enable_mergejoin', 'off', false),
-       set_config('jit', 'off', false),
-       set_config('plan_cache_mode', 'force_generic_plan', false),
-       set_config('timezone', 'UTC', false)
-"""
+log = get_logger(__name__)
 
 # How often a statement that may be repeated is sent in all, before the caller hears that it failed.
 _TRIES = 3
+# Between two tries to connect.
+FIRST_PAUSE, MAX_PAUSE = 0.05, 1.0
+# All but one of the connections are closed where they were not used for so many seconds.
+IDLE = 3.0
+# How long a connection that is looked at may take to answer, in seconds.
+LOOK = 1.0
 
+IDLE_SESSION_TIMEOUT = "57P05"
 
-async def connect(
-    conninfo: str,
-    *,
-    application: str = "queue_service",
-    lock_timeout: timedelta | None = None,
-    statement_timeout: timedelta | None = None,
-) -> Connection:
-    """A fresh connection with our session settings, but for what is given. Raises DatabaseUnavailable."""
-    with translated():
-        conn = await psycopg.AsyncConnection.connect(options(conninfo, application), autocommit=True)
-        try:
-            # `connect_timeout` ends with the handshake; a server that stops right after it would be waited for for ever.
-            async with asyncio.timeout(DEADLINE):
-                await _configure(conn)
-                if lock_timeout is not None:
-                    await _set(conn, "lock_timeout", lock_timeout)
-                if statement_timeout is not None:
-                    await _set(conn, "statement_timeout", statement_timeout)
-        except TimeoutError:
-            await conn.close()
-            raise DatabaseUnavailable(f"The database did not answer within {DEADLINE:g} s.") from None
-        except BaseException:
-            await conn.close()
-            raise
-        return conn
-
-
-def options(conninfo: str, application: str = "queue_service") -> str:
-    return make_conninfo(conninfo, **_TCP, application_name=application)
-
-
-async def _configure(conn: Connection) -> None:
-    await conn.execute(SESSION)
-
-
-async def _set(conn: Connection, setting: str, duration: timedelta) -> None:
-    milliseconds = f"{duration / timedelta(milliseconds=1):.0f}"
-    await conn.execute("select set_config(%s, %s, false)", [setting, milliseconds])
+OURS = Limits()
 
 
 def none_free() -> DatabaseUnavailable:
@@ -106,122 +55,286 @@ def none_free() -> DatabaseUnavailable:
     )
 
 
-class CancellablePool(psycopg_pool.AsyncConnectionPool[Connection]):
-    """psycopg's pool, for callers that are cancelled at any moment.
+class Fetcher(Protocol):
+    """Whatever runs one query at a time: a place in a pool, or a connection of its own."""
 
-    A `putconn` waits for the lock of the client that is to have the connection. One that is cancelled meanwhile loses the
-    connection, and the client waits for ever. So `putconn` goes on here, whatever happens to its caller.
-    """
+    async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T: ...
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        # How many wait for a connection at the moment.
-        self.clients = 0
-        self._returning: set[asyncio.Task[None]] = set()
 
-    async def getconn(self, timeout: float | None = None) -> Connection:
-        conn = None
-        self.clients += 1
-        try:
-            with cancellable():
-                conn = await super().getconn(timeout)
-        except asyncio.CancelledError:
-            if conn is not None:
-                await self.putconn(conn)
-            raise
-        finally:
-            self.clients -= 1
-        return conn
+class _Client:
+    """Somebody who waits for a connection."""
 
-    async def putconn(self, conn: Connection) -> None:
-        if not self.clients and conn.info.transaction_status is TransactionStatus.IDLE:
-            # Then nothing is waited for, and no task of its own is needed: it would cost 25 us.
-            await super().putconn(conn)
-            return
-        returning = asyncio.create_task(super().putconn(conn), name="return of a connection")
-        self._returning.add(returning)
-        returning.add_done_callback(self._returning.discard)
-        await asyncio.shield(returning)
+    __slots__ = ("future", "is_reserved")
 
-    async def close(self, timeout: float = 5.0) -> None:
-        if self._returning:
-            await asyncio.wait(self._returning, timeout=timeout)
-        await super().close(timeout)
+    def __init__(self, *, is_reserved: bool) -> None:
+        self.future: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
+        self.is_reserved = is_reserved
 
 
 class Pool:
-    """A bounded pool. `fetch` runs one query on any connection; `connection` lends one out."""
+    """At most `size` connections at once, and one more for each place that is `reserved`. `fetch` runs one query on any of
+    them; `connection` lends one out."""
 
-    def __init__(self, conninfo: str, *, size: int, application: str = "queue_service") -> None:
-        self._pool = CancellablePool(
-            options(conninfo, application),
-            min_size=1,
-            max_size=size,
-            open=False,
-            configure=self._configure,
-            kwargs={"autocommit": True},
-            timeout=DEADLINE,
-            reconnect_timeout=DEADLINE,
-            name=application,
-        )
-        # The connection that was given back last waits here for whoever comes next: 40 us less than by way of the pool.
-        self._parked: Connection | None = None
-        self._timeout: timedelta | None = None
+    def __init__(self, where: str | Address, *, size: int, application: str = "queue_service") -> None:
+        self._address = Address.of(where)
+        self._application = application
+        self._size = size
+        self._places = 0
+        #: Of what is fetched by those without a place.
+        self.limits = OURS
+        # All there are, and those that nobody uses: the one that was given back last is lent first.
+        self._open: set[Session] = set()
+        self._idle: deque[Session] = deque()
+        # How many are lent to clients without a place.
+        self._lent = 0
+        # Who waits: those with a place do not stand in line behind the others.
+        self._first: deque[_Client] = deque()
+        self._line: deque[_Client] = deque()
+        self._connecting: set[asyncio.Task[None]] = set()
+        # (monotonic) What was not looked at since then may take no writes any more.
+        self._doubted_at = 0.0
+        # Why there is no connection; None: the last try succeeded.
+        self._lost: DatabaseUnavailable | None = None
+        self._trimming: asyncio.TimerHandle | None = None
+        self.is_closed = False
 
     async def open(self) -> None:
         """Begin to connect. A wrong address is not noticed here, but at the first use."""
-        await self._pool.open()
+        self._connect(1)
 
     async def close(self) -> None:
-        parked, self._parked = self._parked, None
-        if parked is not None:
-            await self._pool.putconn(parked)
-        await self._pool.close()
-
-    async def hurry(self, timeout: timedelta) -> None:
-        """Have the server give up on a statement after so long: on one connection that is open, and on all that are opened
-        later."""
-        self._timeout = timeout
-        async with self.connection() as conn:
-            await self._configure(conn)
+        """Close what is idle now, and the others when they are given back. Whoever waits is told so."""
+        self.is_closed = True
+        if self._trimming is not None:
+            self._trimming.cancel()
+        self._fail(_closed())
+        while self._idle:
+            self._discard(self._idle.pop())
+        for task in self._connecting:
+            task.cancel()
+        if self._connecting:
+            await asyncio.wait(self._connecting)
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        conn = await self._take()
+    async def connection(self) -> AsyncIterator[Session]:
+        """Raises DatabaseUnavailable where none becomes free in time."""
+        conn = await self._take(self.limits, DEADLINE, is_reserved=False)
         try:
             yield conn
         finally:
-            await self._give(conn)
+            self._give(conn, is_reserved=False)
 
     async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
-        conn = await self._take()
+        """Within `deadline` seconds, or DatabaseUnavailable is raised."""
+        return await self._fetch(query, self.limits, deadline, is_reserved=False)
+
+    def reserved(self, limits: Limits = OURS) -> Place:
+        """A place for one coroutine, which never waits behind others."""
+        self._places += 1
+        return Place(self, limits)
+
+    async def _fetch(self, query: Query[T], limits: Limits, deadline: float, *, is_reserved: bool) -> T:
+        until = time.monotonic() + deadline
+        while True:
+            conn = await self._take(limits, until - time.monotonic(), is_reserved=is_reserved)
+            try:
+                return await self._run(conn, query, limits, until - time.monotonic())
+            except DatabaseUnavailable as lost:
+                cause = lost.__cause__
+                if isinstance(cause, pg.ReadOnlySqlTransaction):
+                    self._doubt(conn)
+                if not conn.closed or not _was_not_executed(query, cause):
+                    raise
+            finally:
+                self._give(conn, is_reserved=is_reserved)
+
+    async def _run(self, conn: Session, query: Query[T], limits: Limits, deadline: float) -> T:
+        if conn.limits == limits:
+            return await persistently(conn, query, deadline)
+        # Behind a pooler, whose sessions are not ours.
         try:
-            return await _persistently(conn, query, deadline)
-        finally:
-            await self._give(conn)
+            async with asyncio.timeout(deadline):
+                with translated():
+                    async with conn.transaction():
+                        await conn.limit(limits)
+                        return await persistently(conn, query, deadline)
+        except TimeoutError:
+            raise unanswered(deadline) from None
 
-    async def _configure(self, conn: Connection) -> None:
-        await _configure(conn)
-        if self._timeout is not None:
-            await _set(conn, "statement_timeout", self._timeout)
+    # Lending
 
-    async def _take(self) -> Connection:
-        conn, self._parked = self._parked, None
-        if conn is not None:
-            return conn
+    async def _take(self, limits: Limits, deadline: float, *, is_reserved: bool) -> Session:
+        while not self.is_closed:
+            if self._idle and (is_reserved or self._lent < self._size):
+                conn = self._pick(limits)
+                self._lent += not is_reserved
+            else:
+                conn = await self._wait(_Client(is_reserved=is_reserved), deadline)
+            is_good = False
+            try:
+                is_good = await self._is_good(conn, limits)
+            finally:
+                if not is_good:
+                    conn.pgconn.finish()
+                    self._give(conn, is_reserved=is_reserved)
+            if is_good:
+                return conn
+        raise _closed()
+
+    def _pick(self, limits: Limits) -> Session:
+        for conn in reversed(self._idle):
+            if conn.limits == limits or conn.is_pooled:
+                self._idle.remove(conn)
+                return conn
+        # To change the limits takes a round trip: next time there is another one.
+        self._connect(1)
+        return self._idle.pop()
+
+    async def _is_good(self, conn: Session, limits: Limits) -> bool:
+        if not conn.is_usable:
+            return False
+        if (not conn.is_quiet or conn.known_at < self._doubted_at) and not await conn.is_writable():
+            return False
+        if conn.limits != limits and not conn.is_pooled:
+            try:
+                async with asyncio.timeout(LOOK):
+                    await conn.limit(limits)
+            except (psycopg.Error, TimeoutError):
+                return False
+        return True
+
+    async def _wait(self, client: _Client, deadline: float) -> Session:
+        (self._first if client.is_reserved else self._line).append(client)
+        self._connect(1)
         try:
-            return await self._pool.getconn()
-        except psycopg_pool.PoolTimeout:
-            raise none_free() from None
-        except psycopg_pool.PoolClosed:
-            raise DatabaseUnavailable("The connections of this App were closed.") from None
+            async with asyncio.timeout(deadline):
+                return await client.future
+        except TimeoutError:
+            self._take_back(client)
+            raise (DatabaseUnavailable(str(self._lost)) if self._lost is not None else none_free()) from None
+        except BaseException:
+            self._take_back(client)
+            raise
 
-    async def _give(self, conn: Connection) -> None:
-        idle = not conn.closed and conn.info.transaction_status is TransactionStatus.IDLE
-        if idle and self._parked is None and not self._pool.clients and not self._pool.closed:
-            self._parked = conn
+    def _take_back(self, client: _Client) -> None:
+        """From one who was given a connection at the moment in which it was cancelled."""
+        future = client.future
+        if future.done() and not future.cancelled() and future.exception() is None:
+            self._give(future.result(), is_reserved=client.is_reserved)
+
+    def _give(self, conn: Session, *, is_reserved: bool) -> None:
+        """Never waits."""
+        self._lent -= not is_reserved
+        if self.is_closed or not conn.is_usable:
+            self._discard(conn)
         else:
-            await self._pool.putconn(conn)
+            self._put(conn)
+        self._serve()
+
+    def _put(self, conn: Session) -> None:
+        conn.idle_since = time.monotonic()
+        self._idle.append(conn)
+        if self._trimming is None and len(self._idle) > 1:
+            self._trimming = asyncio.get_running_loop().call_later(IDLE, self._trim)
+
+    def _serve(self) -> None:
+        """Give what is idle to those who wait, and connect for the others."""
+        while self._idle and (client := self._next_client()):
+            self._lent += not client.is_reserved
+            client.future.set_result(self._idle.pop())
+        if wanted := len(self._first) + len(self._line):
+            self._connect(wanted)
+
+    def _next_client(self) -> _Client | None:
+        """The first who may have one."""
+        for line in (self._first, self._line):
+            while line and (line is self._first or self._lent < self._size):
+                client = line.popleft()
+                if not client.future.done():
+                    return client
+        return None
+
+    # Opening and closing
+
+    def _connect(self, wanted: int) -> None:
+        """Begin to open so many more, as far as there is room for them; in an outage one at a time."""
+        room = self._size + self._places - len(self._open) - len(self._connecting)
+        if self._lost is not None:
+            room = min(room, 1 - len(self._connecting))
+        if not self.is_closed:
+            for _ in range(min(wanted, room)):
+                task = asyncio.create_task(self._reach(), name="connecting")
+                self._connecting.add(task)
+                task.add_done_callback(self._connecting.discard)
+
+    async def _reach(self) -> None:
+        """Open one, however long that takes, for as long as somebody waits for it."""
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE, jitter=random.random)
+        while True:
+            try:
+                conn = await connect(self._address, application=self._application, limits=self.limits)
+            except DatabaseUnavailable as lost:
+                if self._lost is None:
+                    log.warning("cannot connect to the database; trying until it works", why=str(lost))
+                self._lost = lost
+            except Exception as refused:  # noqa: BLE001 - for those who wait to hear
+                self._fail(refused)
+                return
+            else:
+                if self._lost is not None:
+                    log.info("connected to the database again")
+                self._lost = None
+                self._open.add(conn)
+                self._put(conn)
+                self._serve()
+                return
+            if len(self._connecting) > 1 or not self._is_waited_for():
+                self._connecting -= {asyncio.current_task()}
+                return
+            await asyncio.sleep(pauses.next())
+
+    def _doubt(self, conn: Session) -> None:
+        """It takes no writes: this one is closed, and the others are looked at before they are lent again."""
+        self._doubted_at = time.monotonic()
+        conn.pgconn.finish()
+
+    def _discard(self, conn: Session) -> None:
+        self._open.discard(conn)
+        conn.pgconn.finish()
+
+    def _trim(self) -> None:
+        """Close what was not used for a while. One stays."""
+        self._trimming = None
+        now = time.monotonic()
+        while len(self._idle) > 1 and now - self._idle[0].idle_since > IDLE * 0.9:
+            self._discard(self._idle.popleft())
+        if len(self._idle) > 1:
+            self._trimming = asyncio.get_running_loop().call_later(IDLE, self._trim)
+
+    def _is_waited_for(self) -> bool:
+        return not all(client.future.done() for client in (*self._first, *self._line))
+
+    def _fail(self, error: Exception) -> None:
+        for line in (self._first, self._line):
+            while line:
+                client = line.popleft()
+                if not client.future.done():
+                    client.future.set_exception(error)
+
+
+class Place:
+    """In a pool: for one coroutine, whose statements have limits of their own."""
+
+    def __init__(self, pool: Pool, limits: Limits) -> None:
+        self._pool = pool
+        self._limits = limits
+
+    async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
+        return await self._pool._fetch(query, self._limits, deadline, is_reserved=True)  # noqa: SLF001
+
+    def leave(self) -> None:
+        """Once."""
+        self._pool._places -= 1  # noqa: SLF001
 
 
 class OwnConnection:
@@ -231,28 +344,18 @@ class OwnConnection:
     caller knows whether repeating it is right.
     """
 
-    def __init__(
-        self,
-        conninfo: str,
-        *,
-        application: str,
-        lock_timeout: timedelta | None = None,
-        statement_timeout: timedelta | None = None,
-    ) -> None:
-        self._connect = functools.partial(
-            connect,
-            conninfo,
-            application=application,
-            lock_timeout=lock_timeout,
-            statement_timeout=statement_timeout,
-        )
-        self._conn: Connection | None = None
+    def __init__(self, where: str | Address, *, application: str, limits: Limits = OURS) -> None:
+        self._connect = functools.partial(connect, Address.of(where), application=application, limits=limits)
+        self._conn: Session | None = None
 
     async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
-        if self._conn is None or self._conn.closed:
+        conn = self._conn
+        if conn is not None and not (conn.is_usable and (conn.is_quiet or await conn.is_writable())):
+            await self.close()
+        if self._conn is None:
             self._conn = await self._connect()
         try:
-            return await _persistently(self._conn, query, deadline)
+            return await persistently(self._conn, query, deadline)
         except DatabaseUnavailable:
             await self.close()
             raise
@@ -260,17 +363,27 @@ class OwnConnection:
     async def close(self) -> None:
         conn, self._conn = self._conn, None
         if conn is not None:
-            await conn.close()
+            conn.pgconn.finish()
 
 
-async def _persistently(conn: Connection, query: Query[T], deadline: float) -> T:
+async def persistently(conn: Session, query: Query[T], deadline: float) -> T:
     for attempt in range(_TRIES):
         try:
             return await fetch(conn, query, deadline=deadline)
         except psycopg.Error as lost:
             if not may_repeat(lost):
                 raise
-            if attempt == _TRIES - 1:
+            if attempt == _TRIES - 1 or conn.info.transaction_status is not TransactionStatus.IDLE:
                 raise DatabaseUnavailable(f"The database kept refusing a statement: {lost}") from lost
             await asyncio.sleep(0.01 * (attempt + 1))
     raise AssertionError("unreachable")
+
+
+def _was_not_executed(query: Query[Any], lost: BaseException | None) -> bool:
+    """Of a statement on a connection that was lost: whether to send it again is right. The server ends a session that was
+    idle for too long; and what writes nothing may be executed twice."""
+    return getattr(lost, "sqlstate", None) == IDLE_SESSION_TIMEOUT or (lost is not None and not query.writes)
+
+
+def _closed() -> DatabaseUnavailable:
+    return DatabaseUnavailable("The connections of this App were closed.")

@@ -22,6 +22,8 @@ class Query(Generic[T_co]):
     text: str
     decode: Callable[[Rows], T_co]
     params: Mapping[str, Any] = field(default_factory=dict)
+    # A statement that writes is never cancelled on the server: it may be committing. See `db/execute.py`.
+    writes: bool = True
 
 
 Fetch = Callable[[Query[Any]], Awaitable[Any]]

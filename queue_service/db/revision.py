@@ -13,7 +13,7 @@ from queue_service.errors import SchemaMismatch
 HEAD = "0018"
 
 # For a pool: SchemaMismatch where there is no schema.
-REVISION: Query[str | None] = Query("select version_num from queue_service.alembic_version", scalar)
+REVISION: Query[str | None] = Query("select version_num from queue_service.alembic_version", scalar, writes=False)
 
 
 async def current(conn: psycopg.AsyncConnection[Any]) -> str | None:

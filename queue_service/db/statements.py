@@ -1,9 +1,9 @@
 """Reads the `.sql` files of a package into named statements.
 
-`-- name: verb` starts a statement; the comment lines after it are its contract. `-- define: name` starts a fragment, which
-ends at the next blank line; its comment lines say what it is. `{name}` in any file of the package stands for it. A fragment
-may hold fragments, but these hold none: to read a statement takes two looks at most. Nothing else is ever substituted, and
-comments are left out.
+`-- name: verb` starts a statement; the comment lines after it are its contract. Without a line `-- writes: tables` among
+them it changes nothing, and may be cancelled. `-- define: name` starts a fragment, which ends at the next blank line; its
+comment lines say what it is. `{name}` in any file of the package stands for it. A fragment may hold fragments, but these
+hold none: to read a statement takes two looks at most. Nothing else is ever substituted, and comments are left out.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ T = TypeVar("T")
 
 _DEFINE = re.compile(r"^-- define: (\w+)\n(.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+_WRITES = re.compile(r"^-- writes: ", re.MULTILINE)
 _STANDS_FOR = re.compile(r"\{(\w+)\}")
 
 
 class Statements:
     def __init__(self, package: str) -> None:
         files = (file for file in resources.files(package).iterdir() if file.name.endswith(".sql"))
-        self.texts = parse(*(file.read_text(encoding="utf-8") for file in files))
+        sources = [file.read_text(encoding="utf-8") for file in files]
+        self.texts = parse(*sources)
+        self._writing = {name for name, body in _statements(sources) if _WRITES.search(body)}
 
     def query(self, name: str, decode: Callable[[Rows], T], /, **params: Any) -> Query[T]:
-        return Query(self.texts[name], decode, params)
+        return Query(self.texts[name], decode, params, name in self._writing)
 
 
 def parse(*sources: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 
 from queue_service.backoff import Pauses
-from queue_service.db.pool import OwnConnection
+from queue_service.db.pool import Fetcher
 from queue_service.runs.queries import Claimant
 from queue_service.services.loop import Service
 from queue_service.worker.claims import Claims
@@ -31,7 +31,7 @@ class Claimer:
     """`last_pass` (monotonic) is when the loop turned last."""
 
     def __init__(
-        self, connection: OwnConnection, executors: Mapping[str, Executor], leases: Leases, finisher: Finisher,
+        self, connection: Fetcher, executors: Mapping[str, Executor], leases: Leases, finisher: Finisher,
         claimant: Claimant, *, poll_interval: timedelta, only_suspects: bool = False,
         suspects_elsewhere: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
-from queue_service.db.pool import OwnConnection
+from queue_service.db.pool import Fetcher
 from queue_service.logs import get_logger
 from queue_service.runs import lanes, lost, queries
 from queue_service.runs.model import Run
@@ -28,7 +28,7 @@ class Claims:
     """`order` is how the sources come in turn where they share what a limit allows: the one that gave last comes last."""
 
     def __init__(
-        self, connection: OwnConnection, states: Mapping[str, QueueState], leases: Leases, finisher: Finisher,
+        self, connection: Fetcher, states: Mapping[str, QueueState], leases: Leases, finisher: Finisher,
         claimant: Claimant, pace: Pace, alarm: Alarm,
     ) -> None:  # fmt: skip
         self._connection = connection

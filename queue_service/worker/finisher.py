@@ -20,7 +20,7 @@ from queue_service import codec
 from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.meaning import is_about_a_row
-from queue_service.db.pool import OwnConnection
+from queue_service.db.pool import Fetcher
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefused
 from queue_service.exceptions import message, type_name
 from queue_service.logs import get_logger
@@ -90,7 +90,7 @@ class Finisher:
 
     def __init__(
         self,
-        connection: OwnConnection,
+        connection: Fetcher,
         leases: Leases,
         worker_id: int,
         *,

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from queue_service.db.pool import OwnConnection
+from queue_service.db.session import Address
 from queue_service.exceptions import message
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
@@ -33,7 +34,7 @@ class Keeper:
 
     def __init__(
         self,
-        conninfo: str,
+        address: Address,
         leases: Leases,
         worker_id: int,
         *,
@@ -43,7 +44,7 @@ class Keeper:
         on_cancel: Callable[[Collection[int]], None],
         failing: Callable[[], list[str]],
     ) -> None:
-        self._connection = OwnConnection(conninfo, application="queue_service keeper")
+        self._connection = OwnConnection(address, application="queue_service keeper")
         self._leases = leases
         self._worker_id = worker_id
         self._lease = lease

@@ -13,13 +13,11 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import psycopg
-
 from queue_service.app import App
 from queue_service.db import channels
 from queue_service.db.execute import fetch_sync, translated
 from queue_service.db.listener import Listener, NoticesMissed
-from queue_service.db.pool import SESSION, OwnConnection, options
+from queue_service.db.session import Limits, connect_blocking
 from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
 from queue_service.runs import settling
@@ -70,7 +68,7 @@ class Parts:
     ) -> None:
         self._settings = settings
         self._worker_id = worker_id
-        self._conninfo = app.conninfo
+        self._address = app.address
         self.services = Services()
         # Asked for here: from the keeper's thread the App is not to be reached.
         self._app_services = app.opened.services
@@ -81,8 +79,8 @@ class Parts:
         )
         # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
         self._claimable = sorted(app.tasks)
-        self._claiming = OwnConnection(app.conninfo, application="queue_service claimer")
-        self._finishing = _for_endings(app.conninfo, settings.lease)
+        self._claiming = app.pool.reserved()
+        self._finishing = app.pool.reserved(_for_endings(settings.lease))
         leases = Leases()
         self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free)
         self._app = app
@@ -91,7 +89,7 @@ class Parts:
         self._suspect_process = SuspectProcess(suspect_command)
         self.claimer = self._make_claimer(only_suspects=only_suspects)
         self._keeper = Keeper(
-            app.conninfo, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
+            app.address, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
             on_lost=self._lose, on_cancel=self._cancel, failing=self._failing,
         )  # fmt: skip
         self.contexts = HandlerContexts(app, self.executors, worker_id=worker_id, settings=settings)
@@ -155,8 +153,7 @@ class Parts:
         handed_on = [outcome for outcome in outcomes if isinstance(outcome, Ending) and outcome.handed_on]
         endings = [outcome for outcome in outcomes if isinstance(outcome, Ending) and not outcome.handed_on]
         returns = [outcome for outcome in outcomes if isinstance(outcome, Return)]
-        with translated(), psycopg.connect(options(self._conninfo, "queue_service leaving"), autocommit=True) as conn:
-            conn.execute(SESSION)
+        with translated(), connect_blocking(self._address, application="queue_service leaving") as conn:
             fetch_sync(conn, settling.give_back(returns, worker_id=self._worker_id))
             fetch_sync(conn, settling.hand_on(handed_on, worker_id=self._worker_id))
             fetch_sync(conn, settling.finish(endings, worker_id=self._worker_id, freed=leases))
@@ -174,8 +171,8 @@ class Parts:
         self._threads.close()
         await self._processes.close()
         await self.contexts.lender.close()
-        await self._claiming.close()
-        await self._finishing.close()
+        self._claiming.leave()
+        self._finishing.leave()
 
     def _executor(self, queue: str, concurrency: int) -> Executor:
         return Executor(
@@ -320,14 +317,9 @@ class Parts:
         return [*self.services, *self._app_services]
 
 
-def _for_endings(conninfo: str, lease: timedelta) -> OwnConnection:
+def _for_endings(lease: timedelta) -> Limits:
     """The keeper may wait for what a statement here has locked, and must come in time."""
-    return OwnConnection(
-        conninfo,
-        application="queue_service finisher",
-        lock_timeout=min(MAX_LOCK_WAIT, lease / 6),
-        statement_timeout=min(MAX_WRITE, lease / 3),
-    )
+    return Limits(min(MAX_LOCK_WAIT, lease / 6), min(MAX_WRITE, lease / 3))
 
 
 async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:

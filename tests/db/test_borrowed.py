@@ -81,15 +81,15 @@ class TestTheIdsAndPayloadsOfBothCallsAreTheCallers:
     async def test_in_a_session_with_work_of_its_own(
         self, q: SyncApp, engine: Engine, conn: Connection, end: str
     ) -> None:
-        await conn.execute("create table orders (n int)")
+        await conn.execute("create table public.orders (n int)")
         with Session(engine) as mine:
-            mine.execute(text("insert into orders values (1)"))
+            mine.execute(text("insert into public.orders values (1)"))
             q.enqueue("noop", {}, conn=mine)
             q.enqueue_many("noop", PAYLOADS, conn=mine)
-            mine.execute(text("insert into orders values (2)"))
+            mine.execute(text("insert into public.orders values (2)"))
             getattr(mine, end)()
         both = await one(
-            conn, "select (select count(*) from orders) || ' ' || (select count(*) from queue_service.runs)"
+            conn, "select (select count(*) from public.orders) || ' ' || (select count(*) from queue_service.runs)"
         )
         assert both == ("2 4" if end == "commit" else "0 0")
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.runs import queries, walks
 from queue_service.runs.model import RunState
 from queue_service.runs.walks import SCAN_LIMIT, Filter, Place
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
+from tests.support import make_ours
 
 DAYS, ROWS = 4, 50_000
 # As many live runs as a day's, and for each of four days as many that ended: one of two hundred failed, two of all are rare.
@@ -66,7 +66,7 @@ STATEMENTS: dict[str, tuple[Query[Any], int]] = {
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_history_plans", {"runs", "finished_runs_default"}) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         for day in range(1, DAYS + 1):
             conn.execute(ENDED.partition(";")[0].format(day=day, next=day + 1).encode())
         for number, (query, _) in enumerate(STATEMENTS.values()):

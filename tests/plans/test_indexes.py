@@ -11,7 +11,6 @@ import psycopg
 import pytest
 
 from queue_service import App
-from queue_service.db import pool
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries, settling
@@ -19,7 +18,7 @@ from queue_service.runs.claim import Claim, hold
 from queue_service.runs.model import Ending, Return, RunState
 from queue_service.runs.queries import Claimant
 from tests.plans.database import Sync, believed_empty
-from tests.support import claim, one
+from tests.support import claim, make_ours, one
 
 LEASE = timedelta(seconds=30)
 
@@ -31,7 +30,7 @@ select 'default', 'noop', '{}', clock_timestamp() - interval '1 hour' + n * inte
 def filled(request: pytest.FixtureRequest, server: str, template: str) -> Iterator[tuple[Sync, int]]:
     """A database with so many queued runs, whose statistics say that there are none."""
     with believed_empty(server, template, f"queue_service_plans_{request.param}", {"runs"}) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         conn.execute(FILL.encode(), [request.param])
         yield conn, request.param
 
@@ -128,7 +127,7 @@ def test_what_finds_nothing_touches_next_to_nothing(filled: tuple[Sync, int], na
 
 def test_claiming_changes_no_index(database: str) -> None:
     with psycopg.connect(database) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         conn.execute(FILL.encode(), [1_000])
         taken = claim(limit=500)
         conn.execute(taken.text.encode(), taken.params)

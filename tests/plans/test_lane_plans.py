@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from queue_service.db import pool
 from queue_service.queues import queries as queues
 from queue_service.runs import queries
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 from tests.plans.database import Sync, believed_empty, execution, flattened, prepare
-from tests.support import LEASE, claim
+from tests.support import LEASE, claim, make_ours
 
 DEEP = 50_000
 # A lane of each of so many keys, one with that many runs, and as many runs in no lane.
@@ -58,7 +57,7 @@ STATEMENTS = {
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_lane_plans", {"runs", "lanes"}) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         for number, (query, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", query)
         conn.execute("set statement_timeout = 0")

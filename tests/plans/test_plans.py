@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 
-from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries, settling
@@ -22,7 +21,7 @@ from queue_service.runs.model import Ending, Floor, Return, RunState
 from queue_service.runs.queries import Claimant, Wanted
 from queue_service.worker.floors import FRONT
 from tests.plans.database import Sync, believed_empty, flattened
-from tests.support import claim
+from tests.support import claim, make_ours
 
 ROWS = 500_000
 LEASE = timedelta(seconds=30)
@@ -62,7 +61,7 @@ def stage(request: pytest.FixtureRequest, database_of_plans: Sync) -> Stage:
         conn.execute("analyze queue_service.runs")
     if have > want:
         conn.execute("delete from queue_service.runs")
-    conn.execute(pool.SESSION.encode())
+    make_ours(conn)
     return Stage(conn, want)
 
 
@@ -279,7 +278,7 @@ class TestHeapOnly:
 
     def test_reports_of_progress_are_heap_only_updates(self, database: str) -> None:
         with psycopg.connect(database, autocommit=True) as conn:
-            conn.execute(pool.SESSION.encode())
+            make_ours(conn)
             conn.execute(FILL.encode(), [100])
             claims, _ = claims_of(conn, 10)
             for _ in range(3):
@@ -288,7 +287,7 @@ class TestHeapOnly:
 
     def test_claims_of_a_backlog_are_heap_only_updates(self, database: str) -> None:
         with psycopg.connect(database, autocommit=True) as conn:
-            conn.execute(pool.SESSION.encode())
+            make_ours(conn)
             conn.execute(FILL.encode(), [2_000])
             for _ in range(4):
                 assert len(fetch_sync(conn, claim(limit=250, priorities=(1, 0)))) == 250

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.replicas import queries
 from queue_service.replicas.model import Done, Request
 from tests.plans.database import Sync, believed_empty, looked, prepare
+from tests.support import make_ours
 
 TABLES = {"gateways", "gateway_requests"}
 LATER, SILENCE = timedelta(minutes=1), timedelta(minutes=1)
@@ -44,7 +44,7 @@ STATEMENTS: dict[str, tuple[Callable[[], Query[Any]], int]] = {
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_replica_plans", TABLES) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         for number, (make, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", make())
         conn.execute(FILL.encode())

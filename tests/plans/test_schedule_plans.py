@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.schedules import queries
 from queue_service.schedules.model import DueSchedule, Firing, Misfire
 from tests.plans.database import Sync, believed_empty, looked, prepare
+from tests.support import make_ours
 
 SCHEDULES, SLOTS = 20_000, 200_000
 TABLES = {"schedules", "schedule_slots", "runs"}
@@ -60,7 +60,7 @@ def fire(count: int) -> Query[Any]:
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_schedule_plans", TABLES) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         for number, (make, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", make())
         conn.execute(FILL.encode())
@@ -73,7 +73,7 @@ def stage(request: pytest.FixtureRequest, filled: Sync) -> str:
     if request.param == "believed full":
         filled.execute("reset all")
         filled.execute("analyze")
-        filled.execute(pool.SESSION.encode())
+        make_ours(filled)
     return str(request.param)
 
 

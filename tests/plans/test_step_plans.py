@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from psycopg import sql
 
-from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.steps import queries
 from queue_service.steps.model import NewStep
 from tests.plans.database import TYPES, Sync, believed_empty, execution, flattened, prepare
+from tests.support import make_ours
 
 RUNS, STEPS = 20_000, 200_000
 TABLES = {"runs", "steps", "leases", "finished_runs_default"}
@@ -42,7 +42,7 @@ STATEMENTS: dict[str, tuple[Query[Any], dict[str, int]]] = {
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_step_plans", TABLES) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         TYPES["after_run"] = "bigint"
         for number, (query, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", query)

@@ -12,7 +12,6 @@ import pytest
 
 from queue_service.connections import queries as connections
 from queue_service.connections.queries import NewDelivery
-from queue_service.db import pool
 from queue_service.db.query import Query
 from queue_service.events import queries as events
 from queue_service.events.queries import NewEvent
@@ -21,6 +20,7 @@ from queue_service.turns import queries as turns
 from queue_service.turns.model import TurnEnding, TurnFailure
 from queue_service.turns.queries import Owed
 from tests.plans.database import Sync, believed_empty, looked, prepare
+from tests.support import make_ours
 
 TURNS, EVENTS = 100_000, 300_000
 TABLES = {
@@ -58,7 +58,7 @@ class Stage(NamedTuple):
 @pytest.fixture(scope="module")
 def filled(server: str, template: str) -> Iterator[Sync]:
     with believed_empty(server, template, "queue_service_turn_plans", TABLES) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         for number, (make, _) in enumerate(STATEMENTS.values()):
             prepare(conn, f"p{number}", make())
         conn.execute(FILL.encode())
@@ -71,7 +71,7 @@ def stage(request: pytest.FixtureRequest, filled: Sync) -> Stage:
     if "full" in request.param:
         filled.execute("reset all")
         filled.execute("analyze")
-        filled.execute(pool.SESSION.encode())
+        make_ours(filled)
     if request.param == "believed full, empty":
         for table in sorted(TABLES - {"runs", "connections", "lanes"}):
             filled.execute(f"delete from queue_service.{table}".encode())

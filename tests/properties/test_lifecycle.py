@@ -20,14 +20,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim
 from queue_service.runs.model import Ending, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant
-from tests.support import claim
+from tests.support import claim, make_ours
 
 T = TypeVar("T")
 LEASE = timedelta(seconds=30)
@@ -198,7 +197,7 @@ class Lifecycle(RuleBasedStateMachine):
 @pytest.fixture
 def machine(database: str) -> Iterator[type[Lifecycle]]:
     with psycopg.connect(database, autocommit=True) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         Lifecycle.conn = conn
         yield Lifecycle
 

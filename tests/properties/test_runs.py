@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from queue_service import Run
-from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim
 from queue_service.runs.model import Ending, NewRun, Return, RunState
 from queue_service.runs.queries import Claimant
-from tests.support import LEASE, claim
+from tests.support import LEASE, claim, make_ours
 
 T = TypeVar("T")
 QUEUES = ["default", "other"]
@@ -313,7 +312,7 @@ class Runs(RuleBasedStateMachine):
 @pytest.fixture
 def machine(database: str) -> Iterator[type[Runs]]:
     with psycopg.connect(database, autocommit=True) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         Runs.conn = conn
         yield Runs
 

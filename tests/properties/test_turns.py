@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from queue_service.db import pool
 from queue_service.db.execute import fetch_sync
 from queue_service.db.query import Query
 from queue_service.events import queries as events
@@ -23,6 +22,7 @@ from queue_service.turn import Turn
 from queue_service.turns import queries
 from queue_service.turns.model import EndedTurn, TurnFailure, failed, replied
 from queue_service.turns.queries import Key
+from tests.support import make_ours
 
 T = TypeVar("T")
 LIMIT = 100_000
@@ -342,7 +342,7 @@ class Turns(RuleBasedStateMachine):
 @pytest.fixture
 def machine(database: str) -> Iterator[type[Turns]]:
     with psycopg.connect(database, autocommit=True) as conn:
-        conn.execute(pool.SESSION.encode())
+        make_ours(conn)
         Turns.conn = conn
         yield Turns
 

@@ -38,6 +38,8 @@ def test_every_setting_can_be_given_by_its_variable() -> None:
     texts = {
         "data_dir": ("/srv/x", Path("/srv/x")),
         "pool_size": ("5", 5),
+        "pooler": ("transaction", "transaction"),
+        "listen_url": ("postgresql://h/d", "postgresql://h/d"),
         "payload_limit": ("1000", 1000),
         "lease": ("40s", timedelta(seconds=40)),
         "poll_interval": ("250ms", timedelta(milliseconds=250)),

@@ -12,7 +12,7 @@ import pytest
 
 from queue_service import App, Worker
 from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, OwnConnection
+from queue_service.db.pool import Connection, Place
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import lost, queries
@@ -36,19 +36,18 @@ async def test_a_claim_that_was_executed_and_never_answered_makes_no_suspects(
         begun.append(n)
 
     await app.enqueue_many("noop", [{"n": n} for n in range(300)])
-    fetch_ = OwnConnection.fetch
+    fetch_ = Place.fetch
     cuts = 0
 
-    async def cut(self: OwnConnection, query: Query[Any], **options: Any) -> Any:
+    async def cut(self: Place, query: Query[Any], **options: Any) -> Any:
         nonlocal cuts
         answer = await fetch_(self, query, **options)
         if "set state = 'running'" in query.text and cuts < 2:
             cuts += 1
-            await self.close()
             raise DatabaseUnavailable("the connection was cut after the claim")
         return answer
 
-    monkeypatch.setattr(OwnConnection, "fetch", cut)
+    monkeypatch.setattr(Place, "fetch", cut)
     tally = await Worker(app, {"default": 300}).run(once=True)
     assert (cuts, tally.succeeded, tally.lost) == (2, 300, 0)
     assert sorted(begun) == list(range(300))
@@ -76,10 +75,10 @@ async def test_a_claim_that_is_answered_when_its_lease_is_old_goes_back_unbegun(
     async def noop(n: int) -> None:
         begun.append(n)
 
-    fetch_ = OwnConnection.fetch
+    fetch_ = Place.fetch
     slept = False
 
-    async def slow(self: OwnConnection, query: Query[Any], **options: Any) -> Any:
+    async def slow(self: Place, query: Query[Any], **options: Any) -> Any:
         nonlocal slept
         answer = await fetch_(self, query, **options)
         if "set state = 'running'" in query.text and answer and not slept:
@@ -90,7 +89,7 @@ async def test_a_claim_that_is_answered_when_its_lease_is_old_goes_back_unbegun(
     for n in range(20):
         await enqueued(conn, payload=f'{{"n": {n}}}')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OwnConnection, "fetch", slow)
+        patch.setattr(Place, "fetch", slow)
         tally = await Worker(app, {"default": 5}).run(once=True)
     assert slept
     assert sorted(begun) == list(range(20))

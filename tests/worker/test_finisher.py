@@ -14,6 +14,7 @@ from psycopg import errors as pg
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, OwnConnection
 from queue_service.db.query import Query
+from queue_service.db.session import Limits
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import queries
 from queue_service.runs.claim import hold
@@ -60,8 +61,7 @@ async def desk(conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch)
     connection = OwnConnection(
         database,
         application="test",
-        lock_timeout=timedelta(milliseconds=100),
-        statement_timeout=timedelta(milliseconds=500),
+        limits=Limits(timedelta(milliseconds=100), timedelta(milliseconds=500)),
     )
     made = Desk(conn, connection)
     made.running = asyncio.create_task(made.service.run())
