@@ -67,7 +67,9 @@ def migrate(connection: sqlalchemy.Connection) -> None:
     connection.exec_driver_sql("select pg_advisory_xact_lock(%s)", (LOCK,))
     # The session's own 10 s would end the wait above; the one below is for tables that a long query holds.
     connection.exec_driver_sql("set local lock_timeout = '10s'")
-    connection.exec_driver_sql(f"create schema if not exists {SCHEMA}")
+    # It may be there for somebody who may make none, and only compares.
+    if connection.exec_driver_sql(f"select to_regnamespace('{SCHEMA}')").scalar() is None:
+        connection.exec_driver_sql(f"create schema {SCHEMA}")
     configure(connection=connection)
     with context.begin_transaction():
         context.run_migrations()
