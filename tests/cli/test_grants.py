@@ -7,7 +7,6 @@ import asyncio
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -16,15 +15,11 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from queue_service import Run, Turn
 from queue_service.cli import cli
-from tests.gateway.served import serving
+from tests.every_part import use_all
 from tests.pooler import Pooler, pooling
-from tests.support import quick_app, working
 
 Invoke = Callable[..., Result]
-
-TURN = Turn(deployment="dep", message_id="m1", stream="ann/conv")
 
 
 def call(conninfo: str, *arguments: str) -> Result:
@@ -56,45 +51,6 @@ def role(request: pytest.FixtureRequest, server: str, direct: str) -> Iterator[s
 @pytest.fixture
 def as_role(direct: str, role: str) -> str:
     return make_conninfo(direct, user=role)
-
-
-async def use_all(database: str) -> dict[str, Any]:
-    """Every part that writes, in short."""
-    app = quick_app(database)
-
-    @app.task
-    async def echo(n: int) -> int:
-        return n
-
-    @app.task
-    async def charge(run: Run) -> str:
-        async def pay() -> str:
-            return "paid"
-
-        receipt: str = await run.step("charge", pay)
-        async with run.transaction() as conn:
-            await conn.execute("select 1")
-        return receipt
-
-    @app.task
-    async def answer(run: Run) -> None:
-        assert run.turn is not None
-        await app.events.append(run.turn.stream, "delta", {"text": "Hel"})
-        await app.turns.commit_reply("dep", ["m1"], {"text": "Hello"})
-
-    async with app:
-        ids = await app.enqueue_many("echo", [{"n": n} for n in range(30)], ordering_key="lane")
-        charged = await app.enqueue("charge", {})
-        await app.turns.dispatch(TURN, "answer", {})
-        await app.schedules.put("hourly", "echo", {"n": 1}, cron="0 * * * *")
-        async with working(app, {"default": 5}), serving(app) as served, served.client("ann") as ann:
-            done = [await app.wait(run_id, timeout=30) for run_id in [*ids, charged]]
-            outcome = await app.turns.wait("dep", "m1", timeout=30)
-            async with ann.connected("?stream=ann/conv") as (stream, _):
-                event = await stream.event()
-        await app.cancel(await app.enqueue("echo", {"n": 1}, delay=60))
-        await app.turns.sweep()
-    return {"states": {each.state for each in done}, "outcome": outcome.kind, "event": event["kind"]}
 
 
 def test_a_role_works_serves_and_reads_with_what_is_printed_and_not_without_it(
