@@ -157,6 +157,7 @@ class TestHowTheCallerConfiguredIt:
             q.enqueue_many("noop", [latin], conn=mine)
         assert [payload for _, payload in await stored(conn)] == [latin, latin]
 
+    @pytest.mark.direct("pgbouncer refuses options in the start-up packet")
     async def test_its_time_zone_and_interval_style_move_no_moment(
         self, q: SyncApp, database: str, conn: Connection
     ) -> None:
