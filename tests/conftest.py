@@ -146,6 +146,7 @@ def direct(server: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
+<<<<<<< HEAD
 def database(direct: str, pooler: Pooler | None) -> str:
     """The conninfo of a database of this test's own, with our schema at head."""
     return pooler.before(direct) if pooler else direct
@@ -158,6 +159,16 @@ async def session(direct: str) -> AsyncIterator[Callable[[], Awaitable[Connectio
 
     async def open_one() -> Connection:
         opened.append(await connect(direct))
+=======
+async def session(database: str) -> AsyncIterator[Callable[[], Awaitable[Connection]]]:
+    """Opens connections to the test's database, with our session settings, in autocommit mode. Tables that a test makes for
+    itself are found there without the name of their schema."""
+    opened: list[Connection] = []
+
+    async def open_one() -> Connection:
+        opened.append(await connect(database))
+        await opened[-1].execute("set search_path = public")
+>>>>>>> 8efa9f75abb3b9289072ebacff7e4ce581785f0e
         return opened[-1]
 
     yield open_one

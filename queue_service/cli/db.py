@@ -230,7 +230,8 @@ def _current(conninfo: str) -> str | None:
 
 def _look(conninfo: str, look: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
     async def body() -> T:
-        conn = await connect(Address(conninfo, pooler=settings_module.load(os.environ).pooler))
+        where = Address(conninfo, pooler=settings_module.load(os.environ).pooler)
+        conn = await connect(where, writable=False)
         try:
             return await look(conn)
         finally:

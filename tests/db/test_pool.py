@@ -202,9 +202,7 @@ class TestPool:
             await kill(conn, pid)
         assert not pids & {await pool.fetch(PID) for _ in range(4)}
 
-    async def test_connections_that_the_server_ends_as_they_are_used_fail_no_call(
-        self, pool: Pool, conn: Connection
-    ) -> None:
+    async def test_connections_that_the_server_ends_as_they_are_used_fail_no_call(self, pool: Pool) -> None:
         """Where the look comes too early to see it."""
         async with pool.connection() as lent:
             await lent.execute("select set_config('idle_session_timeout', '1ms', false)")
