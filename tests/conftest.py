@@ -146,7 +146,6 @@ def direct(server: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-<<<<<<< HEAD
 def database(direct: str, pooler: Pooler | None) -> str:
     """The conninfo of a database of this test's own, with our schema at head."""
     return pooler.before(direct) if pooler else direct
@@ -154,21 +153,13 @@ def database(direct: str, pooler: Pooler | None) -> str:
 
 @pytest.fixture
 async def session(direct: str) -> AsyncIterator[Callable[[], Awaitable[Connection]]]:
-    """Opens connections to the test's database, with our session settings, in autocommit mode, past any pooler."""
+    """Opens connections to the test's database, past any pooler, with our session settings, in autocommit mode. Tables that a
+    test makes for itself are found there without the name of their schema."""
     opened: list[Connection] = []
 
     async def open_one() -> Connection:
         opened.append(await connect(direct))
-=======
-async def session(database: str) -> AsyncIterator[Callable[[], Awaitable[Connection]]]:
-    """Opens connections to the test's database, with our session settings, in autocommit mode. Tables that a test makes for
-    itself are found there without the name of their schema."""
-    opened: list[Connection] = []
-
-    async def open_one() -> Connection:
-        opened.append(await connect(database))
         await opened[-1].execute("set search_path = public")
->>>>>>> 8efa9f75abb3b9289072ebacff7e4ce581785f0e
         return opened[-1]
 
     yield open_one
@@ -191,7 +182,10 @@ async def app(database: str) -> AsyncIterator[App]:
 
 @pytest.fixture
 def engine(database: str) -> Iterator[Engine]:
-    made = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(database), poolclass=NullPool)
+    """Of a user who may have a pooler, and therefore prepares nothing."""
+    made = create_engine(
+        "postgresql+psycopg://", creator=lambda: psycopg.connect(database, prepare_threshold=None), poolclass=NullPool
+    )
     yield made
     made.dispose()
 
@@ -199,7 +193,9 @@ def engine(database: str) -> Iterator[Engine]:
 @pytest.fixture
 async def async_engine(database: str) -> AsyncIterator[AsyncEngine]:
     made = create_async_engine(
-        "postgresql+psycopg://", async_creator=lambda: psycopg.AsyncConnection.connect(database), poolclass=NullPool
+        "postgresql+psycopg://",
+        async_creator=lambda: psycopg.AsyncConnection.connect(database, prepare_threshold=None),
+        poolclass=NullPool,
     )
     yield made
     await made.dispose()
