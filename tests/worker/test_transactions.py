@@ -403,7 +403,7 @@ class TestLost:
                 await lapse(conn)
                 await sweeping.execute("begin")
                 assert len(await fetch(sweeping, SWEEP)) == 1
-                backends.append(mine.info.backend_pid)
+                backends.append(await one(mine, "select pg_backend_pid()"))
 
         run_id = await app.enqueue("spend", {})
         working_off = asyncio.create_task(Worker(app).run(once=True))
@@ -480,6 +480,7 @@ class TestLost:
 
 
 class TestAfterwards:
+    @pytest.mark.direct("no notice comes through it")
     async def test_whoever_waits_hears_before_the_handler_is_over(
         self, app: App, conn: Connection, database: str
     ) -> None:
