@@ -95,7 +95,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def pooler(request: pytest.FixtureRequest, server: str) -> Iterator[Pooler | None]:
+def in_between(request: pytest.FixtureRequest, server: str) -> Iterator[Pooler | None]:
     """The pgbouncer that `--pooler` asks for."""
     if not request.config.getoption("--pooler"):
         yield None
@@ -132,10 +132,10 @@ def template(server: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def empty_database(server: str, pooler: Pooler | None) -> Iterator[str]:
+def empty_database(server: str, in_between: Pooler | None) -> Iterator[str]:
     """The conninfo of a database of this test's own, without our schema."""
     with databases.made(server, "template0") as conninfo:
-        yield pooler.before(conninfo) if pooler else conninfo
+        yield in_between.before(conninfo) if in_between else conninfo
 
 
 @pytest.fixture
@@ -146,9 +146,9 @@ def direct(server: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def database(direct: str, pooler: Pooler | None) -> str:
+def database(direct: str, in_between: Pooler | None) -> str:
     """The conninfo of a database of this test's own, with our schema at head."""
-    return pooler.before(direct) if pooler else direct
+    return in_between.before(direct) if in_between else direct
 
 
 @pytest.fixture
