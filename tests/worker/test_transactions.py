@@ -403,7 +403,8 @@ class TestLost:
                 await lapse(conn)
                 await sweeping.execute("begin")
                 assert len(await fetch(sweeping, SWEEP)) == 1
-                backends.append(await one(mine, "select pg_backend_pid()"))
+                cursor = await mine.execute("select pg_backend_pid()")
+                backends.extend(pid for (pid,) in await cursor.fetchall())
 
         run_id = await app.enqueue("spend", {})
         working_off = asyncio.create_task(Worker(app).run(once=True))
