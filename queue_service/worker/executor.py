@@ -26,11 +26,17 @@ from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
 from queue_service.worker.ahead import MAX_RUNS, Ahead
-from queue_service.worker.execution import Cause, Execution, outcome_to_write
+from queue_service.worker.execution import Cause, Execution, outcome_to_write, stop_clocks
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.handlers import batches, results
 from queue_service.worker.handlers.coroutines import awaited, watched
-from queue_service.worker.handlers.process_protocol import HandlerBegun, Message, ProgressReported, RunSettled
+from queue_service.worker.handlers.process_protocol import (
+    HandlerBegun,
+    HandlerWaits,
+    Message,
+    ProgressReported,
+    RunSettled,
+)
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
@@ -190,6 +196,10 @@ class Executor:
         if execution is not None and execution.ended is None:
             execution.ended = ending
             self._finisher.settled(execution.held, ending)
+
+    def stop_clock(self, run: Run, waits: bool) -> None:
+        """The handler of a run begins to wait for something of ours, or no longer does."""
+        stop_clocks(self._running, id(run), waits=waits)
 
     # Slots
 
@@ -374,6 +384,8 @@ class Executor:
                 execution.limit(task.timeout)
             case RunSettled(ending):
                 self.settle(execution.held.run, ending)
+            case HandlerWaits(waits):
+                self.stop_clock(execution.held.run, waits)
             case ProgressReported(progress):
                 self._reported(execution.held.run, progress)
 

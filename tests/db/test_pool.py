@@ -159,11 +159,13 @@ class TestFetch:
         slow = await session()
         call = asyncio.ensure_future(fetch(slow, SLEEP))
         asleep = "select exists (select from pg_stat_activity where pid = %s and wait_event = 'PgSleep')"
-        await eventually(lambda: one(conn, asleep, slow.info.backend_pid))
+        pid = slow.info.backend_pid
+        await eventually(lambda: one(conn, asleep, pid))
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert slow.info.transaction_status is TransactionStatus.IDLE
+        assert slow.closed
+        await eventually(lambda: one(conn, asleep.replace("select exists", "select not exists"), pid))
 
 
 class TestOwnConnection:
@@ -337,6 +339,7 @@ class TestLending:
         assert len(pool._open) == 3
         place.leave()
 
+    @pytest.mark.direct("a session has no settings of ours there")
     async def test_the_statements_of_a_place_have_limits_of_their_own(self, pool: Pool) -> None:
         place = pool.reserved(Limits(timedelta(milliseconds=50), timedelta(milliseconds=80)))
         shown = Query("select current_setting('lock_timeout') || ' ' || current_setting('statement_timeout')", scalar)
@@ -362,6 +365,7 @@ class TestLending:
         await eventually(lambda: one(conn, f"select ({counted}) = 1"))
         assert await pool.fetch(PID)
 
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_a_connection_that_has_lived_long_enough_is_replaced(self, pool: Pool) -> None:
         pid = await pool.fetch(PID)
         for session in pool._open:
@@ -403,6 +407,7 @@ class TestLending:
 
 
 class TestWrites:
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_once_one_is_refused_all_are_looked_at(self, pool: Pool) -> None:
         """As after a switchover to another server behind the same address."""
         pids = await pids_of_all(pool)

@@ -14,12 +14,11 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from queue_service import App, Cancel, Retry, Run, RunState, Worker
-from queue_service.db import borrowed
+from queue_service.db import borrowed_psycopg
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection
 from queue_service.errors import ClaimLost, ConfigError
@@ -224,6 +223,7 @@ class TestTogether:
         for _ in range(2):
             assert (await executed(app, "look")).result == ours
 
+    @pytest.mark.direct("the transactions of its handlers take the whole pool")
     async def test_more_handlers_than_connections_take_turns_and_can_still_enqueue(
         self, app: App, conn: Connection
     ) -> None:
@@ -592,7 +592,7 @@ class TestInDoubt:
     async def test_one_that_was_done_counts(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch, is_async: bool
     ) -> None:
-        begin, begin_blocking = borrowed._AsyncPsycopg.begin, borrowed._Psycopg.begin
+        begin, begin_blocking = borrowed_psycopg.AsyncPsycopg.begin, borrowed_psycopg.Psycopg.begin
 
         @asynccontextmanager
         async def deaf(self: Any) -> AsyncIterator[None]:
@@ -606,8 +606,8 @@ class TestInDoubt:
                 yield
             raise psycopg.OperationalError("the answer was lost")
 
-        monkeypatch.setattr(borrowed._AsyncPsycopg, "begin", deaf)
-        monkeypatch.setattr(borrowed._Psycopg, "begin", deaf_blocking)
+        monkeypatch.setattr(borrowed_psycopg.AsyncPsycopg, "begin", deaf)
+        monkeypatch.setattr(borrowed_psycopg.Psycopg, "begin", deaf_blocking)
         if is_async:
 
             @app.task(name="spend", retry=ONCE)
@@ -766,7 +766,7 @@ class TestRefused:
                 async with run.transaction() as mine:
                     await mine.execute(verb)
             async with AsyncSession(async_engine) as session:
-                with pytest.raises(InvalidRequestError):
+                with pytest.raises(ConfigError, match="closed transaction"):
                     async with run.transaction(session):
                         await getattr(session, verb)()
             answers.append(await one(conn, "select state from queue_service.runs where id = %s", run.id))
