@@ -148,6 +148,7 @@ class TestHowTheCallerConfiguredIt:
             ids = [*q.enqueue_many("noop", PAYLOADS, conn=mine), q.enqueue("noop", {"single": TEXT}, conn=mine)]
         assert await stored(conn) == all_in_order(ids)
 
+    @pytest.mark.direct("pgbouncer refuses options in the start-up packet")
     async def test_its_time_zone_and_interval_style_move_no_moment(
         self, q: SyncApp, database: str, conn: Connection
     ) -> None:

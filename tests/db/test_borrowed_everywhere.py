@@ -250,6 +250,7 @@ class TestEachCall:
             mine.commit()
             assert session_of(mine) == before
 
+    @pytest.mark.direct("pgbouncer refuses options in the start-up packet")
     async def test_means_the_same_whatever_the_settings_of_the_session(
         self, q: SyncApp, database: str, conn: Connection, name: str
     ) -> None:

@@ -226,6 +226,7 @@ class TestWhatIsRefused:
         with pytest.raises(ConfigError, match="is closed"):
             q.enqueue("noop", {}, conn=mine)
 
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_a_connection_that_has_lost_its_server(self, q: SyncApp, database: str, conn: Connection) -> None:
         with psycopg.connect(database) as mine:
             mine.execute("select 1")
@@ -249,6 +250,7 @@ class TestWhatIsRefused:
         assert mine.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
         assert q.get(1, conn=mine) is None
 
+    @pytest.mark.direct("pgbouncer refuses options in the start-up packet")
     def test_a_session_that_is_read_only(self, q: SyncApp, database: str) -> None:
         with psycopg.connect(database, options="-c default_transaction_read_only=on") as mine:
             with pytest.raises(DatabaseRefused, match="takes no writes"):
@@ -364,6 +366,7 @@ class TestIsolation:
             mine.rollback()
             assert q.enqueue("noop", {}, singleton_key="k", conn=mine) == run_id
 
+    @pytest.mark.direct("pgbouncer refuses options in the start-up packet")
     async def test_a_timeout_of_the_callers_is_said(self, q: SyncApp, database: str, conn: Connection) -> None:
         await q_run(q, database)
         async with conn.transaction():
@@ -380,6 +383,7 @@ async def q_run(q: SyncApp, database: str) -> int:
         return q.enqueue("noop", {}, conn=mine)
 
 
+@pytest.mark.direct("pgbouncer refuses options in the start-up packet")
 async def test_a_lane_is_made_for_a_run_that_was_stored_while_triggers_did_not_fire(
     q: SyncApp, app: App, database: str, conn: Connection
 ) -> None:

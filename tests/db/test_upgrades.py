@@ -20,6 +20,8 @@ from queue_service.db.revision import HEAD
 from queue_service.testing import databases
 from tests.support import eventually, quick_app, working
 
+pytestmark = pytest.mark.direct("what it sees and holds up are sessions of the server")
+
 Conn = psycopg.Connection[Any]
 
 _SCRIPTS = ScriptDirectory.from_config(schema._config(None)).walk_revisions()

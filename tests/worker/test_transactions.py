@@ -223,6 +223,7 @@ class TestTogether:
         for _ in range(2):
             assert (await executed(app, "look")).result == ours
 
+    @pytest.mark.direct("the transactions of its handlers take the whole pool")
     async def test_more_handlers_than_connections_take_turns_and_can_still_enqueue(
         self, app: App, conn: Connection
     ) -> None:
@@ -402,7 +403,8 @@ class TestLost:
                 await lapse(conn)
                 await sweeping.execute("begin")
                 assert len(await fetch(sweeping, SWEEP)) == 1
-                backends.append(mine.info.backend_pid)
+                cursor = await mine.execute("select pg_backend_pid()")
+                backends.extend(pid for (pid,) in await cursor.fetchall())
 
         run_id = await app.enqueue("spend", {})
         working_off = asyncio.create_task(Worker(app).run(once=True))
@@ -479,6 +481,7 @@ class TestLost:
 
 
 class TestAfterwards:
+    @pytest.mark.direct("no notice comes through it")
     async def test_whoever_waits_hears_before_the_handler_is_over(
         self, app: App, conn: Connection, database: str
     ) -> None:
