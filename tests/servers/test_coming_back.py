@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import psycopg
 import pytest
@@ -16,7 +16,7 @@ from queue_service import App, Turn
 from queue_service.db.cluster import Cluster
 from queue_service.db.pool import Connection
 from queue_service.db.query import Query, nothing, scalar
-from queue_service.errors import DatabaseUnavailable
+from queue_service.errors import DatabaseUnavailable, TurnEnded
 from tests.chaos.proxy import Outage, Proxy
 from tests.servers.pair import Pair
 from tests.support import eventually, one, quick_app, working
@@ -69,7 +69,9 @@ class Callers:
     async def _call(self, name: str, call: Call) -> None:
         while True:
             try:
-                await call()
+                # That its turn has ended is an answer.
+                with suppress(TurnEnded):
+                    await call()
             except DatabaseUnavailable:
                 # As who has something else to do meanwhile.
                 await asyncio.sleep(0.01)
@@ -114,6 +116,21 @@ def calls_of(app: App) -> dict[str, Call]:
 
 
 @asynccontextmanager
+async def at_work(app: App, executed: list[int]) -> AsyncIterator[None]:
+    """A worker that has begun: one that has not would not survive an outage. Runs of `note` say their number."""
+
+    @app.task
+    async def note(n: int) -> None:
+        executed.append(n)
+
+    async with working(app):
+        await app.enqueue("note", {"n": -1})
+        await eventually(lambda: executed)
+        executed.clear()
+        yield
+
+
+@asynccontextmanager
 async def calling(app: App) -> AsyncIterator[Callers]:
     callers = Callers(calls_of(app))
     try:
@@ -137,12 +154,7 @@ class TestAnOutageOfTheNetwork:
     ) -> None:
         async with before(served) as (proxy, conninfo), quick_app(conninfo) as app:
             executed: list[int] = []
-
-            @app.task
-            async def note(n: int) -> None:
-                executed.append(n)
-
-            async with working(app), quick_app(served) as beside, calling(app) as callers:
+            async with at_work(app, executed), quick_app(served) as beside, calling(app) as callers:
                 await proxy.fail(kind, seconds)
                 moment = await fresh_after(conninfo)
                 # Enqueued by somebody who has seen no outage, so that it is the worker that has to be back.
@@ -207,12 +219,7 @@ class TestADatabaseThatTakesNoWrites:
     async def test_what_was_connected_meanwhile_is_not_kept(self, database: str, conn: Connection) -> None:
         executed: list[int] = []
         async with quick_app(database) as app:
-
-            @app.task
-            async def note(n: int) -> None:
-                executed.append(n)
-
-            async with working(app), calling(app) as callers:
+            async with at_work(app, executed), calling(app) as callers:
                 name = await one(conn, "select current_database()")
                 await conn.execute(f"alter database {name} set default_transaction_read_only = on".encode())
                 await terminate_others(conn)
@@ -271,12 +278,7 @@ class TestASwitchover:
         """The address names both, in this order, and says nothing of which of them takes writes."""
         executed: list[int] = []
         async with quick_app(pair.conninfo) as app:
-
-            @app.task
-            async def note(n: int) -> None:
-                executed.append(n)
-
-            async with working(app), calling(app) as callers:
+            async with at_work(app, executed), calling(app) as callers:
                 for n in range(2):
                     await asyncio.to_thread(pair.switch_over)
                     await app_is_back(callers, pair.primary.conninfo)
