@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from queue_service.db import channels
 from queue_service.db.channels import Notify
 from queue_service.db.execute import REFUSED
-from queue_service.db.meaning import is_about_a_row
+from queue_service.db.meaning import is_about_a_row, is_outage
 from queue_service.db.query import Fetch
 from queue_service.errors import DatabaseUnavailable
 from queue_service.exceptions import message
@@ -118,7 +118,7 @@ class Sweeper:
     async def _sweep_turns(self, refused: dict[Key, Exception]) -> list[EndedTurn]:
         try:
             swept: list[EndedTurn] = await self._fetch(turns.sweep(limit=TURN_LIMIT))
-        except REFUSED as together:
+        except (DatabaseUnavailable, *REFUSED) as together:
             if not is_about_a_row(together):
                 raise
             log.error("a batch of turns cannot be ended; trying each", why=message(together))
@@ -132,7 +132,9 @@ class Sweeper:
             try:
                 ended += await self._fetch(turns.sweep_one(deployment, message_id))
                 self._refused_turns.forget((deployment, message_id))
-            except REFUSED as alone:
+            except (DatabaseUnavailable, *REFUSED) as alone:
+                if is_outage(alone):
+                    raise
                 refused[deployment, message_id] = alone
                 self._refused_turns.note((deployment, message_id), alone, deployment=deployment, message_id=message_id)
         return ended
@@ -178,7 +180,7 @@ class Sweeper:
     async def _expire_some(self) -> list[int]:
         try:
             return await self._fetch(queries.expire(limit=RUN_LIMIT))  # type: ignore[no-any-return]
-        except REFUSED as refused:
+        except (DatabaseUnavailable, *REFUSED) as refused:
             if not is_about_a_row(refused):
                 raise
         expired: list[int] = []
@@ -186,7 +188,9 @@ class Sweeper:
             try:
                 expired += await self._fetch(queries.expire_one(run_id))
                 self._refused_late.forget(run_id)
-            except REFUSED as refused:
+            except (DatabaseUnavailable, *REFUSED) as refused:
+                if is_outage(refused):
+                    raise
                 self._refused_late.note(run_id, refused, run_id=run_id)
         return expired
 
