@@ -118,23 +118,31 @@ select id from queue_service.runs
 -- name: retry
 -- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on
 -- counting, so that no old claim fits it; the last one, which its own columns described, joins those kept with the run.
--- Row: queue and priority; none if there is no such run in history.
--- A live run with the same singleton key makes this a unique violation, and then nothing moved.
+-- Row: queue, priority, singleton key, and whether it has moved; none if there is no such run in history. It stays where it
+-- is while a live run has its singleton key: to raise that as an error would end the transaction of a caller. As in
+-- `retry_many`, its row is locked first, and goes once it is stored.
 -- writes: runs, finished_runs
-with taken as (
-    delete from queue_service.finished_runs
+with taken as materialized (
+    select * from queue_service.finished_runs
      where id = %(run_id)s and state in ('failed', 'cancelled', 'expired')
-    returning *
+       for update
+), stored as (
+    insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
+                                    ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
+    select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
+           organization_id, retry_delay, timeout, metadata, error,
+           case when claimed_at is null then attempts else (
+               select {attempts_and_this}
+                 from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
+      from taken
+        on conflict (queue, singleton_key) where singleton_key is not null do nothing
+    returning id
+), gone as (
+    delete from queue_service.finished_runs
+     where id = (select stored.id from stored) and finished_at = (select taken.finished_at from taken)
+    returning id
 )
-insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
-                                ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
-select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
-       organization_id, retry_delay, timeout, metadata, error,
-       case when claimed_at is null then attempts else (
-           select {attempts_and_this}
-             from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
-  from taken
-returning queue, priority
+select queue, priority, singleton_key, (select count(*) from gone) > 0 from taken
 
 -- define: stretch
 -- Makes `moment`, the times asked for, and `stretch`, where the next `scan_limit` runs that ended like this come to an end.

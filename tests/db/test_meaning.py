@@ -131,7 +131,7 @@ async def test_a_function_that_finds_nothing_on_our_search_path_is_told_from_a_s
         "create trigger note before insert on queue_service.queues for each row execute function public.note()"
     )
     with pytest.raises(
-        DatabaseRefused, match=r"unknown_here\(\) does not exist \(PL/pgSQL function public.note\(\).*search_path"
+        DatabaseRefused, match=r"unknown_here\(\) does not exist \(PL/pgSQL function (public\.)?note\(\).*search_path"
     ):
         await fetch(conn, Query("insert into queue_service.queues (name) values ('x')", nothing))
     with pytest.raises(SchemaMismatch):
