@@ -20,7 +20,8 @@ import msgspec
 
 from queue_service.app import App
 from queue_service.app.hooks import Hook
-from queue_service.errors import ConfigError, DatabaseUnavailable
+from queue_service.db.execute import NOT_EXECUTED
+from queue_service.errors import ConfigError
 from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
@@ -154,14 +155,20 @@ class Worker:
                         with context.registered(parts.contexts.find):
                             await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
-                    with contextlib.suppress(DatabaseUnavailable, TimeoutError):
-                        async with asyncio.timeout(LEAVE_DEADLINE):
-                            await self.app.fetch(roster.leave(self.id))
+                    await self._leave(self.id)
                 log.info("worker stopped", worker_id=self.id, **_counts(parts.finisher.tally))
                 return parts.finisher.tally
         finally:
             if endpoint is not None:
                 endpoint.close()
+
+    async def _leave(self, worker_id: int) -> None:
+        """Nothing depends on the roster: what is said of the run must not be lost to it."""
+        try:
+            async with asyncio.timeout(LEAVE_DEADLINE):
+                await self.app.fetch(roster.leave(worker_id))
+        except (TimeoutError, *NOT_EXECUTED) as lost:
+            log.info("this worker could not strike its name out; the roster forgets it in time", why=message(lost))
 
     @property
     def tally(self) -> Tally:

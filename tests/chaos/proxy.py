@@ -17,13 +17,16 @@ SLOWLY = 0.1
 
 
 class Proxy:
-    """In front of `target`, a port of this machine or the path of a socket. `faults` counts what was done to connections, `accepted` says when
-    each came (monotonic)."""
+    """In front of `target`, a port of this machine or the path of a socket. `faults` counts what was done to connections,
+    `accepted` says when each came (monotonic). One that sends `swallowed_after` gets no answer any more, and nobody hears what
+    else it sends; one that sends `refused` is cut."""
 
     def __init__(self, target: int | str) -> None:
         self.target = target
+        self.swallowed_after: bytes | None = None
+        self.refused: bytes | None = None
         self.port = 0
-        self.faults = {"cut": 0, "stalled": 0, "half-closed": 0}
+        self.faults = {"cut": 0, "stalled": 0, "half-closed": 0, "silenced": 0}
         self.accepted: list[float] = []
         self._outage: Outage | None = None
         self._server: asyncio.Server | None = None
@@ -125,9 +128,10 @@ class Proxy:
         pair = (writer, to_beyond)
         self._pairs.add(pair)
         try:
-            await asyncio.gather(self._pump(reader, to_beyond), self._pump(beyond, writer))
+            await asyncio.gather(self._pump(reader, to_beyond, pair), self._pump(beyond, writer, pair))
         finally:
             self._pairs.discard(pair)
+            self._mute.difference_update(pair)
             for each in pair:
                 each.transport.abort()
 
@@ -136,14 +140,25 @@ class Proxy:
             return await asyncio.open_unix_connection(self.target)
         return await asyncio.open_connection("127.0.0.1", self.target)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+    ) -> None:
         with contextlib.suppress(OSError, RuntimeError):
             while data := await reader.read(65_536):
                 await self._flows.wait()
                 if self._outage == "slow":
                     await asyncio.sleep(SLOWLY)  # the fault itself
+                if self.refused is not None and self.refused in data:
+                    pair[0].transport.abort()
+                    break
                 if writer in self._mute:
                     continue
+                if self.swallowed_after is not None and self.swallowed_after in data and writer is pair[1]:
+                    self.faults["silenced"] += 1
+                    self._mute.update(pair)
                 writer.write(data)
                 await writer.drain()
             if writer.can_write_eof():

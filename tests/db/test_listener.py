@@ -19,6 +19,8 @@ Heard = AsyncGenerator[Notice | NoticesMissed, None]
 
 PIDS = "from pg_stat_activity where application_name = %s and datname = current_database()"
 
+pytestmark = pytest.mark.direct("no notice comes through it")
+
 
 @pytest.fixture
 def listener(database: str) -> Listener:

@@ -139,6 +139,7 @@ class TestPruner:
 
 
 class TestListener:
+    @pytest.mark.direct("no notice comes through it")
     async def test_it_says_when_notices_may_have_been_missed(self, database: str, conn: Connection) -> None:
         listener = Listener(database, ["one", "two"])
         heard = listener.notices()
@@ -188,6 +189,7 @@ class TestWaiting:
 
 
 class TestConnections:
+    @pytest.mark.direct("a session has no settings of ours there")
     async def test_what_the_database_is_set_to_does_not_change_what_a_statement_means(
         self, database: str, conn: Connection
     ) -> None:
