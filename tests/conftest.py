@@ -116,11 +116,13 @@ def database(server: str, template: str) -> Iterator[str]:
 
 @pytest.fixture
 async def session(database: str) -> AsyncIterator[Callable[[], Awaitable[Connection]]]:
-    """Opens connections to the test's database, with our session settings, in autocommit mode."""
+    """Opens connections to the test's database, with our session settings, in autocommit mode. Tables that a test makes for
+    itself are found there without the name of their schema."""
     opened: list[Connection] = []
 
     async def open_one() -> Connection:
         opened.append(await connect(database))
+        await opened[-1].execute("set search_path = public")
         return opened[-1]
 
     yield open_one

@@ -15,7 +15,7 @@ from queue_service.cli.options import command, json_option, run
 from queue_service.db import embedded, revision, schema, url
 from queue_service.db.cluster import Cluster
 from queue_service.db.downgrade import downgrade, is_older
-from queue_service.db.pool import Connection, connect
+from queue_service.db.session import Session, connect
 from queue_service.errors import ConfigError, SchemaMismatch
 
 T = TypeVar("T")
@@ -183,9 +183,9 @@ def _current(conninfo: str) -> str | None:
     return _look(conninfo, revision.current)
 
 
-def _look(conninfo: str, look: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:
+def _look(conninfo: str, look: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
     async def body() -> T:
-        conn = await connect(conninfo)
+        conn = await connect(conninfo, writable=False)
         try:
             return await look(conn)
         finally:

@@ -21,6 +21,8 @@ from queue_service.logs import get_logger
 log = get_logger(__name__)
 
 FIRST_PAUSE, MAX_PAUSE = 0.1, 30.0
+# So long at most while there is no database: with full jitter, and no longer, since all is to work soon after it is back.
+OUTAGE_PAUSE = 1.0
 # One that has worked for so many seconds begins again with the first pause.
 STEADY = 60.0
 
@@ -56,12 +58,13 @@ class Service:
                     await self._work(self)
             except Exception as broken:  # noqa: BLE001 - whatever it is, the work goes on
                 self.failed(broken)
+                is_outage = is_a(broken, DatabaseUnavailable)
             else:
                 self.has_returned.set()
                 return
             if time.monotonic() - began > STEADY:
                 pauses.reset()
-            await asyncio.sleep(pauses.next())
+            await asyncio.sleep(_outage_pause() if is_outage else pauses.next())
 
     @property
     def condition(self) -> Condition:
@@ -161,8 +164,15 @@ def every(interval: timedelta, once: Callable[[], Awaitable[object]]) -> Work:
                     await once()
             except Exception as broken:  # noqa: BLE001 - the next one may go through
                 service.failed(broken)
+                if is_a(broken, DatabaseUnavailable):
+                    await asyncio.sleep(min(_outage_pause(), interval.total_seconds()))
+                    continue
             else:
                 service.well()
             await asyncio.sleep(interval.total_seconds() * (0.95 + 0.1 * random.random()))  # noqa: S311
 
     return work
+
+
+def _outage_pause() -> float:
+    return OUTAGE_PAUSE * random.random()  # noqa: S311

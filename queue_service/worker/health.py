@@ -27,7 +27,7 @@ from queue_service.worker.endpoint import Endpoint, HttpAnswer
 log = get_logger(__name__)
 
 # Nothing that the claim loop waits for lasts as long, not even in an outage: 10 s to connect (to each of some hosts), 30 s
-# for an answer, 5 s between two tries. To these comes the poll interval, which may be set to anything.
+# for an answer, 1 s between two tries. To these comes the poll interval, which may be set to anything.
 STUCK = 120.0
 CLAIMER = "claimer"
 # The claim loop of a worker that works passes this long after it was due, at the latest.

@@ -6,13 +6,15 @@ from datetime import timedelta
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg.pq import TransactionStatus
 
 from queue_service import App
+from queue_service.db import pool as pools
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, OwnConnection, Pool, connect
 from queue_service.db.query import Query, nothing, scalar
-from queue_service.db.session import Session
+from queue_service.db.session import Address, Limits, Session
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
@@ -195,9 +197,7 @@ class TestPool:
             await kill(conn, pid)
         assert not pids & {await pool.fetch(PID) for _ in range(4)}
 
-    async def test_connections_that_the_server_ends_as_they_are_used_fail_no_call(
-        self, pool: Pool, conn: Connection
-    ) -> None:
+    async def test_connections_that_the_server_ends_as_they_are_used_fail_no_call(self, pool: Pool) -> None:
         """Where the look comes too early to see it."""
         async with pool.connection() as lent:
             await lent.execute("select set_config('idle_session_timeout', '1ms', false)")
@@ -295,3 +295,115 @@ async def pids_of_all(pool: Pool) -> set[int]:
 
 async def taken(pool: Pool) -> Session:
     return await pool._take(pool.limits, 10.0, is_reserved=False)
+
+
+class TestLending:
+    async def test_who_comes_first_is_served_first(self, pool: Pool) -> None:
+        held = [await taken(pool) for _ in range(2)]
+        served: list[int] = []
+
+        async def serve(number: int) -> None:
+            conn = await taken(pool)
+            served.append(number)
+            pool._give(conn, is_reserved=False)
+
+        waiting = []
+        for number in range(5):
+            waiting.append(asyncio.create_task(serve(number)))
+            await eventually(lambda: len(pool._line) == len(waiting))
+        for conn in held:
+            pool._give(conn, is_reserved=False)
+        await asyncio.gather(*waiting)
+        assert served == [0, 1, 2, 3, 4]
+
+    async def test_a_place_never_waits_behind_others_and_takes_nothing_from_them(self, pool: Pool) -> None:
+        place = pool.reserved()
+        held = [await taken(pool) for _ in range(2)]
+        waiting = asyncio.create_task(pool.fetch(PID))
+        await eventually(lambda: len(pool._line) == 1)
+        async with asyncio.timeout(10):
+            assert await place.fetch(PID)
+        assert not waiting.done()
+        for conn in held:
+            pool._give(conn, is_reserved=False)
+        await waiting
+        assert len(pool._open) == 3
+        place.leave()
+
+    async def test_the_statements_of_a_place_have_limits_of_their_own(self, pool: Pool) -> None:
+        place = pool.reserved(Limits(timedelta(milliseconds=50), timedelta(milliseconds=80)))
+        shown = Query("select current_setting('lock_timeout') || ' ' || current_setting('statement_timeout')", scalar)
+        for _ in range(3):
+            assert await place.fetch(shown) == "50ms 80ms"
+            assert await pool.fetch(shown) == "10s 30s"
+
+    async def test_behind_a_pooler_they_are_those_of_one_transaction(self, database: str) -> None:
+        pool = Pool(Address(database, pooler="transaction"), size=1)
+        place = pool.reserved(Limits(timedelta(milliseconds=50), timedelta(milliseconds=80)))
+        shown = Query("select current_setting('lock_timeout') || ' ' || current_setting('statement_timeout')", scalar)
+        assert await place.fetch(shown) == "50ms 80ms"
+        assert await pool.fetch(shown) == "0 0"
+        await pool.close()
+
+    async def test_what_is_not_used_is_closed_but_for_one(
+        self, pool: Pool, conn: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pools, "IDLE", 0.05)
+        assert len(await pids_of_all(pool)) == 2
+        await eventually(lambda: len(pool._open) == 1)
+        counted = "select count(*) from pg_stat_activity where application_name = 'pool under test'"
+        await eventually(lambda: one(conn, f"select ({counted}) = 1"))
+        assert await pool.fetch(PID)
+
+    async def test_a_connection_that_has_lived_long_enough_is_replaced(self, pool: Pool) -> None:
+        pid = await pool.fetch(PID)
+        for session in pool._open:
+            session.ends_at = 0.0
+        assert await pool.fetch(PID) != pid
+
+    @pytest.mark.parametrize("moment", range(6))
+    async def test_whoever_is_cancelled_at_any_moment_leaves_the_connection_to_the_next(
+        self, database: str, moment: int
+    ) -> None:
+        pool = Pool(database, size=1)
+        held = await taken(pool)
+        first, second = asyncio.create_task(pool.fetch(PID)), asyncio.create_task(pool.fetch(PID))
+        await eventually(lambda: len(pool._line) == 2)
+        pool._give(held, is_reserved=False)
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        first.cancel()
+        async with asyncio.timeout(10):
+            assert await second
+        await pool.close()
+
+    async def test_whoever_waits_when_it_closes_hears_so(self, pool: Pool) -> None:
+        held = [await taken(pool) for _ in range(2)]
+        waiting = asyncio.create_task(pool.fetch(PID))
+        await eventually(lambda: len(pool._line) == 1)
+        await pool.close()
+        with pytest.raises(DatabaseUnavailable, match="were closed"):
+            await waiting
+        for conn in held:
+            pool._give(conn, is_reserved=False)
+            assert conn.closed
+
+    async def test_why_there_is_none_is_said(self, database: str) -> None:
+        lost = Pool(make_conninfo(database, dbname="nowhere"), size=1)
+        with pytest.raises(DatabaseUnavailable, match="nowhere"):
+            await lost.fetch(PID, deadline=0.3)
+        await lost.close()
+
+
+class TestWrites:
+    async def test_once_one_is_refused_all_are_looked_at(self, pool: Pool) -> None:
+        """As after a switchover to another server behind the same address."""
+        pids = await pids_of_all(pool)
+        for each in list(pool._open):
+            await each.execute("set default_transaction_read_only = on")
+        write = Query("update queue_service.queues set paused_at = null", nothing)
+        with pytest.raises(DatabaseUnavailable, match="takes no writes"):
+            await pool.fetch(write)
+        for _ in range(3):
+            await pool.fetch(write)
+        assert not pids & await pids_of_all(pool)

@@ -287,7 +287,7 @@ async def test_a_deadline_holds_where_the_server_has_stopped(database: str, conn
     from queue_service.db.query import Query, scalar
 
     frozen = await session()
-    query = Query("select pg_sleep(60)", scalar)
+    query = Query("select pg_sleep(60)", scalar, writes=False)
     pid = frozen.info.backend_pid
     started = time.monotonic()
     asking = asyncio.create_task(fetch(frozen, query, deadline=1.0))

@@ -194,15 +194,6 @@ class TestConnections:
             await fetch(conn, Query("select pg_sleep(30)", nothing), deadline=0.05)
         assert conn.closed
 
-    async def test_a_wire_is_whole_again_after_its_backend_was_killed(self, database: str, conn: Connection) -> None:
-        connection = OwnConnection(database, application="doomed")
-        assert await connection.fetch(Query("select 1", scalar)) == 1
-        await eventually(lambda: one(conn, KILL, "doomed"))
-        with pytest.raises(DatabaseUnavailable):
-            await connection.fetch(Query("select 2", scalar))
-        assert await connection.fetch(Query("select 3", scalar)) == 3
-        await connection.close()
-
     async def test_a_pool_of_one_serves_many_callers(self, database: str) -> None:
         pool = Pool(database, size=1)
         await pool.open()

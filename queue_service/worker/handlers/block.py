@@ -31,7 +31,7 @@ A = TypeVar("A")
 S = TypeVar("S")
 W = TypeVar("W")
 
-FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0
+FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
 
 
 class Block(ABC, Generic[A, S, W]):

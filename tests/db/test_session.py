@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from queue_service.db import session
+from queue_service.db.session import Address, Limits, connect, options, with_settings
+from queue_service.errors import ConfigError, DatabaseUnavailable
+from queue_service.settings import Pooler
+from tests.support import free_port, one
+
+
+@contextmanager
+def set_on_database(database: str, setting: str) -> Iterator[None]:
+    with psycopg.connect(database, autocommit=True) as admin:
+        name = admin.info.dbname
+        admin.execute(f"alter database {name} set {setting}".encode())
+        yield
+        admin.execute(f"alter database {name} reset {setting.split(maxsplit=1)[0]}".encode())
+
+
+@asynccontextmanager
+async def opened(where: str | Address, **given: object) -> AsyncIterator[session.Session]:
+    conn = await connect(where, **given)  # type: ignore[arg-type]
+    try:
+        yield conn
+    finally:
+        await conn.close()
+
+
+class TestSettings:
+    async def test_a_session_begins_with_ours_and_comes_back_to_them(self, database: str) -> None:
+        async with opened(database, limits=Limits()) as conn:
+            for name, value in session.SETTINGS.items():
+                await conn.execute(f"reset {name}".encode())
+                assert (name, await one(conn, f"show {name}")) in {
+                    (name, value),
+                    (name, value + ", MDY"),
+                    (name, "1min"),
+                }
+
+    @pytest.mark.parametrize("pooler", ["auto", "none", "session"])
+    async def test_they_are_in_force_whatever_the_way(self, database: str, pooler: Pooler) -> None:
+        with set_on_database(database, "search_path = 'evil'"), set_on_database(database, "synchronous_commit = off"):
+            async with opened(Address(database, pooler=pooler)) as conn:
+                assert not conn.is_pooled
+                shown = [await one(conn, f"show {name}") for name in ("search_path", "synchronous_commit", "jit")]
+                assert shown == ["pg_catalog", "on", "off"]
+
+    async def test_behind_a_pooler_of_transactions_nothing_is_set(self, database: str) -> None:
+        async with opened(Address(database, pooler="transaction")) as conn:
+            assert conn.is_pooled
+            assert conn.prepare_threshold is None
+            changed = await one(
+                conn, "select array_agg(name order by name) from pg_settings where source in ('session', 'client')"
+            )
+            assert changed == ["application_name", "client_encoding"]
+
+    async def test_what_the_address_sets_itself_is_kept_but_for_ours(self, database: str) -> None:
+        given = psycopg.conninfo.make_conninfo(database, options=r"-c work_mem=77MB -c jit=on -c mine.note=a\ b")
+        async with opened(given) as conn:
+            shown = [await one(conn, f"show {name}") for name in ("work_mem", "jit", "mine.note")]
+        assert shown == ["77MB", "off", "a b"]
+
+    async def test_so_is_what_the_environment_sets(self, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PGOPTIONS", "-c work_mem=66MB")
+        async with opened(database) as conn:
+            assert await one(conn, "show work_mem") == "66MB"
+
+    def test_spaces_and_backslashes_do_not_end_a_setting(self) -> None:
+        made = conninfo_to_dict(with_settings("", {"a.b": r"x y\z", "c": "1"}))["options"]
+        assert made == r"-c a.b=x\ y\\z -c c=1"
+
+    async def test_limits_are_those_that_are_asked_for(self, database: str) -> None:
+        from datetime import timedelta
+
+        async with opened(database, limits=Limits(timedelta(seconds=1), timedelta(seconds=2))) as conn:
+            assert [await one(conn, f"show {name}") for name in ("lock_timeout", "statement_timeout")] == ["1s", "2s"]
+            await conn.limit(Limits())
+            assert [await one(conn, f"show {name}") for name in ("lock_timeout", "statement_timeout")] == ["10s", "30s"]
+
+    async def test_triggers_fire_although_the_role_would_not_have_them(self, database: str) -> None:
+        with set_on_database(database, "session_replication_role = replica"):
+            async with opened(database) as conn:
+                assert await one(conn, "show session_replication_role") == "origin"
+            with pytest.raises(ConfigError, match="triggers that keep our tables do not fire"):
+                await connect(Address(database, pooler="transaction"))
+
+
+class TestRefused:
+    async def test_a_database_of_another_encoding(self, server: str) -> None:
+        with psycopg.connect(server, autocommit=True) as admin:
+            admin.execute("create database latin encoding 'LATIN1' locale 'C' template template0")
+        try:
+            with pytest.raises(ConfigError, match="encoding of this database is LATIN1"):
+                await connect(psycopg.conninfo.make_conninfo(server, dbname="latin"))
+        finally:
+            with psycopg.connect(server, autocommit=True) as admin:
+                admin.execute("drop database latin with (force)")
+
+    async def test_one_that_takes_no_writes_unless_only_reads_are_wanted(self, database: str) -> None:
+        with set_on_database(database, "default_transaction_read_only = on"):
+            with pytest.raises(DatabaseUnavailable, match="takes no writes"):
+                await connect(database)
+            async with opened(database, writable=False) as conn:
+                assert await one(conn, "select 1") == 1
+
+
+class TestHosts:
+    @pytest.mark.parametrize("given", ["host=a,b,c port=1,2,3", "host=a,b,c port=5"])
+    def test_of_several_hosts_each_try_begins_with_another(self, given: str) -> None:
+        firsts = [conninfo_to_dict(options(given, first_host=number))["host"] for number in range(4)]
+        assert firsts == ["a,b,c", "b,c,a", "c,a,b", "a,b,c"]
+        ports = [conninfo_to_dict(options(given, first_host=number))["port"] for number in range(2)]
+        assert ports in (["1,2,3", "2,3,1"], ["5", "5"])
+
+    def test_one_that_takes_writes_is_looked_for_unless_the_address_says_what_it_wants(self) -> None:
+        assert conninfo_to_dict(options("host=a,b"))["target_session_attrs"] == "read-write"
+        assert conninfo_to_dict(options("host=a,b target_session_attrs=standby"))["target_session_attrs"] == "standby"
+        assert "target_session_attrs" not in conninfo_to_dict(options("host=a"))
+        assert "target_session_attrs" not in conninfo_to_dict(options("host=a,b", writable=False))
+
+    async def test_one_that_swallows_everything_does_not_keep_us_from_the_next(self, database: str) -> None:
+        given = conninfo_to_dict(database)
+        async with swallowing() as port:
+            where = psycopg.conninfo.make_conninfo(
+                database, host=f"127.0.0.1,{given['host']}", port=f"{port},{given['port']}"
+            )
+            begun = time.monotonic()
+            async with opened(where) as conn:
+                assert await one(conn, "select 1") == 1
+            assert time.monotonic() - begun < session.NEXT_TRY + 2
+
+
+@asynccontextmanager
+async def swallowing() -> AsyncIterator[int]:
+    """A server that accepts and never answers."""
+    port = free_port()
+    held: list[asyncio.StreamWriter] = []
+
+    def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+
+    listening = await asyncio.start_server(accept, "127.0.0.1", port)
+    try:
+        yield port
+    finally:
+        listening.close()
+        for writer in held:
+            writer.close()
