@@ -12,8 +12,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import psycopg
-
 from benchmarks.scenario import scenario
 from queue_service import App
 from queue_service.db.query import Query, scalar
@@ -43,7 +41,16 @@ async def workers(app: App, number: int, concurrency: int = 10) -> AsyncIterator
     """So many worker processes of their own, each of which hears of notices and has looked for the last time at what there
     was before. Their pids."""
     environment = {**os.environ, "QUEUE_SERVICE_DATABASE_URL": app.conninfo, "QUEUE_SERVICE_LOG_LEVEL": "error"}
-    command = [sys.executable, "-m", "queue_service", "worker", "-a", f"{__name__}:served", "-q", f"default:{concurrency}"]
+    command = [
+        sys.executable,
+        "-m",
+        "queue_service",
+        "worker",
+        "-a",
+        f"{__name__}:served",
+        "-q",
+        f"default:{concurrency}",
+    ]
     started = [
         await asyncio.create_subprocess_exec(*command, env=environment, stderr=asyncio.subprocess.DEVNULL)
         for _ in range(number)
@@ -103,10 +110,9 @@ async def all_begin(app: App, count: int) -> dict[str, float]:
             enqueued = time.time()
             runs = await app.enqueue_many("held", [{}] * 24)
             begun = [(await app.wait(run_id, timeout=30)).result for run_id in runs]
-            figures.append([1_000 * (each - enqueued) for each in sorted(begun)])  # type: ignore[operator, type-var]
+            figures.append([1_000 * (each - enqueued) for each in sorted(begun)])
             await asyncio.sleep(HOLD)
     return {
         "half begun, ms": statistics.median(each[11] for each in figures),
         "all begun, ms": statistics.median(each[-1] for each in figures),
     }
-

@@ -295,7 +295,7 @@ class Listener:
             notices.put(notice)
 
 
-async def _execute(conn: Session, statement: sql.Composable) -> None:
+async def _execute(conn: Session, statement: sql.Composed | sql.SQL) -> None:
     try:
         async with asyncio.timeout(PING_DEADLINE):
             await conn.execute(statement, prepare=False)

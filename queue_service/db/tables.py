@@ -198,6 +198,7 @@ workers = Table(
     Column("started_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
     Column("seen_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
     Column("failing", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("fleet", Text),
     PrimaryKeyConstraint("id", name="workers_pkey"),
 )
 

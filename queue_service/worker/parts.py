@@ -15,6 +15,7 @@ from typing import Any
 
 from queue_service.app import App
 from queue_service.db import channels
+from queue_service.db.channels import Notice
 from queue_service.db.execute import fetch_sync, translated
 from queue_service.db.listener import NoticesMissed
 from queue_service.db.session import Limits, connect_blocking
@@ -90,7 +91,7 @@ class Parts:
         self.claimer = self._make_claimer(only_suspects=only_suspects)
         self._keeper = Keeper(
             app.address, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
-            on_lost=self._lose, on_cancel=self._cancel, failing=self._failing,
+            on_lost=self._lose, on_cancel=self._cancel, on_fleet=self.claimer.learn, failing=self._failing,
         )  # fmt: skip
         self.contexts = HandlerContexts(app, self.executors, worker_id=worker_id, settings=settings)
         self._lag = LagWatch(self._run_of)
@@ -201,6 +202,7 @@ class Parts:
             poll_interval=self._settings.poll_interval,
             only_suspects=only_suspects,
             suspects_elsewhere=self._suspect_process.need if self._suspect_process.is_possible else None,
+            call_others=lambda queue, priority: self._app.notify([Notice(channels.EVERY, f"{priority} {queue}")]),
         )
 
     async def _drain(self, stop_now: asyncio.Event) -> None:
@@ -264,7 +266,7 @@ class Parts:
                 elif heard.channel == channels.CANCEL:
                     self._cancel(channels.read_run_ids(heard.payload) or ())
                 elif (where := channels.read_enqueued(heard.payload)) is not None:
-                    self.claimer.enqueued(*where)
+                    self.claimer.enqueued(*where, at_once=heard.channel == channels.EVERY)
 
     def _wake_claimer(self) -> None:
         self.claimer.wake()

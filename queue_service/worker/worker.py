@@ -137,7 +137,9 @@ class Worker:
                 self.health_url = endpoint.url
             async with self.app:
                 self.id = await self.app.fetch(
-                    roster.join(self.name, VERSION, msgspec.json.encode(self.queues).decode())
+                    roster.join(
+                        self.name, VERSION, msgspec.json.encode(self.queues).decode(), None if once else self._fleet()
+                    )
                 )
                 log.info(
                     "worker started",
@@ -162,6 +164,10 @@ class Worker:
         finally:
             if endpoint is not None:
                 endpoint.close()
+
+    def _fleet(self) -> str | None:
+        """With whom it takes turns in looking first."""
+        return None if self._only_suspects else roster.fleet_name(self.queues, self.app.tasks)
 
     @property
     def tally(self) -> Tally:
