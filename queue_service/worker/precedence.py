@@ -18,9 +18,9 @@ SLICE = 0.020
 SECOND, STEP = 0.003, 0.005
 # One that has begun a run in this slice lets the second one, which has perhaps none, go first.
 AFTER_SECOND = 0.005
-# By what these times grow at most, where looks were in vain: that of the second, and those of the others. Looks that are put
-# off serve all the notices that come meanwhile.
-MOST_OF_SECOND, MOST = 4, 256
+# By what these times grow at most, where looks were in vain: that of the second, and those of the others. A look that is
+# put off serves all the notices that come meanwhile.
+MOST_OF_SECOND, MOST = 4, 16
 
 
 class Precedence:
