@@ -1,18 +1,13 @@
-"""Runs revisions on one connection, in one transaction, behind one advisory lock."""
+"""Runs revisions in the transaction of `queue_service.db.migration`, or prints them."""
 
 import os
 
-import psycopg
 import sqlalchemy
 
 from alembic import context
 from queue_service import settings
-from queue_service.db import tables, url
-from queue_service.db.pool import options
-
-SCHEMA = "queue_service"
-# Any number; it only has to be the same for all who migrate this schema.
-LOCK = 4_718_105_520_114
+from queue_service.db import migration, tables, url
+from queue_service.db.migration import SCHEMA
 
 
 def ours(name: str | None, kind: str, _parents: object) -> bool:
@@ -34,15 +29,13 @@ def configure(**how: object) -> None:
 
 
 def conninfo() -> str:
-    given = context.config.attributes.get("conninfo")
-    if given is not None:
-        return given
+    """For `alembic` at a prompt."""
     target = url.choose(None, os.environ, settings.load(os.environ).data_dir)
     if isinstance(target, url.EmbeddedCluster):
         from queue_service.db import embedded
 
-        return options(embedded.cluster(target.path).use())
-    return options(target.conninfo)
+        return embedded.cluster(target.path).use()
+    return target.conninfo
 
 
 def online() -> None:
@@ -51,23 +44,16 @@ def online() -> None:
         # Whoever gave it commits, or rolls back.
         migrate(given)
         return
-    engine = sqlalchemy.create_engine(
-        "postgresql+psycopg://",
-        creator=lambda: psycopg.connect(conninfo()),
-        poolclass=sqlalchemy.NullPool,
-        isolation_level="READ COMMITTED",
-    )
-    with engine.connect() as connection:
-        migrate(connection)
-        connection.commit()
+    migration.changed(conninfo(), at_a_prompt)
+
+
+def at_a_prompt(ours: migration.Migration) -> None:
+    ours.exclude_others()
+    ours.make_schema()
+    migrate(ours.connection)
 
 
 def migrate(connection: sqlalchemy.Connection) -> None:
-    # Whoever comes second waits here, and then finds the revisions applied. The lock falls with the transaction.
-    connection.exec_driver_sql("select pg_advisory_xact_lock(%s)", (LOCK,))
-    # The session's own 10 s would end the wait above; the one below is for tables that a long query holds.
-    connection.exec_driver_sql("set local lock_timeout = '10s'")
-    connection.exec_driver_sql(f"create schema if not exists {SCHEMA}")
     configure(connection=connection)
     with context.begin_transaction():
         context.run_migrations()
@@ -76,6 +62,8 @@ def migrate(connection: sqlalchemy.Connection) -> None:
 def offline() -> None:
     configure(dialect_name="postgresql", literal_binds=True)
     with context.begin_transaction():
+        context.execute("set transaction isolation level read committed, read write")
+        context.execute(migration.SETTINGS)
         context.execute(f"create schema if not exists {SCHEMA}")
         context.run_migrations()
 

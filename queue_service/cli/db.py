@@ -45,19 +45,23 @@ def migrate(target: str, yes: bool, force: bool, database_url: str | None) -> No
         if have is not None and is_older(have, target):
             _downgrade(conninfo, have, target, yes=yes, force=force)
         else:
-            schema.upgrade(conninfo, target)
+            schema.upgrade(conninfo, target, tell=_tell)
         render.echo(f"schema queue_service: {have or 'none'} -> {_current(conninfo) or 'none'}")
 
 
 def _downgrade(conninfo: str, have: str, target: str, *, yes: bool, force: bool) -> None:
     lease = settings_module.load(os.environ).lease
-    losses = downgrade(conninfo, target, lease=lease, force=force, commit=False)
+    losses = downgrade(conninfo, target, lease=lease, force=force, commit=False, tell=_tell)
     render.echo(f"Going back from revision {have} to {target} drops for good:", *losses.lines(), err=True)
     if not yes:
         if not sys.stdin.isatty():
             raise click.UsageError("Nothing was changed. Say --yes to drop it.")
         click.confirm("Drop it?", abort=True, err=True)
-    downgrade(conninfo, target, lease=lease, force=force, commit=True)
+    downgrade(conninfo, target, lease=lease, force=force, commit=True, tell=_tell)
+
+
+def _tell(sentence: str) -> None:
+    render.echo(sentence, err=True)
 
 
 @db.command()

@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
-import psycopg
 import sqlalchemy
 
 from queue_service.db import schema
-from queue_service.db.pool import options
+from queue_service.db.migration import Migration, Tell, changed
 from queue_service.db.revision import HEAD
 from queue_service.errors import ConfigError
 
 # Rows of a table are counted up to here.
 COUNTED = 100_000
-# How long another transaction may keep us from a table.
-LOCK_TIMEOUT = "10s"
 
 # A partition comes and goes by itself, with the table that it belongs to.
 _COLUMNS = """
@@ -31,8 +28,6 @@ select c.relname, a.attname, c.oid, a.attnum
  where c.relnamespace = to_regnamespace('queue_service') and c.relkind in ('r', 'p') and not c.relispartition
    and c.relname <> 'alembic_version' and a.attnum > 0 and not a.attisdropped
 """
-# Nobody may arm a turn or enqueue a run between the look and the drop.
-_LOCK = "lock table queue_service.{} in exclusive mode"
 
 
 class Column(NamedTuple):
@@ -57,29 +52,26 @@ class Losses:
         return [*tables, *(f"column {name}" for name in self.columns)] or ["no table and no column"]
 
 
-def downgrade(conninfo: str, to: str, *, lease: timedelta, force: bool, commit: bool) -> Losses:
+def downgrade(
+    conninfo: str, to: str, *, lease: timedelta, force: bool, commit: bool, tell: Tell | None = None
+) -> Losses:
     """What a downgrade to revision `to` drops; with `commit` it has dropped that.
 
     Raises ConfigError while turns are owed an ending, workers were seen within `lease`, or runs that are not over would be
-    dropped, unless `force` says that all of this may be lost; DatabaseUnavailable where another transaction has held a
-    table for LOCK_TIMEOUT. Nothing has changed then. Tables are locked only once nothing stands against it, so that a
-    question holds up nobody who is at work.
+    dropped, unless `force` says that all of this may be lost, and what `migration.changed` raises. Nothing has changed
+    then. Tables are taken only once nothing stands against it, so that a question holds up nobody who is at work.
     """
-    engine = sqlalchemy.create_engine(
-        "postgresql+psycopg://",
-        creator=lambda: psycopg.connect(options(conninfo, "queue_service migrate")),
-        poolclass=sqlalchemy.NullPool,
-        # Each statement has to see what was committed while it waited for a lock, whatever the server's default is.
-        isolation_level="READ COMMITTED",
-    )
-    with schema.translated(), engine.connect() as connection:
-        connection.exec_driver_sql("select set_config('lock_timeout', %s, true)", (LOCK_TIMEOUT,))
-        before = _columns(connection)
-        tables = {column.table for column in before}
+
+    def change(migration: Migration) -> Losses:
+        connection = migration.connection
+        tables = {column.table for column in _columns(connection)}
         if not force:
             _refuse(_needs(connection, tables, lease))
-        for table in sorted({"runs", "turn_markers"} & tables):
-            connection.exec_driver_sql(_LOCK.format(table))
+        migration.exclude_others()
+        # Nobody may arm a turn or enqueue a run between the look and the drop.
+        migration.take_tables()
+        before = _columns(connection)
+        tables = {column.table for column in before}
         needs = _needs(connection, tables, lease)
         counts = {table: _count(connection, table) for table in tables}
         schema.downgrade(connection, to)
@@ -88,9 +80,9 @@ def downgrade(conninfo: str, to: str, *, lease: timedelta, force: bool, commit: 
             needs.append(f"{_counted(runs, 'run')} queued or running, which would be lost")
         if not force:
             _refuse(needs)
-        if commit:
-            connection.commit()
-    return losses
+        return losses
+
+    return changed(conninfo, change, tell=tell, commit=commit)
 
 
 def is_older(have: str | None, to: str) -> bool:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psycopg import errors as pg
-
-from queue_service.db.pool import options
+from queue_service.db.migration import Migration, Tell, changed
 from queue_service.db.revision import HEAD
-from queue_service.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
+from queue_service.errors import ConfigError, SchemaMismatch
 
 if TYPE_CHECKING:
     # It is imported where it is used, since most commands migrate nothing.
@@ -25,19 +21,45 @@ _PACKAGED = Path(__file__).parent / "_alembic"
 _REPOSITORY = Path(__file__).parent.parent.parent / "alembic"
 
 
-def upgrade(conninfo: str, revision: str = "head") -> None:
-    """Migrate to `revision`. Any number of processes may call this at once: one works, the others find it done."""
-    _run(conninfo, "upgrade", revision)
+def upgrade(conninfo: str, revision: str = "head", *, tell: Tell | None = None) -> None:
+    """Migrate to `revision`, in one transaction. Any number of processes may call this at once: one works, the others find
+    it done. `tell` is given a sentence, now and then, about whom it waits for; without it that is logged.
+
+    Raises SchemaMismatch where the schema is newer than this version, ConfigError for a revision that is not there, and
+    what `migration.changed` raises.
+    """
+    wanted = _known(revision)
+
+    def change(migration: Migration) -> None:
+        if _is_done(migration.revision(), wanted):
+            return
+        migration.exclude_others()
+        if _is_done(migration.revision(), wanted):
+            return
+        migration.take_tables()
+        migration.make_schema()
+        _run(migration.connection, "upgrade", revision)
+
+    changed(conninfo, change, tell=tell)
 
 
 def downgrade(where: str | sqlalchemy.Connection, revision: str) -> None:
     """Migrate back to `revision`, which drops what came after it; on a connection that is given, in its transaction."""
-    _run(where, "downgrade", revision)
+
+    def change(migration: Migration) -> None:
+        migration.exclude_others()
+        migration.take_tables()
+        _run(migration.connection, "downgrade", revision)
+
+    if isinstance(where, str):
+        changed(where, change)
+    else:
+        _run(where, "downgrade", revision)
 
 
 def check(conninfo: str) -> None:
     """Raise alembic's CommandError where the database and `db/tables.py` disagree."""
-    _run(conninfo, "check")
+    changed(conninfo, lambda migration: _run(migration.connection, "check"), commit=False)
 
 
 def sql() -> None:
@@ -47,45 +69,46 @@ def sql() -> None:
     command.upgrade(_config(None), "head", sql=True)
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """What SQLAlchemy raises around our migrations, as ours."""
-    import sqlalchemy
+def _is_done(have: str | None, wanted: str | None) -> bool:
+    if have is not None and have > HEAD:
+        raise SchemaMismatch(have, HEAD, newer=True)
+    return wanted is None or (have is not None and have >= wanted)
+
+
+def _known(revision: str) -> str | None:
+    """Its number; None for that of no schema. Raises ConfigError where there is no such revision."""
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
 
     try:
-        yield
-    except sqlalchemy.exc.ProgrammingError as refused:
-        raise (refused.orig if isinstance(refused.orig, pg.InsufficientPrivilege) else refused) from None
-    except sqlalchemy.exc.OperationalError as lost:
-        raise DatabaseUnavailable(f"The migration stopped: {str(lost.orig).strip()}. Run it again.") from lost
+        script = ScriptDirectory.from_config(_config(None)).get_revision(revision)
+    except CommandError:
+        raise ConfigError(f"There is no revision {revision!r}. This version goes up to {HEAD}.") from None
+    return None if script is None else str(script.revision)
 
 
-def _run(where: str | sqlalchemy.Connection, verb: str, *arguments: str) -> None:
+def _run(connection: sqlalchemy.Connection, verb: str, *arguments: str) -> None:
     from alembic.util import CommandError
 
     from alembic import command
 
     try:
-        with translated(), _ALEMBIC:
-            getattr(command, verb)(_config(where), *arguments)
+        with _ALEMBIC:
+            getattr(command, verb)(_config(connection), *arguments)
     except CommandError as refused:
         # The database names a revision that is not among ours.
         unknown = re.search(r"Can't locate revision identified by '([^']*)'", str(refused))
         if unknown is None:
             raise
-        if unknown[1] in arguments:
-            raise ConfigError(f"There is no revision {unknown[1]!r}. This version goes up to {HEAD}.") from None
         raise SchemaMismatch(unknown[1], HEAD, newer=True) from None
 
 
-def _config(where: str | sqlalchemy.Connection | None) -> Any:
+def _config(connection: sqlalchemy.Connection | None) -> Any:
     from alembic.config import Config
 
     config = Config()
     scripts = _PACKAGED if _PACKAGED.is_dir() else _REPOSITORY
     config.set_main_option("script_location", str(scripts).replace("%", "%%"))
-    if isinstance(where, str):
-        config.attributes["conninfo"] = options(where, "queue_service migrate")
-    elif where is not None:
-        config.attributes["connection"] = where
+    if connection is not None:
+        config.attributes["connection"] = connection
     return config

@@ -274,16 +274,21 @@ async def _make_ours(conn: Session, address: Address, limits: Limits, *, writabl
     else:
         # It may answer with what somebody else has prepared under the same name.
         conn.prepare_threshold = None
-    if encoding != "UTF8":
-        raise ConfigError(
-            f"The encoding of this database is {encoding}, which cannot hold every text that a run may carry. Make another "
-            "one: create database … encoding 'UTF8' template template0."
-        )
+    check_encoding(encoding)
     if replication_role != "origin":
         await _be_origin(conn)
     if writable and (in_recovery or read_only == "on"):
         kind = "It is a standby" if in_recovery else "default_transaction_read_only is on"
         raise DatabaseUnavailable(f"The database takes no writes. {kind}: this goes on once it takes them again.")
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise ConfigError unless a database of this encoding can hold what we store."""
+    if encoding != "UTF8":
+        raise ConfigError(
+            f"The encoding of this database is {encoding}, which cannot hold every text that a run may carry. Make another "
+            "one: create database … encoding 'UTF8' template template0."
+        )
 
 
 async def _be_origin(conn: Session) -> None:

@@ -16,6 +16,7 @@ from psycopg.conninfo import make_conninfo
 from queue_service import App, Turn
 from queue_service.cli import cli
 from queue_service.db import downgrade as downgrade_module
+from queue_service.db import migration
 from queue_service.db.downgrade import downgrade
 from queue_service.db.pool import Connection
 from queue_service.db.revision import HEAD
@@ -146,11 +147,13 @@ async def test_a_question_waits_for_nobody_while_something_stands_against_it(
 async def test_a_transaction_that_holds_a_table_is_reported_in_a_sentence(
     database: str, session: Callable[[], Awaitable[Connection]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downgrade_module, "LOCK_TIMEOUT", "100ms")
+    monkeypatch.setattr(migration, "PATIENCE", 0)
     enqueuing = await session()
     async with enqueuing.transaction():
         await enqueuing.execute("insert into queue_service.runs (queue, task, payload) values ('q', 't', '{}')")
-        with pytest.raises(DatabaseUnavailable, match=r"The migration stopped: .*lock timeout"):
+        with pytest.raises(
+            DatabaseUnavailable, match=r"waited for table runs, held by process \d+.*nothing was changed"
+        ):
             await asyncio.to_thread(downgrade, database, "0001", lease=timedelta(seconds=30), force=False, commit=True)
 
 

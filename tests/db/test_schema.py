@@ -21,7 +21,7 @@ from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from tests.support import eventually, one, rows
 
 REPOSITORY = Path(__file__).parents[2]
-# As in alembic/env.py: versions of this package that run at the same time must agree on it.
+# As in queue_service/db/migration.py: versions of this package that run at the same time must agree on it.
 LOCK = 4_718_105_520_114
 TABLES = {
     "runs", "leases", "finished_runs", "finished_runs_default", "queues", "workers", "receipts", "lanes",
