@@ -18,9 +18,13 @@ from queue_service.db.query import Query, scalar
 
 NUMBERS = (1, 4, 10, 24)
 SAMPLES = 400
+ROUNDS = 6
+# How long a run holds its slot, so that others have to begin the next ones.
 HOLD = 0.5
+# Workers say a sixth of their lease apart that they live: after so many seconds each knows of all.
+SETTLE = 7.0
 
-# What the worker processes serve: `queue-service worker -a benchmarks.wakeups:served`.
+# What the worker processes serve.
 served = App()
 
 
@@ -29,43 +33,33 @@ async def noop() -> None: ...
 
 
 @served.task
-async def held() -> float:
-    """When it began. It then holds its slot, so that no other run begins there."""
-    begun = time.time()
+async def begun() -> tuple[int, float]:
+    """In which process, and when."""
+    at = time.time()
     await asyncio.sleep(HOLD)
-    return begun
+    return os.getpid(), at
 
 
 @asynccontextmanager
 async def workers(app: App, number: int, concurrency: int = 10) -> AsyncIterator[list[int]]:
-    """So many worker processes of their own, each of which hears of notices and has looked for the last time at what there
-    was before. Their pids."""
+    """So many processes, as they are started in earnest, which hear of notices and know of each other. Their pids."""
     environment = {**os.environ, "QUEUE_SERVICE_DATABASE_URL": app.conninfo, "QUEUE_SERVICE_LOG_LEVEL": "error"}
-    command = [
-        sys.executable,
-        "-m",
-        "queue_service",
-        "worker",
-        "-a",
-        f"{__name__}:served",
-        "-q",
-        f"default:{concurrency}",
-    ]
+    command = [sys.executable, "-m", "queue_service", "worker", "-a", "benchmarks.wakeups:served"]
     started = [
-        await asyncio.create_subprocess_exec(*command, env=environment, stderr=asyncio.subprocess.DEVNULL)
+        await asyncio.create_subprocess_exec(
+            *command, "-q", f"default:{concurrency}", env=environment, stderr=asyncio.subprocess.DEVNULL
+        )
         for _ in range(number)
     ]
+    listening: Query[int] = Query(
+        "select count(*) from pg_stat_activity where datname = current_database() "
+        "and application_name = 'queue_service listener' and position('queue_service_cancel' in query) > 0",
+        scalar,
+    )
     try:
-        listening: Query[int] = Query(
-            "select count(*)::int from pg_stat_activity where datname = current_database() "
-            "and application_name = 'queue_service listener' and query ilike 'listen%%cancel%%'",
-            scalar,
-            {},
-        )
         while await app.fetch(listening) < number:
             await asyncio.sleep(0.1)
-        # A beat, after which each knows of all the others.
-        await asyncio.sleep(0.5 if number == 1 else SETTLE)
+        await asyncio.sleep(SETTLE)
         yield [each.pid for each in started]
     finally:
         for each in started:
@@ -74,17 +68,13 @@ async def workers(app: App, number: int, concurrency: int = 10) -> AsyncIterator
         await asyncio.gather(*(each.wait() for each in started))
 
 
-# The default lease is 30 s, and a worker says a sixth of it apart that it lives.
-SETTLE = 7.0
-
-
 async def waited(app: App, count: int) -> list[float]:
     """From the call that enqueues to the answer of the one that waits, in ms: one after the other."""
     taken = []
     for _ in range(count):
-        begun = time.perf_counter()
-        await app.wait(await app.enqueue("noop", {}), timeout=30)
-        taken.append(1_000 * (time.perf_counter() - begun))
+        at = time.perf_counter()
+        await app.wait(await app.enqueue("noop", {}), timeout=60)
+        taken.append(1_000 * (time.perf_counter() - at))
     return taken
 
 
@@ -94,25 +84,33 @@ async def idle_workers(app: App, count: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     for number in NUMBERS:
         async with workers(app, number):
-            await waited(app, 50)
-            taken = await waited(app, min(count, SAMPLES))
-            figures[f"{number} workers, p50 ms"] = statistics.median(taken)
+            await waited(app, min(count, SAMPLES) // 4)
+            figures[f"{number} workers, p50 ms"] = statistics.median(await waited(app, min(count, SAMPLES)))
     return {**figures, "24 to 1": figures["24 workers, p50 ms"] / figures["1 workers, p50 ms"]}
 
 
 @scenario
 async def all_begin(app: App, count: int) -> dict[str, float]:
-    """24 runs enqueued at once for 24 workers with one slot each: until the last one has begun."""
+    """24 runs at once for 24 workers of one slot each, until all have begun; 1,000 for 10 workers, until each has one."""
     del count
-    figures = []
     async with workers(app, 24, concurrency=1):
-        for _ in range(6):
-            enqueued = time.time()
-            runs = await app.enqueue_many("held", [{}] * 24)
-            begun = [(await app.wait(run_id, timeout=30)).result for run_id in runs]
-            figures.append([1_000 * (each - enqueued) for each in sorted(begun)])
-            await asyncio.sleep(HOLD)
+        slots = [await first_begun(app, 24) for _ in range(ROUNDS)]
+    async with workers(app, 10, concurrency=100):
+        burst = [await first_begun(app, 1_000) for _ in range(ROUNDS)]
     return {
-        "half begun, ms": statistics.median(each[11] for each in figures),
-        "all begun, ms": statistics.median(each[-1] for each in figures),
+        "24 of 24 begun, ms": statistics.median(each[-1] for each in slots),
+        "12 of 24 begun, ms": statistics.median(each[11] for each in slots),
+        "10 of 10 awake, ms": statistics.median(each[-1] for each in burst),
     }
+
+
+async def first_begun(app: App, runs: int) -> list[float]:
+    """When each process began its first of so many runs, in ms since they were enqueued."""
+    at = time.time()
+    firsts: dict[int, float] = {}
+    for run_id in await app.enqueue_many("begun", [{}] * runs):
+        result = (await app.wait(run_id, timeout=60)).result
+        assert isinstance(result, list), result
+        pid, begun_at = result
+        firsts[pid] = min(begun_at, firsts.get(pid, begun_at))
+    return sorted(1_000 * (each - at) for each in firsts.values())
