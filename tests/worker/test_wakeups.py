@@ -135,6 +135,35 @@ async def test_runs_for_all_begin_in_all_workers_at_once(patient: App, enqueue_a
         await eventually(lambda: tallies(workers) == [1] * 8)
 
 
+@pytest.mark.parametrize("is_full_before", [False, True], ids=["filled by this claim", "full before"])
+async def test_one_that_has_no_room_for_what_is_left_calls_the_others(
+    patient: App, monkeypatch: pytest.MonkeyPatch, *, is_full_before: bool
+) -> None:
+    """Where only the first and the second look, and the others would come in an hour."""
+    release = asyncio.Event()
+
+    @patient.task
+    async def hold() -> None:
+        await release.wait()
+
+    async with fleet(patient, 6, concurrency=2) as workers:
+        monkeypatch.setattr("queue_service.worker.precedence.STEP", 3600.0)
+        for number in range(5 if is_full_before else 0):
+            # Whoever it is, it is full then.
+            await patient.enqueue_many("hold", [{}] * 2)
+            await eventually(lambda: running(patient, 2 * number + 2))  # noqa: B023
+        left = 12 - 10 * is_full_before
+        for _ in range(left if is_full_before else 0):
+            await patient.enqueue("hold", {})
+        if not is_full_before:
+            await patient.enqueue_many("hold", [{}] * left)
+        try:
+            await eventually(lambda: running(patient, 12))
+        finally:
+            release.set()
+        await eventually(lambda: tallies(workers) == [2] * 6)
+
+
 async def test_a_backlog_is_worked_off_by_all(patient: App) -> None:
     release = asyncio.Event()
 
