@@ -5,7 +5,8 @@
     ├── PayloadRefused           a payload, a result or metadata cannot be stored as it is
     ├── DatabaseUnavailable      the server cannot be reached, or a deadline passed; trying again may help
     ├── DatabaseRefused          the database said no to a statement, and would again; its own words say why
-    ├── Deadlock                 two transactions waited for each other, and the database ended the caller's
+    ├── TransactionConflict      the caller's transaction got in the way of another one, and is to be begun again
+    │   └── Deadlock             they waited for each other, and the database ended the caller's
     ├── SchemaMismatch           the database has another revision than this code was built for
     ├── EmbeddedUnavailable      the bundled Postgres is not installed, or did not start
     ├── TaskUnknown              no task of that name is registered here
@@ -60,8 +61,20 @@ class ValueRefused(DatabaseRefused, PayloadRefused):
     """A PayloadRefused that only the database could find."""
 
 
-class Deadlock(QueueServiceError):
-    """On a caller's own connection. The driver's error, or that of its library, is the `__cause__`."""
+class TransactionConflict(QueueServiceError):
+    """On a caller's own connection, whose transaction is `repeatable read` or `serializable`. The driver's error, or that
+    of its library, is the `__cause__`."""
+
+    def __init__(self, what_happened: str | None = None) -> None:
+        super().__init__(
+            what_happened
+            or "Another transaction has changed what this one has seen, and the database does not let this one go on, as "
+            "its isolation level asks: nothing of it is stored. Roll it back, and begin it again."
+        )
+
+
+class Deadlock(TransactionConflict):
+    """At any isolation level."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -86,7 +86,9 @@ def configure(*, level: str, fmt: str) -> None:
     global configured  # noqa: PLW0603 - so is what it names: one for each process
     configured = (level, fmt)
     console = fmt == "console" or (fmt == "auto" and sys.stderr.isatty())
-    renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    # Exceptions are text by then. Before its release 26.1, structlog warns of that unless it is to show them plainly.
+    of_console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    renderer: Any = of_console if console else structlog.processors.JSONRenderer()
     stamps: list[Any] = [
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,

@@ -85,6 +85,12 @@ class Settings:
     listen_url: str | None = _setting(
         None, str, "a way to the server for notices, where a pooler of transactions lets none through", is_secret=True
     )
+    lent_connections: int = _setting(
+        10, int, "most connections lent at once to the handlers of a queue, if so many runs of it go on"
+    )
+    lent_statement_timeout: timedelta = _setting(
+        timedelta(minutes=1), parse_duration, "how long the database may be silent about a statement on one of them"
+    )
     payload_limit: int = _setting(256 * 1024, int, "largest payload, metadata or result, in bytes")
     lease: timedelta = _setting(timedelta(seconds=30), parse_duration, "how long a claim outlives its worker")
     poll_interval: timedelta = _setting(timedelta(seconds=1), parse_duration, "longest wait without a notice")
@@ -107,10 +113,13 @@ class Settings:
     log_format: str = _setting("auto", one_of("auto", "console", "json"), "auto, console or json")
 
     def __post_init__(self) -> None:
-        for name in ("pool_size", "payload_limit", "max_losses"):
+        for name in ("pool_size", "lent_connections", "payload_limit", "max_losses"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("lease", "poll_interval", "sweep_interval", "admission", "execution", "total", "read_timeout"):
+        for name in (
+            "lease", "poll_interval", "sweep_interval", "admission", "execution", "total", "read_timeout",
+            "lent_statement_timeout",
+        ):  # fmt: skip
             if getattr(self, name) < timedelta(milliseconds=10):
                 raise ConfigError(f"{name} must be at least 10ms, not {getattr(self, name)}.")
         if self.drain_timeout < timedelta(0) or self.retention < timedelta(days=1):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -152,13 +150,3 @@ def is_gone(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-
-
-def local_programs() -> Path:
-    """Where the server programs of this machine are."""
-    found = shutil.which("initdb")
-    if found and os.path.realpath(found).endswith("/initdb"):
-        return Path(os.path.realpath(found)).parent
-    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    assert versions, "--pg=local found no server programs on PATH or in /usr/lib/postgresql"
-    return versions[-1]

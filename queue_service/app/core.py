@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from queue_service.app.opened import Opened
+from queue_service.db import channels
 from queue_service.db.borrowed import borrow
 from queue_service.db.channels import Notice
 from queue_service.db.query import Query
@@ -112,3 +113,14 @@ class Core:
     def notify(self, notices: Iterable[Notice]) -> None:
         """Send notices soon, together with the others of this process."""
         self.opened.notifier.send(list(notices))
+
+    async def announce(self, notices: Sequence[Notice], conn: Any = None) -> None:
+        """Send notices of what was done: soon, or on `conn`, the caller's, with its transaction."""
+        if conn is None:
+            self.notify(notices)
+        elif notices:
+            await self.fetch(channels.notify(notices, alone=False), conn)
+
+    def rides_along(self, channel: str, conn: Any = None) -> bool:
+        """Whether a statement is to send its notices itself, with its commit: always on `conn`, the caller's."""
+        return conn is not None or self.opened.notifier.try_reserve(channel)

@@ -78,12 +78,13 @@ class Events:
         limit: int | None = None,
         kinds: Collection[str] | None = None,
         last: int | None = None,
+        conn: Any = None,
     ) -> list[Event]:
         """Return up to `limit` events after a cursor (200, if not said), or the `last` so many of the stream; of these
         `kinds`, or of all. In order, either way. A jump in `seq` is where events were trimmed, or are of other kinds.
 
         Kinds are in no index. To find what is rare, all events between are looked at, 10,000 with each statement, which
-        takes some milliseconds. Raises ConfigError.
+        takes some milliseconds. With `conn`, what the caller's transaction sees. Raises ConfigError.
         """
         if last is not None:
             if after or limit is not None:
@@ -91,41 +92,41 @@ class Events:
                     "last= counts from the end of the stream: it goes with kinds=, not with after= or limit=."
                 )
             _check_count(last, "last")
-            return await self._read_last(stream, last, _kinds(kinds))
+            return await self._read_last(stream, last, _kinds(kinds), conn)
         limit = DEFAULT_READ if limit is None else limit
         _check_range(after, limit)
         if kinds is None:
-            return await self._core.fetch(queries.read(stream, after=after, limit=limit))
-        return await self._read_kinds(stream, after, limit, _kinds(kinds) or [])
+            return await self._core.fetch(queries.read(stream, after=after, limit=limit), conn)
+        return await self._read_kinds(stream, after, limit, _kinds(kinds) or [], conn)
 
-    async def _read_kinds(self, stream: str, after: int, limit: int, kinds: list[str]) -> list[Event]:
+    async def _read_kinds(self, stream: str, after: int, limit: int, kinds: list[str], conn: Any) -> list[Event]:
         events: list[Event] = []
         looked = SCAN if kinds else 0
         while looked == SCAN and len(events) < limit:
             wanted = limit - len(events)
             found = await self._core.fetch(
-                queries.read_kinds(stream, after=after, kinds=kinds, limit=wanted, scan_limit=SCAN)
+                queries.read_kinds(stream, after=after, kinds=kinds, limit=wanted, scan_limit=SCAN), conn
             )
             events += found.events
             after, looked = found.place or after, found.looked
         return events
 
-    async def _read_last(self, stream: str, count: int, kinds: list[str] | None) -> list[Event]:
+    async def _read_last(self, stream: str, count: int, kinds: list[str] | None, conn: Any) -> list[Event]:
         events: list[Event] = []
         looked, before = SCAN if kinds != [] else 0, MAX_SEQ
         scan_limit = count if kinds is None else SCAN
         while looked == SCAN and len(events) < count:
             wanted = count - len(events)
             found = await self._core.fetch(
-                queries.read_last(stream, before=before, kinds=kinds, limit=wanted, scan_limit=scan_limit)
+                queries.read_last(stream, before=before, kinds=kinds, limit=wanted, scan_limit=scan_limit), conn
             )
             events = found.events + events
             before, looked = found.place or before, found.looked
         return events
 
-    async def head(self, stream: str) -> int:
+    async def head(self, stream: str, *, conn: Any = None) -> int:
         """Return the seq of the latest event; 0 for a stream without any."""
-        found = await self._core.fetch(queries.stream(stream))
+        found: Stream | None = await self._core.fetch(queries.stream(stream), conn)
         return 0 if found is None else found.head
 
     async def follow(self, stream: str, *, after: int = 0) -> AsyncGenerator[Event, None]:
@@ -143,28 +144,30 @@ class Events:
                 async for event in events:
                     yield event
 
-    async def stream(self, stream: str) -> Stream | None:
+    async def stream(self, stream: str, *, conn: Any = None) -> Stream | None:
         """Return a stream's head and state; None if it does not exist yet."""
-        return await self._core.fetch(queries.stream(stream))
+        return await self._core.fetch(queries.stream(stream), conn)
 
-    async def set_state(self, stream: str, state: StreamState | str) -> int:
+    async def set_state(self, stream: str, state: StreamState | str, *, conn: Any = None) -> int:
         """Put a stream into a state (see StreamState), creating it where it does not exist. Returns its head.
 
         An `ended` stream takes no more events but the endings of turns that are still owed one, and its followers end.
-        A `suspended` or `ended` one is not expected to move, and is looked at less often where a notice is lost.
+        A `suspended` or `ended` one is not expected to move, and is looked at less often where a notice is lost. With
+        `conn` it is part of the caller's transaction.
         """
         check_word(stream, "stream")
         try:
             known = StreamState(state)
         except ValueError:
             raise ConfigError(f"{state!r} is no state of a stream. Use one of {', '.join(StreamState)}.") from None
-        return await self._core.fetch(queries.set_state(stream, known))
+        return await self._core.fetch(queries.set_state(stream, known), conn)
 
-    async def trim(self, stream: str, *, upto: int) -> int:
+    async def trim(self, stream: str, *, upto: int, conn: Any = None) -> int:
         """Delete the events up to a seq, except endings, which stay for as long as their turns are remembered. Returns how
-        many went. A reader who comes for them later gets an event about the gap."""
+        many went. A reader who comes for them later gets an event about the gap. With `conn` it is part of the caller's
+        transaction."""
         count = 0
-        while cut := await self._core.fetch(queries.trim(stream, upto=upto, limit=TRIM_BATCH)):
+        while cut := await self._core.fetch(queries.trim(stream, upto=upto, limit=TRIM_BATCH), conn):
             count += cut
             if cut < TRIM_BATCH:
                 break

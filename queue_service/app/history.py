@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from queue_service.app.opened import Opened
+from queue_service.app.core import Core
 from queue_service.errors import ConfigError
 from queue_service.runs import walks
 from queue_service.runs.model import RunState
@@ -43,14 +43,14 @@ def chosen(state: str, queue: str | None, task: str | None, since: datetime | ti
     return Filter(RunState(state), queue, task, since=since)
 
 
-async def retry(opened: Opened, runs: Filter, *, limit: int | None, on_progress: OnProgress) -> Retried:
+async def retry(core: Core, runs: Filter, *, limit: int | None, on_progress: OnProgress, conn: Any) -> Retried:
     """Move them, the oldest first."""
     done = Retried(0, 0)
     place: Place | None = Place()
     while place is not None and (limit is None or done.runs < limit):
         size = RETRIED_AT_ONCE if limit is None else min(RETRIED_AT_ONCE, limit - done.runs)
-        batch = await opened.fetch(walks.retry_many(runs, place, limit=size))
-        opened.notifier.send(list(batch.notices))
+        batch = await core.fetch(walks.retry_many(runs, place, limit=size), conn)
+        await core.announce(list(batch.notices), conn)
         done = Retried(done.runs + batch.moved, done.skipped + batch.found - batch.moved)
         if batch.found:
             on_progress(done)
@@ -58,13 +58,13 @@ async def retry(opened: Opened, runs: Filter, *, limit: int | None, on_progress:
     return done
 
 
-async def count(opened: Opened, runs: Filter, *, limit: int | None, on_progress: OnProgress) -> Retried:
+async def count(core: Core, runs: Filter, *, limit: int | None, on_progress: OnProgress, conn: Any) -> Retried:
     """How many there are to be moved, as far as COUNT_LIMIT."""
     most = COUNT_LIMIT if limit is None else min(limit, COUNT_LIMIT)
     done = Retried(0, 0)
     place: Place | None = Place()
     while place is not None and done.runs < most:
-        batch = await opened.fetch(walks.count_many(runs, place, limit=most - done.runs))
+        batch = await core.fetch(walks.count_many(runs, place, limit=most - done.runs), conn)
         done = Retried(done.runs + batch.found, 0)
         if batch.found:
             on_progress(done)

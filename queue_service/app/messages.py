@@ -107,19 +107,14 @@ class Messages:
         """The handlers at work are cancelled once their turns have ended: what they still do comes too late."""
         ended = await self._core.fetch(queries.interrupt(turn.deployment, turn.message_id), conn)
         runs = [run_id for _, run_id in ended if run_id is not None]
-        if not runs:
-            return
-        notices = [channels.about_runs(channels.CANCEL, runs)]
-        if conn is None:
-            self._core.notify(notices)
-        else:
-            await self._core.fetch(channels.notify(notices, alone=False), conn)
+        if runs:
+            await self._core.announce([channels.about_runs(channels.CANCEL, runs)], conn)
 
-    async def take_back(self, deployment: str, message_id: str) -> bool:
+    async def take_back(self, deployment: str, message_id: str, conn: Any) -> bool:
         """As `Turns.unsend` says."""
-        run_id = await self._core.fetch(take_back(deployment, message_id))
+        run_id = await self._core.fetch(take_back(deployment, message_id), conn)
         if run_id is not None:
-            self._core.notify([channels.about_runs(channels.FINISHED, [run_id])])
+            await self._core.announce([channels.about_runs(channels.FINISHED, [run_id])], conn)
         return run_id is not None
 
     async def inputs(self, turn: Turn, *, after: int, wait: bool) -> AsyncGenerator[Input, None]:

@@ -18,7 +18,8 @@ from queue_service.db.pool import Pool
 from queue_service.db.query import Query
 from queue_service.db.session import Address, connect
 from queue_service.db.url import EmbeddedCluster, Server
-from queue_service.errors import ConfigError
+from queue_service.errors import ConfigError, DatabaseRefused
+from queue_service.exceptions import message
 from queue_service.logs import get_logger
 from queue_service.services.endings import Endings
 from queue_service.services.fanout import Fanout
@@ -131,8 +132,17 @@ class Opened:
             await asyncio.to_thread(self._cluster.start)
 
     async def sweep_turns(self) -> int:
-        """End the turns whose deadline has passed. Returns how many."""
-        return await self._sweeper.turns()
+        """End the turns whose deadline has passed. Returns how many. Raises DatabaseRefused where one cannot be ended,
+        once the others are."""
+        refused: dict[tuple[str, str], Exception] = {}
+        count = await self._sweeper.turns(refused)
+        for (deployment, message_id), why in refused.items():
+            others = f", and {len(refused) - 1:,} others" if len(refused) > 1 else ""
+            raise DatabaseRefused(
+                f"Of the turns that are overdue {count:,} were ended, and the database refuses to end {message_id} of "
+                f"deployment {deployment}{others}: " + message(why).partition("\n")[0]
+            ) from why
+        return count
 
     @contextmanager
     def sweeping(self) -> Iterator[None]:

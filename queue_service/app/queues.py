@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Any
 
 from queue_service.app import enqueue as enqueueing
 from queue_service.app.core import Core
@@ -34,37 +35,39 @@ class Queues:
     def __init__(self, core: Core) -> None:
         self._core = core
 
-    async def list(self) -> list[Queue]:
+    async def list(self, *, conn: Any = None) -> list[Queue]:
         """Return the queues that hold runs, and those about which something was set."""
-        return await self._core.fetch(queries.listed())
+        return await self._core.fetch(queries.listed(), conn)
 
-    async def pause(self, queue: str, *, until: datetime | timedelta | float | None = None) -> bool:
+    async def pause(self, queue: str, *, until: datetime | timedelta | float | None = None, conn: Any = None) -> bool:
         """Let no worker claim from this queue until `resume`, or until a time, or for so long (seconds or timedelta, by
         the database's clock). What is running goes on. Returns False if it was paused already, and for as long. Raises
-        ConfigError for a time that has passed, or has no time zone."""
+        ConfigError for a time that has passed, or has no time zone. With `conn` it is part of the caller's transaction."""
         check_word(queue, "queue", enqueueing.MAX_QUEUE)
         if isinstance(until, datetime):
             enqueueing.check_moment(until, "until")
-            paused = await self._core.fetch(queries.pause(queue, until=until))
+            paused = await self._core.fetch(queries.pause(queue, until=until), conn)
         else:
             lasting = None if until is None else duration(until, "until", positive=True)
-            paused = await self._core.fetch(queries.pause(queue, lasting=lasting))
+            paused = await self._core.fetch(queries.pause(queue, lasting=lasting), conn)
         if paused is None:
             raise ConfigError(f"until={until} has passed, by the database's clock. Nothing was changed.")
         return paused
 
-    async def resume(self, queue: str) -> bool:
-        """Let workers claim from this queue again. Returns False if it was not paused."""
-        resumed = await self._core.fetch(queries.resume(queue))
+    async def resume(self, queue: str, *, conn: Any = None) -> bool:
+        """Let workers claim from this queue again. Returns False if it was not paused. With `conn` it is part of the
+        caller's transaction."""
+        resumed = await self._core.fetch(queries.resume(queue), conn)
         if resumed:
-            self._core.notify([channels.enqueued(queue, 0)])
+            await self._core.announce([channels.enqueued(queue, 0)], conn)
         return resumed
 
-    async def purge(self, queue: str, *, on_progress: Callable[[int], object] | None = None) -> int:
+    async def purge(self, queue: str, *, on_progress: Callable[[int], object] | None = None, conn: Any = None) -> int:
         """Forget all that is queued in this queue, now or for later; what is running goes on. Returns how many runs went.
-        It is done in batches, and `on_progress` is called with the count after each."""
+        It is done in batches, and `on_progress` is called with the count after each. With `conn` all of them are part of
+        the caller's transaction."""
         count = 0
-        while gone := await self._core.fetch(runs.purge(queue, limit=PURGE_BATCH)):
+        while gone := await self._core.fetch(runs.purge(queue, limit=PURGE_BATCH), conn):
             count += gone
             if on_progress is not None:
                 on_progress(count)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from psycopg import errors as pg
-
 from queue_service.app import enqueue as enqueueing
 from queue_service.app import history
 from queue_service.app.core import Core
@@ -19,8 +17,8 @@ from queue_service.app.progress import watching
 from queue_service.db import channels
 from queue_service.db.borrowed import borrow
 from queue_service.db.execute import NOT_EXECUTED
-from queue_service.db.steps import Steps, drive, drive_any
-from queue_service.errors import DuplicateRun, RunUnknown
+from queue_service.db.steps import MAX_TRIES, Steps, can_copy, drive, drive_any
+from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, RunUnknown
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Progress, Run
@@ -92,6 +90,11 @@ class Runs:
         """Store one run for each payload, all or none, and return their ids in order. Takes the options of `enqueue` that
         can be shared (not `singleton_key`). About twenty times quicker than one by one.
         """
+        if conn is not None and not await can_copy(borrow(conn)):
+            raise ConfigError(
+                "enqueue_many copies its runs in, which psycopg does not do in pipeline mode. Leave the pipeline first, or "
+                "enqueue them one by one."
+            )
         first, texts = enqueueing.new_runs(self._core.tasks, self._core.settings.payload_limit, task, payloads, options)
         return await self._store(lambda notice: enqueueing.enqueue_many(first, texts, notice), first, conn)
 
@@ -139,34 +142,39 @@ class Runs:
             raise TimeoutError(f"{who} did not end within {seconds:g} s. It goes on; wait again.") from None
         return [ended[run_id] for run_id in asked]
 
-    async def get(self, run_id: int) -> Run | None:
-        """Return the run, live or finished; None if there is none of this id."""
-        recent = await self._core.fetch(queries.get_recent(run_id))
-        return recent or await self._core.fetch(queries.get(run_id))
+    async def get(self, run_id: int, *, conn: Any = None) -> Run | None:
+        """Return the run, live or finished; None if there is none of this id. With `conn`, what the caller's transaction
+        sees."""
+        recent = await self._core.fetch(queries.get_recent(run_id), conn)
+        return recent or await self._core.fetch(queries.get(run_id), conn)
 
-    async def cancel(self, run_id: int) -> bool:
+    async def cancel(self, run_id: int, *, conn: Any = None) -> bool:
         """Cancel a run: a queued one ends at once, a running one has its handler cancelled. Returns False if the run is
-        not live."""
-        answer = await self._core.fetch(queries.cancel(run_id))
+        not live. With `conn` it is part of the caller's transaction, which has the run until it ends."""
+        answer = await self._core.fetch(queries.cancel(run_id), conn)
         if answer is not None:
             channel = channels.CANCEL if answer == "requested" else channels.FINISHED
-            self._core.notify([channels.about_runs(channel, [run_id])])
+            await self._core.announce([channels.about_runs(channel, [run_id])], conn)
         return answer is not None
 
-    async def retry(self, run_id: int) -> bool:
+    async def retry(self, run_id: int, *, conn: Any = None) -> bool:
         """Queue a failed, cancelled or expired run again, its counters fresh. Returns False if there is none of this id.
-        Raises DuplicateRun if a live run holds its singleton key; then nothing moved."""
-        try:
-            where = await self._core.fetch(queries.retry(run_id))
-        except pg.UniqueViolation:
-            run = await self._core.fetch(queries.get(run_id))
-            if run is None or run.singleton_key is None:
+        Raises DuplicateRun if a live run holds its singleton key; then nothing moved. With `conn` it is part of the
+        caller's transaction, which DuplicateRun leaves as it was."""
+        for _ in range(MAX_TRIES):
+            moved = await self._core.fetch(queries.retry(run_id), conn)
+            if moved is None:
                 return False
-            holder = await self._core.fetch(queries.singleton_holder(run.queue, run.singleton_key))
-            raise DuplicateRun(holder or run_id, run.singleton_key, why="so this one was not queued again") from None
-        if where is not None:
-            self._core.notify([channels.enqueued(*where)])
-        return where is not None
+            if moved.has_moved:
+                await self._core.announce([channels.enqueued(moved.queue, moved.priority)], conn)
+                return True
+            holder = await self._core.fetch(queries.singleton_holder(moved.queue, moved.singleton_key or ""), conn)
+            # None: it has ended since.
+            if holder is not None:
+                raise DuplicateRun(holder, moved.singleton_key or "", why="so this one was not queued again")
+        raise DatabaseUnavailable(
+            f"The singleton key of run {run_id} changed hands {MAX_TRIES} times while we looked at it."
+        )
 
     async def retry_many(
         self,
@@ -178,23 +186,26 @@ class Runs:
         limit: int | None = None,
         dry_run: bool = False,
         on_progress: Callable[[Retried], object] | None = None,
+        conn: Any = None,
     ) -> Retried:
         """Queue all runs again that ended `failed` (or `cancelled`, or `expired`), those of a queue, a task, and that ended
         since a time or within so long (timedelta or seconds), where that is given; the oldest first, at most `limit`. One
         whose singleton key a live run holds is skipped, and counted. `dry_run` counts them and moves none, up to 50,001.
         It is done in batches, and `on_progress` is called after each with what was done so far. Runs that fail after this
-        began are left alone. It may be stopped and begun again at any time, and called from many places at once.
+        began are left alone. It may be stopped and begun again at any time, and called from many places at once. With
+        `conn`, all of it is part of the caller's transaction.
         """
         chosen = history.chosen(state, queue, task, since)
         how = history.count if dry_run else history.retry
-        return await how(self._core.opened, chosen, limit=limit, on_progress=on_progress or (lambda _: None))
+        return await how(self._core, chosen, limit=limit, on_progress=on_progress or (lambda _: None), conn=conn)
 
-    async def delete(self, run_id: int) -> bool:
-        """Forget a queued or finished run and its steps. Returns False if it is running, or if there is none of this id."""
-        is_gone = await self._core.fetch(queries.delete(run_id))
+    async def delete(self, run_id: int, *, conn: Any = None) -> bool:
+        """Forget a queued or finished run and its steps. Returns False if it is running, or if there is none of this id.
+        With `conn` it is part of the caller's transaction."""
+        is_gone = await self._core.fetch(queries.delete(run_id), conn)
         if is_gone:
             # Not before: of a run that is running they are needed. What is left where this fails, the pruner forgets.
-            await self._core.fetch(steps.forget(run_id))
+            await self._core.fetch(steps.forget(run_id), conn)
         return is_gone
 
     async def _enqueue(self, news: Sequence[NewRun]) -> Sequence[int]:

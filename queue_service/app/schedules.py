@@ -52,6 +52,7 @@ class Schedules:
         priority: int = 0,
         expires_in: timedelta | float | None = None,
         turn: Turn | None = None,
+        conn: Any = None,
     ) -> bool | None:
         """Store a schedule under this name, or change the one that has it. Returns True if it is new, False if it was
         changed, and None if it was like this already.
@@ -60,69 +61,72 @@ class Schedules:
         `misfire` says what happens about slots that passed while no worker was there: `skip`, `last` or `all` (at most
         100). The others are those of `enqueue`. With a `turn`, each run works on one of its own: that turn, its message id
         followed by the slot, in the lane of its stream; its metadata has the `source` `schedule`, unless it says another.
-        A change of the recurrence begins with the next slot; pauses stay. Raises
-        ConfigError and PayloadRefused for what could never fire.
+        A change of the recurrence begins with the next slot; pauses stay. With `conn` it is part of the caller's
+        transaction. Raises ConfigError and PayloadRefused for what could never fire.
         """
         new = self._new(
             name, task, payload, cron=cron, every=every, timezone=timezone, misfire=misfire, queue=queue,
             priority=priority, expires_in=expires_in, turn=turn,
         )  # fmt: skip
-        return await self._store(new)
+        return await self._store(new, conn)
 
-    async def get(self, name: str) -> Schedule | None:
+    async def get(self, name: str, *, conn: Any = None) -> Schedule | None:
         """Return the schedule of this name; None if there is none."""
-        return await self._core.fetch(queries.get(name))
+        return await self._core.fetch(queries.get(name), conn)
 
-    async def next(self, name: str, count: int = 5) -> list[datetime] | None:
+    async def next(self, name: str, count: int = 5, *, conn: Any = None) -> list[datetime] | None:
         """Return when the schedule is due next, in UTC, as if it were not paused; None if there is no such schedule."""
-        schedule = await self.get(name)
+        schedule = await self.get(name, conn=conn)
         if schedule is None:
             return None
         if schedule.paused_at is not None:
-            return slots.upcoming(schedule.recurrence, await self._core.fetch(queries.clock()), count)
+            return slots.upcoming(schedule.recurrence, await self._core.fetch(queries.clock(), conn), count)
         return [schedule.next_at, *slots.upcoming(schedule.recurrence, schedule.next_at, count - 1)][:count]
 
-    async def list(self) -> list[Schedule]:
+    async def list(self, *, conn: Any = None) -> list[Schedule]:
         """Return all schedules, ordered by name."""
-        return await self._core.fetch(queries.listed())
+        return await self._core.fetch(queries.listed(), conn)
 
-    async def run_now(self, name: str) -> int | None:
+    async def run_now(self, name: str, *, conn: Any = None) -> int | None:
         """Enqueue the schedule's run out of turn, also while it is paused, and return its id. Its `slot` is this moment,
-        and its next slot stays. Returns None if there is no such schedule."""
-        run = await self._core.fetch(queries.run_now(name))
+        and its next slot stays. Returns None if there is no such schedule. With `conn` the run is part of the caller's
+        transaction."""
+        run = await self._core.fetch(queries.run_now(name), conn)
         if run is None:
             return None
         run_id, queue, priority = run
-        self._core.notify([channels.enqueued(queue, priority)])
+        await self._core.announce([channels.enqueued(queue, priority)], conn)
         return run_id
 
-    async def pause(self, name: str) -> bool | None:
-        """Keep it from firing until `resume`. Returns False if it was paused already, None if there is no such schedule."""
-        return await self._core.fetch(queries.pause(name))
+    async def pause(self, name: str, *, conn: Any = None) -> bool | None:
+        """Keep it from firing until `resume`. Returns False if it was paused already, None if there is no such schedule.
+        With `conn` it is part of the caller's transaction."""
+        return await self._core.fetch(queries.pause(name), conn)
 
-    async def resume(self, name: str) -> bool | None:
+    async def resume(self, name: str, *, conn: Any = None) -> bool | None:
         """Let it fire again, from its next slot on: those of the pause are not made up for. Returns False if it
-        was not paused, None if there is no such schedule."""
+        was not paused, None if there is no such schedule. With `conn` it is part of the caller's transaction."""
         for _ in range(MAX_TRIES):
-            schedule = await self.get(name)
+            schedule = await self.get(name, conn=conn)
             if schedule is None:
                 return None
             if schedule.paused_at is None:
                 return False
-            next_at = slots.following(schedule.recurrence, await self._core.fetch(queries.clock()))
-            if await self._core.fetch(queries.resume(schedule, next_at)):
+            next_at = slots.following(schedule.recurrence, await self._core.fetch(queries.clock(), conn))
+            if await self._core.fetch(queries.resume(schedule, next_at), conn):
                 return True
         raise ConfigError(f"Schedule {name!r} was changed again and again while it was to be resumed. Try again.")
 
-    async def delete(self, name: str) -> bool:
+    async def delete(self, name: str, *, conn: Any = None) -> bool:
         """Forget the schedule; its runs stay. One that is declared in code comes back when a worker starts with that code.
-        Returns False if there was none."""
-        return await self._core.fetch(queries.delete(name))
+        Returns False if there was none. With `conn` it is part of the caller's transaction."""
+        return await self._core.fetch(queries.delete(name), conn)
 
-    async def store_declared(self) -> None:
-        """Store what `@app.schedule` declared. Workers do this when they start; it pauses, resumes and deletes nothing."""
+    async def store_declared(self, *, conn: Any = None) -> None:
+        """Store what `@app.schedule` declared. Workers do this when they start; it pauses, resumes and deletes nothing.
+        With `conn` it is part of the caller's transaction."""
         for new in self._core.declared.values():
-            await self._store(new)
+            await self._store(new, conn)
 
     def declare(
         self,
@@ -144,9 +148,9 @@ class Schedules:
 
         return declared
 
-    async def _store(self, new: NewSchedule) -> bool | None:
-        now = await self._core.fetch(queries.clock())
-        return await self._core.fetch(queries.put(new, slots.following(new.recurrence, now)))
+    async def _store(self, new: NewSchedule, conn: Any) -> bool | None:
+        now = await self._core.fetch(queries.clock(), conn)
+        return await self._core.fetch(queries.put(new, slots.following(new.recurrence, now)), conn)
 
     def _new(
         self,

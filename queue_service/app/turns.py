@@ -157,10 +157,10 @@ class Turns:
         owed = self._owed(turn, admission, execution, total)
         return await self._messages.send(owed, turn, task, payload, metadata, options, mode, conn)
 
-    async def unsend(self, deployment: str, message_id: str) -> bool:
+    async def unsend(self, deployment: str, message_id: str, *, conn: Any = None) -> bool:
         """Take a message back: its turn ends `cancelled` and its run is not begun. Returns False if it was begun, or has
-        ended: then nothing has changed."""
-        return await self._messages.take_back(*key_of(deployment, message_id))
+        ended: then nothing has changed. With `conn` it is part of the caller's transaction."""
+        return await self._messages.take_back(*key_of(deployment, message_id), conn)
 
     def inputs(self, turn: Turn, *, after: int = 0, wait: bool = True) -> AsyncGenerator[Input, None]:
         """Iterate over the messages that were sent to steer this turn, after a cursor, as `Run.inputs` does: each that was
@@ -169,11 +169,12 @@ class Turns:
 
     # Signs of life
 
-    async def extend(self, deployment: str) -> list[str]:
+    async def extend(self, deployment: str, *, conn: Any = None) -> list[str]:
         """Report a sign of life of a deployment: each of its turns has its whole `execution` before it again, except those
-        withheld. Returns their message ids."""
+        withheld. Returns their message ids. With `conn` it is part of the caller's transaction, and nobody can end them
+        before that does."""
         check_word(deployment, "deployment")
-        return await self._core.fetch(queries.extend(deployment))
+        return await self._core.fetch(queries.extend(deployment), conn)
 
     async def withhold(
         self,
@@ -183,6 +184,7 @@ class Turns:
         *,
         organization_id: str | None = None,
         provider: str | None = None,
+        conn: Any = None,
     ) -> list[str]:
         """Report that the deployment lives, but its provider failed: its turns are no longer extended, and if they lapse,
         they end with this code. Returns their message ids. `restore` takes it back.
@@ -193,23 +195,28 @@ class Turns:
         failure = TurnFailure(code, reason=reason)
         outage = queries.outage(deployment, organization_id, provider)
         if outage is not None:
-            return await self._core.fetch(queries.withhold_all(outage, failure.code, failure.reason))
-        return await self._core.fetch(queries.withhold(str(deployment), failure.code, failure.reason))
+            return await self._core.fetch(queries.withhold_all(outage, failure.code, failure.reason), conn)
+        return await self._core.fetch(queries.withhold(str(deployment), failure.code, failure.reason), conn)
 
     async def restore(
-        self, deployment: str | None, *, organization_id: str | None = None, provider: str | None = None
+        self,
+        deployment: str | None,
+        *,
+        organization_id: str | None = None,
+        provider: str | None = None,
+        conn: Any = None,
     ) -> list[str]:
         """Report that the provider recovered: a sign of life for the turns withheld. Returns their message ids. Which turns
         is said as in `withhold`."""
         outage = queries.outage(deployment, organization_id, provider)
         return await self._core.fetch(
-            queries.restore(str(deployment)) if outage is None else queries.restore_all(outage)
+            queries.restore(str(deployment)) if outage is None else queries.restore_all(outage), conn
         )
 
-    async def reset_admission(self, deployment: str, message_id: str) -> bool:
+    async def reset_admission(self, deployment: str, message_id: str, *, conn: Any = None) -> bool:
         """Let the turn wait to be taken up again, as when it was released from behind another: it has its whole `admission`
         before it. Returns False if it is owed no ending."""
-        return await self._core.fetch(queries.reset_admission(*key_of(deployment, message_id)))
+        return await self._core.fetch(queries.reset_admission(*key_of(deployment, message_id)), conn)
 
     # Endings
 
@@ -237,45 +244,46 @@ class Turns:
         """End a turn with an error. Returns False if it was not owed an ending any more (or never): nothing was stored."""
         return bool(await self._decide([failed(*key_of(deployment, message_id), failure)], conn))
 
-    async def fail_deployment(self, deployment: str, failure: TurnFailure) -> list[str]:
-        """End every turn of a deployment with an error, as when its process died. Returns their message ids."""
+    async def fail_deployment(self, deployment: str, failure: TurnFailure, *, conn: Any = None) -> list[str]:
+        """End every turn of a deployment with an error, as when its process died. Returns their message ids. With `conn`
+        the endings are part of the caller's transaction."""
         check_word(deployment, "deployment")
-        notify = self._core.opened.notifier.try_reserve(channels.EVENTS)
-        ended = await self._core.fetch(queries.fail_deployment(deployment, failure, notify=notify))
+        notify = self._core.rides_along(channels.EVENTS, conn)
+        ended = await self._core.fetch(queries.fail_deployment(deployment, failure, notify=notify), conn)
         self._notify_followers(ended, notify=notify)
         return [each.message_id for each in ended]
 
-    async def reject(self, deployment: str, message_id: str, reason: str) -> Outcome:
+    async def reject(self, deployment: str, message_id: str, reason: str, *, conn: Any = None) -> Outcome:
         """A guardrail refuses the message: its turn ends with code `rejected` and the reason as its sentence. Returns the
         outcome that stands, which is another one where the turn had ended before. Either way the message must not be
-        passed on; so must it not if this raises: TurnUnknown for a turn never armed, DatabaseUnavailable.
+        passed on; so must it not if this raises: TurnUnknown for a turn never armed, DatabaseUnavailable. `conn` as `fail`.
         """
-        await self.fail(deployment, message_id, TurnFailure("rejected", reason))
-        standing = await self._standing(key_of(deployment, message_id))
+        await self.fail(deployment, message_id, TurnFailure("rejected", reason), conn=conn)
+        standing = await self._standing(key_of(deployment, message_id), conn)
         if standing.outcome is None:
             raise DatabaseUnavailable(f"Turn {message_id!r} was armed anew while it was rejected. Reject it again.")
         return standing.outcome
 
-    async def discharge(self, deployment: str, message_id: str) -> bool:
+    async def discharge(self, deployment: str, message_id: str, *, conn: Any = None) -> bool:
         """Forget what is owed to a turn, without an event: for an operator who has answered by other means. Its outcome is
         `discharged`. Returns False if nothing was owed."""
-        return await self._core.fetch(queries.discharge(*key_of(deployment, message_id)))
+        return await self._core.fetch(queries.discharge(*key_of(deployment, message_id)), conn)
 
     async def sweep(self) -> int:
         """End the turns whose deadline has passed, with the code they were withheld with, or else `worker_unresponsive`.
-        Returns how many. Workers, and processes that wait for turns, do this all the time."""
+        Returns how many. Raises DatabaseRefused where one cannot be ended, after the others. Workers do this always."""
         return await self._core.opened.sweep_turns()
 
     # How turns stand
 
-    async def is_live(self, deployment: str, message_id: str) -> bool:
+    async def is_live(self, deployment: str, message_id: str, *, conn: Any = None) -> bool:
         """Return True while this very turn is owed an ending and its deadline has not passed. What the turn needs to go
         on, such as a fresh credential, is given only then."""
-        return await self._core.fetch(queries.is_live(*key_of(deployment, message_id)))
+        return await self._core.fetch(queries.is_live(*key_of(deployment, message_id)), conn)
 
-    async def outcome(self, deployment: str, message_id: str) -> Outcome | None:
+    async def outcome(self, deployment: str, message_id: str, *, conn: Any = None) -> Outcome | None:
         """Return how the turn ended; None if it has not, or was never armed."""
-        standing = await self._core.fetch(queries.standing(*key_of(deployment, message_id)))
+        standing: Standing | None = await self._core.fetch(queries.standing(*key_of(deployment, message_id)), conn)
         return None if standing is None else standing.outcome
 
     async def wait(self, deployment: str, message_id: str, *, timeout: timedelta | float | None = None) -> Outcome:
@@ -304,18 +312,20 @@ class Turns:
         organization_id: str | None = None,
         overdue: bool = False,
         limit: int = 50,
+        conn: Any = None,
     ) -> list[Marker]:
         """Return the turns that are owed an ending, in the order of their deadlines."""
         return await self._core.fetch(
             queries.page(
                 deployment=deployment, message_id=message_id, stream=stream, platform=platform,
                 organization_id=organization_id, overdue=overdue, limit=limit,
-            )
+            ),
+            conn,
         )  # fmt: skip
 
-    async def tally(self) -> TurnCounts:
+    async def tally(self, *, conn: Any = None) -> TurnCounts:
         """Return how many turns are owed an ending, how many are overdue, and for how long the oldest of them has been."""
-        return await self._core.fetch(queries.tally())
+        return await self._core.fetch(queries.tally(), conn)
 
     # Inside
 
@@ -375,8 +385,8 @@ class Turns:
         if ended and not notify:
             self._core.opened.notifier.send(about_turns(ended))
 
-    async def _standing(self, key: Key) -> Standing:
-        standing = await self._core.fetch(queries.standing(*key))
+    async def _standing(self, key: Key, conn: Any) -> Standing:
+        standing: Standing | None = await self._core.fetch(queries.standing(*key), conn)
         if standing is None:
             raise TurnUnknown(*key)
         return standing

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import click
 from queue_service import settings as settings_module
 from queue_service.cli import render
 from queue_service.cli.options import command, json_option, run
-from queue_service.db import embedded, revision, schema, url
+from queue_service.db import embedded, grants, revision, schema, url
 from queue_service.db.cluster import Cluster
 from queue_service.db.downgrade import downgrade, is_older
-from queue_service.db.session import Session, connect
+from queue_service.db.session import Address, Session, connect
 from queue_service.errors import ConfigError, SchemaMismatch
+from queue_service.printable import printable
 
 T = TypeVar("T")
 
@@ -80,18 +82,61 @@ def current(as_json: bool, database_url: str | None) -> None:
 
 
 @db.command()
+@json_option
 @command
-def check(database_url: str | None) -> None:
-    """Compare the tables in the database with those this version expects. Exits with 1 where they differ, and with 4
-    where the schema is at another revision."""
-    from alembic.util import CommandError
-
+def check(as_json: bool, database_url: str | None) -> None:
+    """Compare the tables in the database with those this version expects, and behind a pooler of transactions the settings
+    of the role with those it needs. Exits with 1 where they differ, and with 4 where the schema is at another revision."""
     with _Reached(database_url) as conninfo:
         _look(conninfo, revision.require)
-        try:
-            schema.check(conninfo)
-        except CommandError as different:
-            raise click.ClickException(f"The database differs from what this version expects: {different}") from None
+        difference = _difference(conninfo)
+        where, lacking = _look(conninfo, _settings_of_the_role)
+    sentences = [] if difference is None else [f"The database differs from what this version expects: {difference}"]
+    sentences += [
+        f"Behind a pooler of transactions, sessions of the role {where.user} begin with {each.name} = {each.have!r}, "
+        f"and not with {each.want!r}."
+        for each in lacking
+    ]
+    if lacking:
+        sentences.append(f"`queue-service db grants {shlex.quote(where.user)}` prints how to set that on the role.")
+    if as_json:
+        render.as_json({"difference": difference, "lacking": [each._asdict() for each in lacking]})
+        if sentences:
+            raise click.exceptions.Exit(1)
+    elif sentences:
+        raise click.ClickException("\n".join(sentences))
+
+
+def _difference(conninfo: str) -> str | None:
+    from alembic.util import CommandError
+
+    try:
+        schema.check(conninfo)
+    except CommandError as different:
+        return str(different)
+    return None
+
+
+async def _settings_of_the_role(conn: Session) -> tuple[grants.Place, list[grants.Lacking]]:
+    """Elsewhere sessions have ours, whatever the role has."""
+    return await grants.place(conn), await grants.lacking(conn) if conn.is_pooled else []
+
+
+@db.command("grants")
+@click.argument("role", required=False)
+@command
+def grants_(role: str | None, database_url: str | None) -> None:
+    """Print the SQL that lets ROLE (without it, the role of the database URL) work, serve and read, for the owner of the
+    schema to execute; and what it needs behind a pooler of transactions."""
+    with _Reached(database_url) as conninfo:
+        _look(conninfo, revision.require)
+        where = _look(conninfo, grants.place)
+    role = role or where.user
+    if unprintable := [name for name in (role, *where) if printable(name) != name]:
+        raise ConfigError(
+            f"{unprintable[0]!r} is a name with characters that a terminal does not show. Grant it by hand."
+        )
+    render.echo(*grants.rights(role, where), *grants.settings(role, where))
 
 
 @db.command()
@@ -189,7 +234,8 @@ def _current(conninfo: str) -> str | None:
 
 def _look(conninfo: str, look: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
     async def body() -> T:
-        conn = await connect(conninfo, writable=False)
+        where = Address(conninfo, pooler=settings_module.load(os.environ).pooler)
+        conn = await connect(where, writable=False)
         try:
             return await look(conn)
         finally:

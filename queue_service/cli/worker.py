@@ -59,6 +59,9 @@ RUNS_FAILED = 5
 @setting("poll_interval")
 @setting("sweep_interval")
 @setting("max_losses", int)
+@setting("pool_size", int)
+@setting("lent_connections", int)
+@setting("lent_statement_timeout")
 @command
 def worker(
     app_path: str | None,
@@ -81,8 +84,7 @@ def worker(
     """
     if app_path is None:
         raise ConfigError("A worker needs the App that defines its tasks: `-a module:app`, or QUEUE_SERVICE_APP.")
-    # Four connections belong to the worker's parts; its own small statements and its handlers' share one more.
-    app = load_app(app_path, database_url, **{"pool_size": 1, **settings})
+    app = load_app(app_path, database_url, **settings)
     if not app.tasks:
         raise ConfigError(f"The App at {app_path} has no tasks. Import the modules that define them where the App is.")
     wanted = _queues(queues) or dict.fromkeys(

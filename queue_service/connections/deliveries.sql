@@ -8,7 +8,8 @@
 -- Store the delivery of an event, reserved for the process that holds the channel's connection. Row: the id of the run.
 -- writes: runs
 insert into queue_service.runs (queue, task, ordering_key, payload, organization_id, max_attempts, reserved_for)
-values ('thread_response', 'deliver', length(%(platform)s::text) || ':' || %(platform)s::text || ':' || %(channel_id)s::text,
+values ('thread_response', 'deliver',
+        length(%(platform)s::text)::text || ':' || %(platform)s::text || ':' || %(channel_id)s::text,
         %(payload)s::jsonb, %(organization_id)s, %(max_attempts)s, (
             select owner from queue_service.connections
              where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp()))
@@ -20,13 +21,13 @@ returning id
 -- writes: runs
 with event as materialized (
     select e.kind, e.terminal from queue_service.events as e
-     where e.stream = %(payload)s::jsonb ->> 'stream' and e.seq = %(seq)s
+     where e.stream = %(payload)s::jsonb ->> 'stream'::text and e.seq = %(seq)s
 ), stored as (
     insert into queue_service.runs (queue, task, ordering_key, payload, organization_id, max_attempts, reserved_for)
     select 'thread_response', 'deliver',
-           length(%(platform)s::text) || ':' || %(platform)s::text || ':' || %(channel_id)s::text,
-           %(payload)s::jsonb || jsonb_build_object('seq', %(seq)s::bigint, 'kind', event.kind), %(organization_id)s,
-           %(max_attempts)s, (
+           length(%(platform)s::text)::text || ':' || %(platform)s::text || ':' || %(channel_id)s::text,
+           %(payload)s::jsonb || pg_catalog.jsonb_build_object('seq', %(seq)s::bigint, 'kind', event.kind),
+           %(organization_id)s, %(max_attempts)s, (
             select owner from queue_service.connections
              where platform = %(platform)s and channel_id = %(channel_id)s and expires_at > clock_timestamp())
       from event where not event.terminal and %(platform)s <> 'api'

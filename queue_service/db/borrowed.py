@@ -1,25 +1,22 @@
 """A connection that belongs to the caller: psycopg's, SQLAlchemy's or Django's, sync or async.
 
 Our statements become part of the caller's transaction: nothing here commits, rolls back or changes a setting, but for
-the transactions that `begin` is asked for. SQLAlchemy objects are driven through their own `exec_driver_sql`, so that
-their transaction is begun and knows of us. Django's is psycopg's own underneath: `atomic()` has taken it out of
-autocommit, and what it is sent first begins the transaction.
+the transactions that `begin` is asked for. What belongs to which library is in the modules of its name.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
 import psycopg
-from psycopg import errors as pg
-from psycopg.pq import TransactionStatus
 
-from queue_service.db.execute import fetch, fetch_sync, translated
+from queue_service.db import borrowed_django
+from queue_service.db.borrowed_psycopg import AsyncPsycopg, Psycopg
 from queue_service.db.query import Query
-from queue_service.errors import ConfigError, Deadlock
+from queue_service.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -27,11 +24,26 @@ _KINDS = (
     "a psycopg Connection or AsyncConnection, a SQLAlchemy Connection, Session, AsyncConnection or AsyncSession, "
     "or django.db.connection"
 )
+# What is passed by mistake: the classes of which packages have such a name, and what to pass instead.
+_NEAR_MISSES = [
+    ("psycopg_pool", "Pool", "It is a pool: take a connection out of it, `with pool.connection() as conn`."),
+    ("sqlalchemy", "Engine", "It is an engine: take a connection out of it, `with engine.begin() as conn`."),
+    ("sqlalchemy", "sessionmaker", "It makes sessions: call it, and pass the session."),
+    ("sqlalchemy", "Transaction", "It is a transaction: pass its connection or session."),
+    ("sqlalchemy", "ConnectionFairy", "It is a raw connection: pass its `driver_connection`."),
+    ("flask_sqlalchemy", "", "It is the extension: pass its `session`."),
+    ("psycopg", "Cursor", "It is a cursor: pass its `connection`."),
+    ("django", "Cursor", "It is a cursor: pass django.db.connection."),
+    ("django", "ConnectionHandler", "It has connections: pass one of them, such as connections['default']."),
+    ("psycopg2", "", "It is psycopg2's; our statements need psycopg 3."),
+    ("asyncpg", "", "It is asyncpg's; our statements need psycopg 3."),
+]
 
 
 class SyncBorrowed(Protocol):
     """`begin` is a transaction for the length of a block, made as the connection's own library makes it. It raises
-    ConfigError where one is under way. `in_transaction` is False where each statement is committed by itself."""
+    ConfigError where one is under way. `in_transaction` is False where each statement is committed by itself, `can_copy` in
+    pipeline mode."""
 
     is_async: Literal[False]
 
@@ -39,6 +51,7 @@ class SyncBorrowed(Protocol):
     def copy(self, statement: str, data: str) -> None: ...
     def begin(self) -> AbstractContextManager[Any]: ...
     def in_transaction(self) -> bool: ...
+    def can_copy(self) -> bool: ...
 
 
 class AsyncFetching(Protocol):
@@ -49,232 +62,40 @@ class AsyncFetching(Protocol):
 
 
 class AsyncBorrowed(AsyncFetching, Protocol):
-    """As SyncBorrowed."""
+    """As SyncBorrowed. `driver` is the connection itself."""
 
     def begin(self) -> AbstractAsyncContextManager[Any]: ...
     async def in_transaction(self) -> bool: ...
+    async def can_copy(self) -> bool: ...
+    async def driver(self) -> psycopg.AsyncConnection[Any]: ...
 
 
 def borrow(conn: Any) -> SyncBorrowed | AsyncBorrowed:
     """The caller's connection behind one of two shapes. ConfigError for anything else."""
     if isinstance(conn, psycopg.Connection):
-        return _Psycopg(conn)
+        return Psycopg(conn)
     if isinstance(conn, psycopg.AsyncConnection):
-        return _AsyncPsycopg(conn)
+        return AsyncPsycopg(conn)
     # An object of SQLAlchemy's, or of Django's, can only exist where that has been imported.
     if "sqlalchemy" in sys.modules:
-        wrapped = _sqlalchemy(conn)
+        from queue_service.db import borrowed_sqlalchemy
+
+        wrapped = borrowed_sqlalchemy.wrapped(conn)
         if wrapped is not None:
             return wrapped
-    if _is_djangos(conn):
-        return _django(conn)
-    raise ConfigError(f"conn={type(conn).__name__} cannot be used. Pass {_KINDS}.")
+    django = borrowed_django.wrapped(conn)
+    if django is not None:
+        return django
+    raise ConfigError(f"conn={type(conn).__name__} cannot be used. {_instead(conn)}Pass {_KINDS}.")
 
 
-class _Psycopg:
-    is_async: Literal[False] = False
-
-    def __init__(self, conn: psycopg.Connection[Any]) -> None:
-        self._conn = conn
-
-    def fetch(self, query: Query[T]) -> T:
-        with _deadlock_told():
-            return fetch_sync(self._conn, query)
-
-    def copy(self, statement: str, data: str) -> None:
-        with (
-            _deadlock_told(),
-            translated(),
-            psycopg.Cursor(self._conn) as cursor,
-            cursor.copy(statement.encode()) as copy,
-        ):
-            copy.write(data)
-
-    def begin(self) -> AbstractContextManager[Any]:
-        _refuse_begun(_has_begun(self._conn))
-        return self._conn.transaction()
-
-    def in_transaction(self) -> bool:
-        return not self._conn.autocommit or _has_begun(self._conn)
-
-
-class _AsyncPsycopg:
-    is_async: Literal[True] = True
-
-    def __init__(self, conn: psycopg.AsyncConnection[Any]) -> None:
-        self._conn = conn
-
-    async def fetch(self, query: Query[T]) -> T:
-        with _deadlock_told():
-            return await fetch(self._conn, query)
-
-    async def copy(self, statement: str, data: str) -> None:
-        with _deadlock_told(), translated():
-            async with psycopg.AsyncCursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
-                await copy.write(data)
-
-    def begin(self) -> AbstractAsyncContextManager[Any]:
-        _refuse_begun(_has_begun(self._conn))
-        return self._conn.transaction()
-
-    async def in_transaction(self) -> bool:
-        return not self._conn.autocommit or _has_begun(self._conn)
-
-
-class _Django(_Psycopg):
-    def __init__(self, wrapper: Any) -> None:
-        super().__init__(wrapper.connection)
-        self._wrapper = wrapper
-
-    def begin(self) -> AbstractContextManager[Any]:
-        from django.db import transaction  # type: ignore[import-untyped]
-
-        _refuse_begun(not self._wrapper.get_autocommit())
-        begun: AbstractContextManager[Any] = transaction.atomic(using=self._wrapper.alias)
-        return begun
-
-    def in_transaction(self) -> bool:
-        # After `set_rollback` the block rolls back when it is left, and says nothing.
-        self._wrapper.validate_no_broken_transaction()
-        return super().in_transaction()
-
-
-class _Alchemy:
-    is_async: Literal[False] = False
-
-    def __init__(self, conn: Any) -> None:
-        self._conn = conn
-
-    def fetch(self, query: Query[T]) -> T:
-        with _deadlock_told():
-            return query.decode(_rows(self._connection().exec_driver_sql(query.text, dict(query.params))))
-
-    def copy(self, statement: str, data: str) -> None:
-        self._connection().exec_driver_sql("select 1")  # begins the transaction as SQLAlchemy sees it
-        self._raw().copy(statement, data)
-
-    def begin(self) -> AbstractContextManager[Any]:
-        _refuse_begun(self._conn.in_transaction())
-        begun: AbstractContextManager[Any] = self._conn.begin()
-        return begun
-
-    def in_transaction(self) -> bool:
-        return self._raw().in_transaction()
-
-    def _raw(self) -> _Psycopg:
-        return _Psycopg(self._connection().connection.driver_connection)
-
-    def _connection(self) -> Any:
-        """The session's, which begins its transaction, or what was given."""
-        return self._conn.connection() if hasattr(self._conn, "get_bind") else self._conn
-
-
-class _AsyncAlchemy:
-    is_async: Literal[True] = True
-
-    def __init__(self, conn: Any) -> None:
-        self._conn = conn
-
-    async def fetch(self, query: Query[T]) -> T:
-        conn = await self._connection()
-        with _deadlock_told():
-            return query.decode(_rows(await conn.exec_driver_sql(query.text, dict(query.params))))
-
-    async def copy(self, statement: str, data: str) -> None:
-        conn = await self._connection()
-        await conn.exec_driver_sql("select 1")
-        await (await self._raw()).copy(statement, data)
-
-    def begin(self) -> AbstractAsyncContextManager[Any]:
-        _refuse_begun(self._conn.in_transaction())
-        begun: AbstractAsyncContextManager[Any] = self._conn.begin()
-        return begun
-
-    async def in_transaction(self) -> bool:
-        return await (await self._raw()).in_transaction()
-
-    async def _raw(self) -> _AsyncPsycopg:
-        conn = await self._connection()
-        return _AsyncPsycopg((await conn.get_raw_connection()).driver_connection)
-
-    async def _connection(self) -> Any:
-        return await self._conn.connection() if hasattr(self._conn, "sync_session") else self._conn
-
-
-def _sqlalchemy(conn: Any) -> SyncBorrowed | AsyncBorrowed | None:
-    from sqlalchemy import Connection
-    from sqlalchemy.orm import Session, scoped_session
-
-    if isinstance(conn, scoped_session):
-        conn = conn()
-    if isinstance(conn, (Session, Connection)):
-        _check_driver(conn.get_bind().dialect if isinstance(conn, Session) else conn.dialect)
-        return _Alchemy(conn)
-    # Importing this needs greenlet, which users of the synchronous half may not have.
-    return _async_sqlalchemy(conn) if "sqlalchemy.ext.asyncio" in sys.modules else None
-
-
-def _async_sqlalchemy(conn: Any) -> AsyncBorrowed | None:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
-
-    if isinstance(conn, async_scoped_session):
-        conn = conn()
-    if isinstance(conn, AsyncConnection):
-        _check_driver(conn.dialect)
-    elif isinstance(conn, AsyncSession):
-        _check_driver(conn.get_bind().dialect)
-    else:
-        return None
-    return _AsyncAlchemy(conn)
-
-
-def _is_djangos(conn: Any) -> bool:
-    database, backend = sys.modules.get("django.db"), sys.modules.get("django.db.backends.base.base")
-    # `connection` is a proxy for one of `connections`, and no wrapper itself.
-    is_proxy = database is not None and conn is database.connection
-    return is_proxy or (backend is not None and isinstance(conn, backend.BaseDatabaseWrapper))
-
-
-def _django(conn: Any) -> SyncBorrowed:
-    conn.ensure_connection()
-    if not isinstance(conn.connection, psycopg.Connection):
-        raise ConfigError(
-            f"The Django connection {conn.alias!r} is one to {conn.vendor} without psycopg 3, which our statements need. "
-            "Use django.db.backends.postgresql, and install psycopg instead of psycopg2."
-        )
-    return _Django(conn)
-
-
-@contextmanager
-def _deadlock_told() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # SQLAlchemy's errors hold the driver's.
-        if isinstance(getattr(error, "orig", error), pg.DeadlockDetected):
-            raise Deadlock from error
-        raise
-
-
-def _has_begun(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
-    return conn.info.transaction_status not in {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}
-
-
-def _refuse_begun(has_begun: bool) -> None:
-    if has_begun:
-        raise ConfigError(
-            "This connection is in the middle of a transaction, and the block is to be one of its own. Commit or roll back "
-            "first, or give another connection."
-        )
-
-
-def _check_driver(dialect: Any) -> None:
-    if dialect.driver not in {"psycopg", "psycopg_async"}:
-        raise ConfigError(
-            f"The SQLAlchemy engine uses {dialect.name}+{dialect.driver}; our statements need psycopg 3. "
-            "Create it with a postgresql+psycopg:// URL."
-        )
-
-
-def _rows(result: Any) -> list[tuple[Any, ...]]:
-    return [tuple(row) for row in result.all()] if result.returns_rows else []
+def _instead(conn: Any) -> str:
+    if inspect.iscoroutine(conn):
+        conn.close()
+        return "It was not awaited. "
+    for each in type(conn).__mro__:
+        package = each.__module__.partition(".")[0]
+        for of_package, name, advice in _NEAR_MISSES:
+            if package == of_package and name in each.__name__:
+                return f"{advice} "
+    return ""

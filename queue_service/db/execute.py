@@ -11,18 +11,18 @@ import asyncio
 import contextlib
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors as pg
+from psycopg import generators
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
-from psycopg.pq.abc import PGcancel
+from psycopg.pq.abc import PGcancelConn, PGconn
 from psycopg.rows import tuple_row
-from psycopg.waiting import wait_async
+from psycopg.waiting import wait_async, wait_conn_async
 
 from queue_service.db.meaning import meaning
 from queue_service.db.query import Query, Rows
@@ -34,6 +34,8 @@ T = TypeVar("T")
 DEADLINE = 30.0
 # How often a wait looks whether it was interrupted, in seconds; psycopg's own number.
 WAIT_INTERVAL = 0.1
+# How long the request to cancel a statement may take to arrive, in seconds.
+CANCEL_SECONDS = 5.0
 
 # What the database raises when it has answered, and said no: another statement may go through.
 REFUSED = (DatabaseRefused, psycopg.Error)
@@ -64,12 +66,12 @@ class Connection(psycopg.AsyncConnection[Any]):
     async def wait(self, gen: PQGen[T], interval: float = WAIT_INTERVAL, timeout: float | None = None) -> T:
         # psycopg 3.2 has no `timeout`, and gives none.
         bounds: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-        if self.only_reads:
-            return await super().wait(gen, interval, **bounds)
         try:
             return await wait_async(gen, self.pgconn.socket, interval=interval, **bounds)
         except (asyncio.CancelledError, KeyboardInterrupt):
             if self.pgconn.transaction_status is not TransactionStatus.IDLE:
+                if self.only_reads:
+                    _cancel_there(self.pgconn)
                 self.pgconn.finish()
             raise
 
@@ -103,7 +105,7 @@ async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline
 
 
 def unanswered(deadline: float) -> DatabaseUnavailable:
-    return DatabaseUnavailable(f"The database did not answer within {deadline:g} s.")
+    return DatabaseUnavailable(f"The database did not answer within {deadline:.3g} s.")
 
 
 class _Deadline:
@@ -123,18 +125,34 @@ class _Deadline:
         self.has_passed = True
         with contextlib.suppress(OSError, psycopg.Error):
             if self._may_cancel:
-                # Or the server, which does not look who listens, would go on with the statement. Nobody waits for this.
-                cancel = self._conn.pgconn.get_cancel()
-                threading.Thread(
-                    target=_cancelled_there, args=[cancel], name="queue_service cancel", daemon=True
-                ).start()
+                _cancel_there(self._conn.pgconn)
             with socket.socket(fileno=os.dup(self._conn.pgconn.socket)) as line:
                 line.shutdown(socket.SHUT_RDWR)
 
 
-def _cancelled_there(cancel: PGcancel) -> None:
-    with contextlib.suppress(psycopg.Error):
-        cancel.cancel()
+# The tasks that do so, kept from being forgotten.
+_cancelling: set[asyncio.Task[None]] = set()
+
+
+def _cancel_there(pgconn: PGconn) -> None:
+    """Have the server end the statement: it does not look who listens, and would go on with it. Nobody waits for this.
+
+    Not by `PGcancel`, in a thread or not: the driver keeps the interpreter's lock while it waits for a server that may
+    never answer, so all threads stand still, also the one that keeps leases. With libpq 16 and older there is nothing else,
+    and the statement is left to the server's `statement_timeout`."""
+    if psycopg.capabilities.has_cancel_safe():
+        with contextlib.suppress(psycopg.Error):
+            cancel = pgconn.cancel_conn()
+            cancel.start()
+            task = asyncio.get_running_loop().create_task(_cancelled_there(cancel), name="cancelling a statement")
+            _cancelling.add(task)
+            task.add_done_callback(_cancelling.discard)
+
+
+async def _cancelled_there(cancel: PGcancelConn) -> None:
+    with contextlib.suppress(OSError, psycopg.Error, TimeoutError):
+        async with asyncio.timeout(CANCEL_SECONDS):
+            await wait_conn_async(generators.cancel(cancel), interval=WAIT_INTERVAL)
 
 
 def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:
@@ -153,7 +171,9 @@ def may_repeat(error: psycopg.Error) -> bool:
     """True for a statement that lost a fight and changed nothing: sending it again is all there is to do. One is routed
     to the default partition while the partition for its day is attached, and is then refused by the default's bounds."""
     if isinstance(error, pg.CheckViolation):
-        return error.diag.constraint_name is None and "partition constraint" in str(error)
+        # A constraint has a name, and what a trigger raises has no table.
+        table = error.diag.table_name or ""
+        return error.diag.constraint_name is None and table.startswith("finished_runs")
     return isinstance(error, (pg.SerializationFailure, pg.DeadlockDetected))
 
 

@@ -1,131 +1,274 @@
 """Connections for what handlers do in transactions of their own.
 
 They are not the App's: what keeps a worker going, and what a handler enqueues beside its transaction, would wait for the
-handlers that hold them. They are opened when the first handler asks, with the settings of the database and the role, since
-ours for the planner are for our statements; and looked at before they are lent, because nobody repeats what a handler did.
+handlers that hold them. None is opened before a handler asks, and one that is not needed for a while is closed. Their
+planner, search path and time zone are those of the role, since the handler's statements are.
+
+To wait for one of ours is no failure of a run: it waits for as long as it is its handler's, for others that were first and
+for the database. A connection is lent with its transaction begun, so that no handler meets one that is gone, or takes no
+writes: nobody repeats what a handler did.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
 
 import psycopg
-import psycopg_pool
-from psycopg.pq import TransactionStatus
+from psycopg import pq
 
-from queue_service.db.execute import DEADLINE, cancellable
-from queue_service.db.pool import none_free
-from queue_service.db.session import options
-from queue_service.errors import ConfigError
+from queue_service.backoff import Pauses
+from queue_service.db.lent import LentAsyncConnection, LentConnection, Unfit
+from queue_service.db.meaning import meaning
+from queue_service.db.places import Borrower, Places, Turn
+from queue_service.db.session import LIFE, Address, options
+from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable
+from queue_service.logs import get_logger
 
-# A handler that is stuck, or whose machine is gone, keeps neither its locks nor what vacuum would remove: the server rolls
-# back a transaction that is idle for 60 s, and looks after 10 s whether anybody is there.
-_SESSION = """
-select set_config('idle_in_transaction_session_timeout', '60s', false),
-       set_config('tcp_keepalives_idle', '10', false),
-       set_config('tcp_keepalives_interval', '5', false),
-       set_config('tcp_keepalives_count', '3', false),
-       set_config('default_transaction_isolation', 'read committed', false),
-       set_config('synchronous_commit',
-                  case current_setting('synchronous_commit') when 'off' then 'on'
-                       else current_setting('synchronous_commit') end, false)
-"""
+log = get_logger(__name__)
+
+C = TypeVar("C", LentAsyncConnection, LentConnection)
+
+# Between two tries to connect: at most this, and half of it on average.
+FIRST_PAUSE, LAST_PAUSE = 0.1, 1.0
+# What nobody has used for so many seconds is closed.
+IDLE = 30.0
+# A run that waits for longer is logged, once for all that wait.
+LONG = 10.0
 
 
-class CancellablePool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
-    """psycopg's pool, for callers that are cancelled at any moment.
+class _Kept(NamedTuple):
+    """A connection that nobody has: (monotonic) when it is too old, and since when it is here."""
 
-    A `putconn` waits for the lock of the client that is to have the connection. One that is cancelled meanwhile loses the
-    connection, and the client waits for ever. So `putconn` goes on here, whatever happens to its caller.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        # How many wait for a connection at the moment.
-        self.clients = 0
-        self._returning: set[asyncio.Task[None]] = set()
-
-    async def getconn(self, timeout: float | None = None) -> psycopg.AsyncConnection[Any]:
-        conn = None
-        self.clients += 1
-        try:
-            with cancellable():
-                conn = await super().getconn(timeout)
-        except asyncio.CancelledError:
-            if conn is not None:
-                await self.putconn(conn)
-            raise
-        finally:
-            self.clients -= 1
-        return conn
-
-    async def putconn(self, conn: psycopg.AsyncConnection[Any]) -> None:
-        if not self.clients and conn.info.transaction_status is TransactionStatus.IDLE:
-            # Then nothing is waited for, and no task of its own is needed: it would cost 25 us.
-            await super().putconn(conn)
-            return
-        returning = asyncio.create_task(super().putconn(conn), name="return of a connection")
-        self._returning.add(returning)
-        returning.add_done_callback(self._returning.discard)
-        await asyncio.shield(returning)
-
-    async def close(self, timeout: float = 5.0) -> None:
-        if self._returning:
-            await asyncio.wait(self._returning, timeout=timeout)
-        await super().close(timeout)
+    pgconn: pq.abc.PGconn
+    ends_at: float
+    since: float
 
 
 class Lender:
-    """At most `size` connections for async handlers, all on this `loop` (None: there are no such handlers), and as many for
-    those in threads. Raises DatabaseUnavailable where none becomes free."""
+    """Lends to as many runs of a queue at once as `limit_of` says, whether their handlers are on this `loop` (None: there
+    are none) or in threads. The database may say nothing about a statement for so long. `on_wait` is as in Places."""
 
-    def __init__(self, conninfo: str, *, size: int, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        shared: dict[str, Any] = {
-            "conninfo": options(conninfo, "queue_service handler"), "min_size": 0, "max_size": size, "open": False,
-            "kwargs": {"autocommit": True}, "timeout": DEADLINE, "reconnect_timeout": DEADLINE, "name": "handlers",
-        }  # fmt: skip
-        pool, blocking = CancellablePool, psycopg_pool.ConnectionPool
-        self._pool = pool(configure=_configure, check=pool.check_connection, **shared)
-        self._blocking = blocking(configure=_configure_blocking, check=blocking.check_connection, **shared)
+    def __init__(
+        self,
+        where: str | Address,
+        *,
+        limit_of: Callable[[str], int],
+        statement_timeout: timedelta,
+        loop: asyncio.AbstractEventLoop | None = None,
+        on_wait: Callable[[Borrower, bool], None] = lambda _run, _waits: None,
+    ) -> None:
         self.loop = loop
+        self._address = Address.of(where)
+        self._silence = statement_timeout.total_seconds()
+        self._places = Places(limit_of, on_wait=on_wait)
+        self._changing = threading.Lock()
+        self._idle: deque[_Kept] = deque()
+        self._closing_idle: threading.Timer | None = None
+        # What handlers in threads have.
+        self._lent: dict[Turn, LentConnection] = {}
+        self._is_waiting_told = False
+        self._tries = 0
+        self._is_closed = False
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    async def transaction(self, run: Borrower) -> AsyncIterator[LentAsyncConnection]:
+        """For the length of the block, a connection in a transaction, which is committed at its end, or rolled back.
+
+        Raises ClaimLost once the run is not its handler's any more, ConfigError on another event loop, and where it cannot
+        commit what the database says, or DatabaseUnavailable."""
         if asyncio.get_running_loop() is not self.loop:
             raise ConfigError("This is not the worker's event loop. Use `with` here, or give a connection of your own.")
-        await self._pool.open()
+        turn = self._places.ask(run)
         try:
-            conn = await self._pool.getconn()
-        except psycopg_pool.PoolTimeout:
-            raise none_free() from None
-        try:
-            yield conn
+            conn = await self._begun(turn)
+            try:
+                self._places.hold(turn)
+                yield conn
+                await conn.end(commits=True)
+            except BaseException as error:
+                await conn.end(commits=False)
+                if not _was_asked_for(error):
+                    raise
+            finally:
+                self._keep(conn, is_usable=await conn.reset())
         finally:
-            await self._pool.putconn(conn)
+            self._places.leave(turn)
 
     @contextmanager
-    def blocking(self) -> Iterator[psycopg.Connection[Any]]:
-        self._blocking.open()
+    def blocking_transaction(self, run: Borrower) -> Iterator[LentConnection]:
+        """As `transaction`, in a thread. That of a run which is stopped is cut: a thread that was given up must keep
+        neither it nor what it has locked."""
+        turn = self._places.ask(run)
         try:
-            conn = self._blocking.getconn()
-        except psycopg_pool.PoolTimeout:
-            raise none_free() from None
-        try:
-            yield conn
+            conn = self._begun_blocking(turn)
+            try:
+                self._lent[turn] = conn
+                self._places.hold(turn)
+                # `stop` may have come just before.
+                _check_is_ours(run)
+                yield conn
+                conn.end(commits=True)
+            except BaseException as error:
+                conn.end(commits=False)
+                if not _was_asked_for(error):
+                    raise
+            finally:
+                self._lent.pop(turn, None)
+                self._keep(conn, is_usable=conn.reset())
         finally:
-            self._blocking.putconn(conn)
+            self._places.leave(turn)
 
-    async def close(self) -> None:
-        await self._pool.close()
-        await asyncio.to_thread(self._blocking.close)
+    def stop(self, claim: tuple[int, int]) -> None:
+        """The run of this claim was stopped, and is marked so: it waits no longer, and a thread that has a connection loses
+        it, unless it may be committing. May be called from any thread."""
+        for turn in self._places.stop(claim):
+            conn = self._lent.get(turn)
+            if conn is not None and conn.cut():
+                self._places.leave(turn)
+
+    def close(self) -> None:
+        """Close what nobody has; the others are closed as they come back."""
+        self._is_closed = True
+        if self._closing_idle is not None:
+            self._closing_idle.cancel()
+        self._close_idle(0.0)
+
+    # Waiting
+
+    async def _begun(self, turn: Turn) -> LentAsyncConnection:
+        if not turn.granted.done():
+            granted = asyncio.wrap_future(turn.granted)
+            done, _ = await asyncio.wait([granted], timeout=LONG)
+            if not done:
+                self._tell_of_waiting(turn, None)
+                await granted
+        pauses = self._granted(turn)
+        while True:
+            kept, conn = self._taken(), None
+            try:
+                if kept is None:
+                    conn = await LentAsyncConnection.connect(self._conninfo())
+                else:
+                    conn = LentAsyncConnection(kept.pgconn)
+                await conn.begin(self._pid_of(conn))
+                return self._ready(conn, kept)
+            except BaseException as lost:  # noqa: BLE001 - raised again if it is not that the database is not there
+                self._failed(turn, conn, lost)
+            if kept is None:
+                await asyncio.sleep(pauses.next())
+
+    def _begun_blocking(self, turn: Turn) -> LentConnection:
+        try:
+            turn.granted.result(timeout=LONG)
+        except TimeoutError:
+            self._tell_of_waiting(turn, None)
+            turn.granted.result()
+        pauses = self._granted(turn)
+        while True:
+            kept, conn = self._taken(), None
+            try:
+                conn = LentConnection.connect(self._conninfo()) if kept is None else LentConnection(kept.pgconn)
+                conn.begin(self._pid_of(conn))
+                return self._ready(conn, kept)
+            except BaseException as lost:  # noqa: BLE001 - as above
+                self._failed(turn, conn, lost)
+            if kept is None:
+                turn.stopped.wait(pauses.next())
+
+    def _granted(self, turn: Turn) -> Pauses:
+        """Between tries to connect."""
+        if not turn.granted.result():
+            raise ClaimLost(*turn.claim)
+        return Pauses(FIRST_PAUSE, LAST_PAUSE, jitter=random.random)
+
+    def _failed(self, turn: Turn, conn: LentAsyncConnection | LentConnection | None, lost: BaseException) -> None:
+        """Raises it, unless waiting may help."""
+        if conn is not None:
+            conn.hang_up()
+        why = (meaning(lost) or lost) if isinstance(lost, psycopg.Error) else lost
+        if not isinstance(why, (DatabaseUnavailable, Unfit)):
+            raise why from (None if why is lost else lost)
+        if isinstance(lost, (DatabaseUnavailable, Unfit)):
+            # A server that says nothing, or takes no writes: the others that are kept will be no better.
+            self._close_idle(0.0)
+        _check_is_ours(turn.run)
+        if self._is_closed:
+            raise DatabaseUnavailable("The connections of this worker were closed.") from None
+        if time.monotonic() - turn.since > LONG:
+            self._tell_of_waiting(turn, why)
+
+    def _tell_of_waiting(self, turn: Turn, why: Exception | None) -> None:
+        with self._changing:
+            was_told, self._is_waiting_told = self._is_waiting_told, True
+        if not was_told:
+            lent, waiting = self._places.count()
+            log.warning(
+                "runs wait for a connection, and their time stands still meanwhile",
+                run_id=turn.run.id, task=turn.run.task, queue=turn.run.queue, lent=lent, waiting=waiting,
+                why="all are lent" if why is None else str(why),
+            )  # fmt: skip
+
+    # Connections
+
+    def _conninfo(self) -> str:
+        self._tries += 1
+        return options(self._address.conninfo, "queue_service handler", first_host=self._tries - 1)
+
+    def _pid_of(self, conn: LentAsyncConnection | LentConnection) -> int | None:
+        return {"auto": conn.info.backend_pid, "transaction": 0}.get(self._address.pooler)
+
+    def _taken(self) -> _Kept | None:
+        with self._changing:
+            return self._idle.pop() if self._idle else None
+
+    def _ready(self, conn: C, kept: _Kept | None) -> C:
+        conn.silence = self._silence
+        conn.ends_at = time.monotonic() + LIFE * (1 - 0.2 * random.random()) if kept is None else kept.ends_at  # noqa: S311
+        if self._is_waiting_told and not self._places.count()[1]:
+            self._is_waiting_told = False
+            log.info("runs get connections again")
+        return conn
+
+    def _keep(self, conn: LentAsyncConnection | LentConnection, *, is_usable: bool) -> None:
+        now = time.monotonic()
+        if not is_usable or now > conn.ends_at or self._is_closed:
+            conn.hang_up()
+            return
+        with self._changing:
+            self._idle.append(_Kept(conn.stripped(), conn.ends_at, now))
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._closing_idle is None and self._idle:
+            self._closing_idle = threading.Timer(IDLE, self._close_old)
+            self._closing_idle.daemon = True
+            self._closing_idle.start()
+
+    def _close_old(self) -> None:
+        self._closing_idle = None
+        self._close_idle(IDLE * 0.9)
+
+    def _close_idle(self, age: float) -> None:
+        """Close what nobody has used for so many seconds."""
+        with self._changing:
+            while self._idle and self._idle[0].since <= time.monotonic() - age:
+                self._idle.popleft().pgconn.finish()
+            self._arm()
 
 
-async def _configure(conn: psycopg.AsyncConnection[Any]) -> None:
-    await conn.execute(_SESSION)
+def _was_asked_for(error: BaseException) -> bool:
+    """Whether this is how psycopg lets a block roll back and go on behind it."""
+    return isinstance(error, psycopg.Rollback) and error.transaction is None
 
 
-def _configure_blocking(conn: psycopg.Connection[Any]) -> None:
-    conn.execute(_SESSION)
+def _check_is_ours(run: Borrower) -> None:
+    if run.cancelled:
+        raise ClaimLost(run.id, run.attempt) from None

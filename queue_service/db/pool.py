@@ -23,6 +23,7 @@ from psycopg.pq import TransactionStatus
 from queue_service.backoff import Pauses
 from queue_service.db.execute import DEADLINE, fetch, may_repeat, translated, unanswered
 from queue_service.db.execute import Connection as Connection  # noqa: PLC0414
+from queue_service.db.meaning import took_too_much
 from queue_service.db.query import Query
 from queue_service.db.session import Address, Limits, Session
 from queue_service.db.session import connect as connect  # noqa: PLC0414
@@ -381,8 +382,10 @@ async def persistently(conn: Session, query: Query[T], deadline: float) -> T:
 
 def _was_not_executed(query: Query[Any], lost: BaseException | None) -> bool:
     """Of a statement on a connection that was lost: whether to send it again is right. The server ends a session that was
-    idle for too long; and what writes nothing may be executed twice."""
-    return getattr(lost, "sqlstate", None) == IDLE_SESSION_TIMEOUT or (lost is not None and not query.writes)
+    idle for too long; and what writes nothing may be executed twice, if it was not ended for how long it took."""
+    if not isinstance(lost, psycopg.Error):
+        return False
+    return lost.sqlstate == IDLE_SESSION_TIMEOUT or (not query.writes and not took_too_much(lost))
 
 
 def _closed() -> DatabaseUnavailable:

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from queue_service.db.borrowed import AsyncFetching, SyncBorrowed
+from queue_service.db.borrowed import AsyncBorrowed, AsyncFetching, SyncBorrowed
 from queue_service.db.query import Query
 
 T = TypeVar("T")
@@ -58,6 +58,11 @@ def drive_sync(steps: Steps[T], conn: SyncBorrowed) -> T:
 async def drive_any(steps: Steps[T], conn: AsyncFetching | SyncBorrowed) -> T:
     """As `drive`, on a connection of either kind. On a blocking one nothing is awaited."""
     return await drive(steps, conn) if conn.is_async else drive_sync(steps, conn)
+
+
+async def can_copy(conn: AsyncBorrowed | SyncBorrowed) -> bool:
+    """Whether `Copy` is a step that this connection can take now."""
+    return await conn.can_copy() if conn.is_async else conn.can_copy()
 
 
 async def fetch_any(query: Query[T], conn: AsyncFetching | SyncBorrowed) -> T:

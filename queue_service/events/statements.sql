@@ -23,14 +23,14 @@ with given as materialized (
 ), numbered as materialized (
     -- Heads are looked up in an object. A join would be a loop within a loop, since the planner expects one row of each.
     select given.*, (ends.heads -> given.stream)::bigint - count(*) over (partition by given.stream) + given.nth as seq
-      from given cross join (select jsonb_object_agg(stream, head) as heads from heads) as ends
+      from given cross join (select pg_catalog.jsonb_object_agg(stream, head) as heads from heads) as ends
      where ends.heads ? given.stream
 ), stored as (
     -- A recordset turns the null of JSON into that of SQL.
     insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
     select stream, seq, kind, coalesce(body, 'null'::jsonb), run_id, attempt from numbered
 )
-select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
+select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq::text || ' ' || stream)::text end
   from numbered
 
 -- name: append_free
@@ -63,13 +63,13 @@ with given as materialized (
 ), numbered as materialized (
     -- As in `append`.
     select given.*, (ends.heads -> given.stream)::bigint - count(*) over (partition by given.stream) + given.nth as seq
-      from given cross join (select jsonb_object_agg(stream, head) as heads from heads) as ends
+      from given cross join (select pg_catalog.jsonb_object_agg(stream, head) as heads from heads) as ends
      where ends.heads ? given.stream
 ), stored as (
     insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
     select stream, seq, kind, coalesce(body, 'null'::jsonb), run_id, attempt from numbered
 )
-select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || stream)::text end
+select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq::text || ' ' || stream)::text end
   from numbered
 union all
 select busy.place, 0, null from busy
@@ -94,9 +94,10 @@ with left_over as materialized (
     returning head
 )
 insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
-select %(stream)s, heads.head, 'reset', jsonb_build_object('message_id', %(message_id)s::text), %(run_id)s, %(attempt)s
+select %(stream)s, heads.head, 'reset', pg_catalog.jsonb_build_object('message_id', %(message_id)s::text), %(run_id)s,
+       %(attempt)s
   from heads
-returning seq, pg_notify('queue_service_events', seq || ' ' || stream)::text
+returning seq, pg_notify('queue_service_events', seq::text || ' ' || stream)::text
 
 -- name: read
 -- Events of a stream after a cursor, in order.
@@ -178,7 +179,7 @@ with changed as (
         on conflict (stream) do update set state = excluded.state
     returning stream, head
 )
-select head, pg_notify('queue_service_events', head || ' ' || stream)::text from changed
+select head, pg_notify('queue_service_events', head::text || ' ' || stream)::text from changed
 
 -- name: suspend
 -- Suspend a stream; one that does not exist is created. Row: its head. None: it is closing or has ended, and only its owner
@@ -190,7 +191,7 @@ with changed as (
      where streams.state not in ('closing', 'ended')
     returning stream, head
 )
-select head, pg_notify('queue_service_events', head || ' ' || stream)::text from changed
+select head, pg_notify('queue_service_events', head::text || ' ' || stream)::text from changed
 
 -- name: trim
 -- Delete events up to the seq `upto`, at most `limit` of them, but no endings: those are deleted when their turns are

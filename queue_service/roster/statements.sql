@@ -30,7 +30,7 @@ delete from queue_service.workers where id = %(worker_id)s
 -- The workers, how many runs each holds, and whether each was seen within `silence`.
 select workers.id, workers.name, workers.version, workers.queues::text, workers.started_at, workers.seen_at,
        (select count(*) from queue_service.runs
-         where id = any(array(select unnest(run_ids) from queue_service.leases where worker_id = workers.id))
+         where id = any(array(select pg_catalog.unnest(run_ids) from queue_service.leases where worker_id = workers.id))
            and lease_id = any(array(select leases.id from queue_service.leases where worker_id = workers.id))),
        workers.seen_at > clock_timestamp() - %(silence)s::interval, workers.failing
   from queue_service.workers

@@ -15,15 +15,16 @@ with target as materialized (
      where id = %(run_id)s and (select target.state from target) = 'queued'
     returning runs.*
 ), over as materialized (
-    select id, metadata -> 'turn' as turn, 'cancelled' as state, coalesce(error, jsonb_build_object(
+    select id, metadata -> 'turn'::text as turn, 'cancelled' as state, coalesce(error, pg_catalog.jsonb_build_object(
                'reason', 'cancelled', 'message', 'It was cancelled before it started.')) as error
-      from gone where metadata ? 'turn'
+      from gone where metadata ? 'turn'::text
 ), {end_turns}, {leave_lanes}, ended as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
            metadata, null,
-           coalesce(error, jsonb_build_object('reason', 'cancelled', 'message', 'It was cancelled before it started.')),
+           coalesce(error, pg_catalog.jsonb_build_object(
+               'reason', 'cancelled', 'message', 'It was cancelled before it started.')),
            attempts
       from gone
     returning id
@@ -48,14 +49,15 @@ with target as materialized (
 ), gone as (
     delete from queue_service.runs where id = any(array(select target.id from target)) returning runs.*
 ), over as materialized (
-    select id, metadata -> 'turn' as turn, 'cancelled' as state,
-           jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.') as error
-      from gone where metadata ? 'turn'
+    select id, metadata -> 'turn'::text as turn, 'cancelled' as state,
+           pg_catalog.jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.') as error
+      from gone where metadata ? 'turn'::text
 ), {end_turns}, {leave_lanes}, ended as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, null, attempt, failures, losses, max_attempts, priority,
            'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
-           metadata, null, jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.'), attempts
+           metadata, null,
+           pg_catalog.jsonb_build_object('reason', 'cancelled', 'message', 'The message was taken back.'), attempts
       from gone
     returning id
 )
@@ -71,9 +73,10 @@ gone as (
     returning id, run_at, created_at, expires_at, claimed_at, null::bigint, attempt, failures, losses, max_attempts,
               priority, 'expired' as state, queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay,
               timeout, metadata, null::jsonb,
-              coalesce(error, jsonb_build_object('reason', 'expired', 'message', 'It was not started in time.')), attempts
+              coalesce(error, pg_catalog.jsonb_build_object(
+                  'reason', 'expired', 'message', 'It was not started in time.')), attempts
 ), over as materialized (
-    select id, metadata -> 'turn' as turn, state, null::jsonb as error from gone where metadata ? 'turn'
+    select id, metadata -> 'turn'::text as turn, state, null::jsonb as error from gone where metadata ? 'turn'::text
 ), {end_turns}, {leave_lanes}
 insert into queue_service.finished_runs ({history_columns})
 select * from gone where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
@@ -115,23 +118,31 @@ select id from queue_service.runs
 -- name: retry
 -- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on
 -- counting, so that no old claim fits it; the last one, which its own columns described, joins those kept with the run.
--- Row: queue and priority; none if there is no such run in history.
--- A live run with the same singleton key makes this a unique violation, and then nothing moved.
+-- Row: queue, priority, singleton key, and whether it has moved; none if there is no such run in history. It stays where it
+-- is while a live run has its singleton key: to raise that as an error would end the transaction of a caller. As in
+-- `retry_many`, its row is locked first, and goes once it is stored.
 -- writes: runs, finished_runs
-with taken as (
-    delete from queue_service.finished_runs
+with taken as materialized (
+    select * from queue_service.finished_runs
      where id = %(run_id)s and state in ('failed', 'cancelled', 'expired')
-    returning *
+       for update
+), stored as (
+    insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
+                                    ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
+    select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
+           organization_id, retry_delay, timeout, metadata, error,
+           case when claimed_at is null then attempts else (
+               select {attempts_and_this}
+                 from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
+      from taken
+        on conflict (queue, singleton_key) where singleton_key is not null do nothing
+    returning id
+), gone as (
+    delete from queue_service.finished_runs
+     where id = (select stored.id from stored) and finished_at = (select taken.finished_at from taken)
+    returning id
 )
-insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
-                                ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
-select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
-       organization_id, retry_delay, timeout, metadata, error,
-       case when claimed_at is null then attempts else (
-           select {attempts_and_this}
-             from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
-  from taken
-returning queue, priority
+select queue, priority, singleton_key, (select count(*) from gone) > 0 from taken
 
 -- define: stretch
 -- Makes `moment`, the times asked for, and `stretch`, where the next `scan_limit` runs that ended like this come to an end.
@@ -142,7 +153,7 @@ moment as materialized (
     select max(id) as last
       from (select id from queue_service.finished_runs
              where state <> 'succeeded' and state = %(state)s and id > %(after)s
-               and finished_at >= (select date_trunc('day', moment.since) from moment)
+               and finished_at >= (select date_trunc('day', moment.since, 'UTC') from moment)
              order by id limit %(scan_limit)s) as following
 )
 
@@ -185,7 +196,7 @@ with {stretch}, taken as materialized (
 select moment.until,
        case when (select count(*) from taken) < %(limit)s then stretch.last else (select max(taken.id) from taken) end,
        (select count(*) from taken), (select count(*) from gone),
-       array(select distinct stored.priority || ' ' || stored.queue from stored)
+       array(select distinct stored.priority::text || ' ' || stored.queue from stored)
   from moment, stretch
 
 -- name: count_many
@@ -205,7 +216,7 @@ select moment.until, stretch.last,
 -- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with gone as (
     delete from queue_service.runs where id = %(run_id)s and state = 'queued'
-    returning id, queue, ordering_key, state, metadata -> 'turn' as turn
+    returning id, queue, ordering_key, state, metadata -> 'turn'::text as turn
 ), over as materialized (
     select id, turn, 'deleted' as state, null::jsonb as error from gone where turn is not null
 ), {end_turns}, {leave_lanes}, finished as (
@@ -223,11 +234,11 @@ with gone as (
      where id = any(array(select id from queue_service.runs
                            where queue = %(queue)s and state = 'queued' and ordering_key is null
                            order by queue, priority desc, run_at, id + 0 limit %(limit)s for update skip locked)
-                    || array(select id from queue_service.runs
+                    operator(pg_catalog.||) array(select id from queue_service.runs
                               where queue = %(queue)s and state = 'queued' and ordering_key is not null
                               order by queue, ordering_key, id limit %(limit)s for update skip locked))
        and state = 'queued'
-    returning id, queue, ordering_key, state, metadata -> 'turn' as turn
+    returning id, queue, ordering_key, state, metadata -> 'turn'::text as turn
 ), over as materialized (
     select id, turn, 'deleted' as state, null::jsonb as error from gone where turn is not null
 ), {end_turns}, {leave_lanes}

@@ -34,15 +34,15 @@ queues.paused_at is not null and coalesce(queues.resumes_at, 'infinity') > (sele
 
 -- define: tokens
 -- How many more may begin by the rate, a token each; null where there is none.
-least(queues.burst, queues.tokens + extract(epoch from clock_timestamp() - queues.tokens_at)::float8
-                                             * queues.rate / extract(epoch from queues.period)::float8)
+least(queues.burst::float8, queues.tokens + extract(epoch from clock_timestamp() - queues.tokens_at)::float8
+                                                     * queues.rate::float8 / extract(epoch from queues.period)::float8)
 
 -- define: vacant
 -- How many more may run; null where no limit says so.
 case when queues.max_running is not null then queues.max_running - (
                     select count(*) from queue_service.runs
                      where runs.id = any(array(
-                            select unnest(leases.run_ids) from queue_service.leases where leases.limited))
+                            select pg_catalog.unnest(leases.run_ids) from queue_service.leases where leases.limited))
                        and runs.queue = queues.name and runs.state = 'running') end
 
 -- define: is_for_us
@@ -55,7 +55,7 @@ case when queues.max_running is not null then queues.max_running - (
 
 -- define: known
 -- The tasks by which lanes are looked for: the claimant's, and that of a lane whose head nobody has looked at.
-unnest(%(tasks)s::text[] || '{""}'::text[]) as known (task)
+pg_catalog.unnest(%(tasks)s::text[] operator(pg_catalog.||) '{""}'::text[]) as known (task)
 
 -- define: is_claimable
 runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.losses = 0
@@ -69,7 +69,7 @@ runs.run_at <= (select clock_timestamp()) and runs.state = 'queued' and runs.los
 -- is the time of the scan; it comes even where nothing is due. The last two say whether the queue has a limit, and how many
 -- seconds the look has taken so far: what it waited for before it began, as a lock on the table, is not in it.
 with recursive asked (queue) as materialized (
-    select each.queue from unnest(%(queues)s::text[]) as each (queue)
+    select each.queue from pg_catalog.unnest(%(queues)s::text[]) as each (queue)
      where not exists (select from queue_service.queues where queues.name = each.queue and {is_paused})
 ), level (queue, priority, run_at, id, found) as (
     select asked.queue, top.priority, first.run_at, first.id, (first.id is not null)::integer
@@ -126,7 +126,7 @@ select moment.now, due.queue, due.priority, due.run_at, due.id,
 -- define: new_lease
 -- One for all that was picked; none where nothing was.
 insert into queue_service.leases (worker_id, expires_at, run_ids, limited, final_tasks)
-    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, array_agg(picked.id), %(limited)s::boolean,
+    select %(worker_id)s, clock_timestamp() + %(lease)s::interval, pg_catalog.array_agg(picked.id), %(limited)s::boolean,
            %(final_tasks)s::text[]
       from picked having count(*) > 0
     returning id
@@ -183,7 +183,7 @@ with asked as materialized (
 -- get more though it did not get all that was wanted.
 due as materialized (
     select asked.queue, asked.wanted, asked.width, known.task,
-           ceil(asked.wanted::float8 / count(*) over (partition by asked.queue))::integer as share
+           ceil(asked.wanted::float8 / (count(*) over (partition by asked.queue))::float8)::integer as share
       from asked
      cross join {known}
      cross join lateral (
@@ -196,7 +196,8 @@ due as materialized (
 ), free as materialized (
     -- The row of a lane that has changed since this statement began does not show by its new place. What is seen of such a
     -- lane may not be its order now; it is left for the next claim.
-    select locked.*, due.wanted, ceil(due.wanted::float8 / count(*) over (partition by due.queue))::integer as share,
+    select locked.*, due.wanted,
+           ceil(due.wanted::float8 / (count(*) over (partition by due.queue))::float8)::integer as share,
            due.share < due.wanted and count(*) over (partition by due.queue, due.task) = due.share as has_more_beside,
            -- (As `exists`, it might be answered from a table of all lanes.)
            (select true from queue_service.lanes where lanes.ctid = locked.place) is not null as is_unchanged
@@ -294,7 +295,7 @@ counted as materialized (
 -- define: counted_in
 -- Makes `took`, how many of each queue were picked, and takes as many tokens.
 took as materialized (
-    select picked.queue, count(*) as runs from picked group by picked.queue
+    select picked.queue, (count(*))::float8 as runs from picked group by picked.queue
 ), spent as (
     update queue_service.queues
        set claims = claims + 1, tokens = {tokens} - took.runs,
@@ -334,9 +335,10 @@ with given as materialized (
     {take_picked}
 )
 select taken.*, asked.queue,
-       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
-            then extract(epoch from asked.period)::float8 / asked.rate
-                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
+       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1::float8
+            then extract(epoch from asked.period)::float8 / asked.rate::float8
+                 * (1::float8 - asked.tokens
+                    + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
        false, false
   from asked left join taken on taken.queue = asked.queue
 
@@ -351,9 +353,10 @@ with given as materialized (
     {take_picked}
 )
 select taken.*, asked.queue,
-       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1
-            then extract(epoch from asked.period)::float8 / asked.rate
-                 * (1 - asked.tokens + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
+       case when asked.tokens - coalesce((select took.runs from took where took.queue = asked.queue), 0) < 1::float8
+            then extract(epoch from asked.period)::float8 / asked.rate::float8
+                 * (1::float8 - asked.tokens
+                    + coalesce((select took.runs from took where took.queue = asked.queue), 0)) end,
        left_over.is_barren, left_over.has_more
   from asked left join taken on taken.queue = asked.queue left join left_over on left_over.queue = asked.queue
 
@@ -370,7 +373,7 @@ with suspect as materialized (
        and not exists (
             select from queue_service.queues
              where queues.name = runs.queue
-               and ({is_paused} or coalesce({vacant} < 1, false) or coalesce({tokens} < 1, false)))
+               and ({is_paused} or coalesce({vacant} < 1, false) or coalesce({tokens} < 1::float8, false)))
      order by runs.run_at
      limit 1
        for update of runs skip locked
@@ -395,5 +398,5 @@ select exists (
        and not exists (
             select from queue_service.queues
              where queues.name = runs.queue
-               and ({is_paused} or coalesce({vacant} < 1, false) or coalesce({tokens} < 1, false)))
+               and ({is_paused} or coalesce({vacant} < 1, false) or coalesce({tokens} < 1::float8, false)))
 )

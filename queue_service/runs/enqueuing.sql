@@ -46,7 +46,7 @@ select id, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(
 -- they share in one order, and cannot deadlock.
 -- writes: runs
 with asked as materialized (
-    select nextval('queue_service.runs_id_seq') as id, asked.*,
+    select pg_catalog.nextval('queue_service.runs_id_seq') as id, asked.*,
            coalesce(asked.run_at, clock_timestamp() + coalesce(asked.delay, interval '0')) as due
       from rows from (
         jsonb_to_recordset(%(runs)s::jsonb)
@@ -68,7 +68,7 @@ select id from asked order by place
 -- name: reserve
 -- Ids for runs about to be copied in, ascending, with the time they are due and the time they expire.
 select due.run_at, due.run_at + %(expires_in)s::interval,
-       array(select nextval('queue_service.runs_id_seq') from generate_series(1, %(count)s))
+       array(select pg_catalog.nextval('queue_service.runs_id_seq') from pg_catalog.generate_series(1, %(count)s))
   from (select coalesce(%(run_at)s::timestamptz,
                         clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
 

@@ -7,12 +7,12 @@
 -- define: is_held
 -- `ids` ascend, so width_bucket finds the place of a run's attempt by bisection.
 runs.id = any(%(ids)s::bigint[])
-       and runs.attempt = (%(attempts)s::integer[])[width_bucket(runs.id, %(ids)s::bigint[])]
+       and runs.attempt = (%(attempts)s::integer[])[pg_catalog.width_bucket(runs.id, %(ids)s::bigint[])]
        and runs.state = 'running'
 
 -- define: outcome
 -- Of a run, as it stands at the place of its id.
-(select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1)
+(select %(outcomes)s::jsonb) -> (pg_catalog.width_bucket(runs.id, %(ids)s::bigint[]) - 1)
 
 -- name: finish
 -- End claimed runs: out of `runs`, into history, and let go of leases that hold nothing more. One row for each claim
@@ -25,19 +25,21 @@ with freed as (
 ), taken as (
     delete from queue_service.runs
      where {is_held} and (select count(*) from freed) >= 0
-    returning runs.*, (select %(outcomes)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1) as outcome
+    returning runs.*, (select %(outcomes)s::jsonb) -> (pg_catalog.width_bucket(runs.id, %(ids)s::bigint[]) - 1) as outcome
 ), gone as materialized (
     -- Those of which more is to be told than their history: to look at each of them twice would cost a drain 3 %.
     select id, queue, ordering_key, state, metadata, outcome from taken where ordering_key is not null or metadata is not null
 ), over as materialized (
-    select id, metadata -> 'turn' as turn, coalesce(outcome ->> 'state', 'succeeded') as state, outcome -> 'error' as error
-      from gone where metadata ? 'turn'
+    select id, metadata -> 'turn'::text as turn, coalesce(outcome ->> 'state'::text, 'succeeded') as state,
+           outcome -> 'error'::text as error
+      from gone where metadata ? 'turn'::text
 ), {end_turns}, {leave_lanes}
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
-       least(failures, 2147483646) + (outcome ->> 'state' is not distinct from 'failed')::integer, losses, max_attempts,
-       priority, coalesce(outcome ->> 'state', 'succeeded'), queue, task, payload, singleton_key, ordering_key,
-       organization_id, retry_delay, timeout, metadata, outcome -> 'result', coalesce(outcome -> 'error', error), attempts
+       least(failures, 2147483646) + (outcome ->> 'state'::text is not distinct from 'failed')::integer, losses,
+       max_attempts, priority, coalesce(outcome ->> 'state'::text, 'succeeded'), queue, task, payload, singleton_key,
+       ordering_key, organization_id, retry_delay, timeout, metadata, outcome -> 'result'::text,
+       coalesce(outcome -> 'error'::text, error), attempts
   from taken
  where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 returning id, attempt
@@ -53,31 +55,34 @@ with freed as (
 ), taken as (
     delete from queue_service.runs
      where {is_held} and (select count(*) from freed) >= 0
-    returning runs.*, {outcome} as outcome, (%(heirs)s::bigint[])[width_bucket(runs.id, %(ids)s::bigint[])] as heir
+    returning runs.*, {outcome} as outcome,
+        -- No array: where array_nulls is off, it could hold no null.
+        ((select %(heirs)s::jsonb) ->> (pg_catalog.width_bucket(runs.id, %(ids)s::bigint[]) - 1))::bigint as heir
 ), inherited as (
     update queue_service.runs
        set metadata = case when jsonb_typeof(metadata) = 'object' then metadata else '{}' end || (
-            select jsonb_build_object('turn', taken.metadata -> 'turn') from taken where taken.heir = runs.id limit 1)
-     where id = any(array(select taken.heir from taken where taken.metadata ? 'turn'))
+            select pg_catalog.jsonb_build_object('turn', taken.metadata -> 'turn'::text)
+              from taken where taken.heir = runs.id limit 1)
+     where id = any(array(select taken.heir from taken where taken.metadata ? 'turn'::text))
     returning id
 ), gone as materialized (
     select taken.*, heir is null or heir in (select inherited.id from inherited) as is_passed_on from taken
      where (select count(*) from inherited) >= 0
 ), over as materialized (
-    select id, metadata -> 'turn' as turn, 'succeeded' as state, jsonb_build_object(
-               'message', format('It was handed on to run %%s, which has ended or never was.', heir)) as error
-      from gone where metadata ? 'turn' and not is_passed_on
+    select id, metadata -> 'turn'::text as turn, 'succeeded' as state, pg_catalog.jsonb_build_object(
+               'message', pg_catalog.format('It was handed on to run %%s, which has ended or never was.', heir)) as error
+      from gone where metadata ? 'turn'::text and not is_passed_on
 ), {end_turns}, {leave_lanes}, passed_on as (
     update queue_service.turn_markers as m
        set run_id = gone.heir, deadline = least(clock_timestamp() + m.admission, m.ends_by), admitted_at = null
       from gone
-     where m.deployment = gone.metadata -> 'turn' ->> 'deployment'
-       and m.message_id = gone.metadata -> 'turn' ->> 'message_id' and m.run_id = gone.id and gone.is_passed_on
+     where m.deployment = gone.metadata -> 'turn'::text ->> 'deployment'::text
+       and m.message_id = gone.metadata -> 'turn'::text ->> 'message_id'::text and m.run_id = gone.id and gone.is_passed_on
 )
 insert into queue_service.finished_runs ({history_columns})
 select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt, failures, losses, max_attempts, priority,
        'succeeded', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout, metadata,
-       outcome -> 'result', error, attempts
+       outcome -> 'result'::text, error, attempts
   from gone
  where (select count(*) from lanes_left) >= 0 and (select count(*) from turns_ended) >= 0
 returning id, attempt
@@ -93,7 +98,7 @@ returning id, attempt
 with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
 ), held as materialized (
-    select runs.id, runs.queue, runs.ordering_key, runs.cancel_requested, runs.metadata -> 'turn' as turn
+    select runs.id, runs.queue, runs.ordering_key, runs.cancel_requested, runs.metadata -> 'turn'::text as turn
       from queue_service.runs
      where {is_held} and (select count(*) from freed) >= 0
      order by runs.id
@@ -110,26 +115,28 @@ with freed as (
 ), {leave_lanes}, cancelled as (
     insert into queue_service.finished_runs ({history_columns})
     select id, run_at, created_at, expires_at, claimed_at, %(worker_id)s, attempt,
-           least(failures, 2147483646) + coalesce((outcome ->> 'failed')::boolean, false)::integer, losses, max_attempts,
-           priority, 'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id, retry_delay, timeout,
-           metadata, null, coalesce(outcome -> 'error', jsonb_build_object('reason', 'cancelled', 'message',
-               'It was cancelled while it ran.')), attempts
+           least(failures, 2147483646) + coalesce((outcome ->> 'failed'::text)::boolean, false)::integer, losses,
+           max_attempts, priority, 'cancelled', queue, task, payload, singleton_key, ordering_key, organization_id,
+           retry_delay, timeout, metadata, null, coalesce(outcome -> 'error'::text, pg_catalog.jsonb_build_object(
+               'reason', 'cancelled', 'message', 'It was cancelled while it ran.')), attempts
       from gone
     returning id, attempt
 ), queued as (
     update queue_service.runs
        set state = 'queued', lease_id = null, claimed_at = null,
-           failures = least(failures, 2147483646) + coalesce(({outcome} ->> 'failed')::boolean, false)::integer,
-           run_at = coalesce(clock_timestamp() + make_interval(secs => ({outcome} ->> 'delay')::float8), run_at),
-           error = coalesce({outcome} -> 'error', error), reserved_for = {outcome} ->> 'reserved_for', progress = null,
-           attempts = case when ({outcome} -> 'failed')::boolean then (
+           failures = least(failures, 2147483646) + coalesce(({outcome} ->> 'failed'::text)::boolean, false)::integer,
+           run_at = coalesce(
+               clock_timestamp() + pg_catalog.make_interval(secs => ({outcome} ->> 'delay'::text)::float8), run_at),
+           error = coalesce({outcome} -> 'error'::text, error), reserved_for = {outcome} ->> 'reserved_for'::text,
+           progress = null,
+           attempts = case when ({outcome} -> 'failed'::text)::boolean then (
                select {attempts_and_this}
                  from (select %(worker_id)s::bigint as worker_id, clock_timestamp() as ended_at,
-                              {outcome} -> 'error' as error) as this) else attempts end
+                              {outcome} -> 'error'::text as error) as this) else attempts end
      where runs.id = any(array(select moved.id from moved where not moved.cancel_requested))
     returning id, attempt, queue, priority, reserved_for
 ), notified as (
-    select pg_notify('queue_service_runs', priority || ' ' || queue)::text from queued where reserved_for is not null
+    select pg_notify('queue_service_runs', priority::text || ' ' || queue)::text from queued where reserved_for is not null
 )
 select id, attempt from queued
  where (select count(*) from notified) >= 0 and (select count(*) from locked_lanes) >= 0
@@ -158,8 +165,9 @@ with unlocked as materialized (
        for update skip locked
 )
 update queue_service.runs
-   set progress = ((select %(reports)s::jsonb) -> (width_bucket(runs.id, %(ids)s::bigint[]) - 1))
-                  || jsonb_build_object('at', clock_timestamp())
+   set progress = ((select %(reports)s::jsonb) -> (pg_catalog.width_bucket(runs.id, %(ids)s::bigint[]) - 1))
+                  || pg_catalog.jsonb_build_object(
+                      'at', (pg_catalog.to_jsonb(clock_timestamp() at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
  where runs.id = any(array(select unlocked.id from unlocked))
 returning runs.id, runs.attempt
 

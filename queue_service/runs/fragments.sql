@@ -8,13 +8,15 @@ id, run_at, created_at, expires_at, claimed_at, worker_id, attempt, failures, lo
 
 -- define: attempts_and_this
 -- The attempts of a run before this one, and this one: its worker, end and error as `this` says. What is no list of attempts
--- is dropped.
+-- is dropped. In JSON a time is one of the session's time zone, if it is not said which.
 case when jsonb_typeof(attempts) is distinct from 'array' then '[]'
          when jsonb_array_length(attempts) >= 20 then attempts - 0 else attempts end
-    || jsonb_build_object('attempt', attempt, 'worker_id', this.worker_id, 'claimed_at', claimed_at,
-           'ended_at', this.ended_at, 'error', this.error || jsonb_strip_nulls(jsonb_build_object(
-               'message', left(this.error ->> 'message', 1000),
-               'traceback', right(this.error ->> 'traceback', 2000))))
+    || pg_catalog.jsonb_build_object('attempt', attempt, 'worker_id', this.worker_id,
+           'claimed_at', (pg_catalog.to_jsonb(claimed_at at time zone 'UTC') #>> '{}'::text[]) || '+00:00',
+           'ended_at', (pg_catalog.to_jsonb(this.ended_at at time zone 'UTC') #>> '{}'::text[]) || '+00:00',
+           'error', this.error || jsonb_strip_nulls(pg_catalog.jsonb_build_object(
+               'message', left(this.error ->> 'message'::text, 1000),
+               'traceback', right(this.error ->> 'traceback'::text, 2000))))
 
 -- define: lock_lanes
 -- Locks the lanes of the runs `moved`, in their one order, before the trigger on `runs` comes to them.
@@ -33,7 +35,8 @@ locked_lanes as materialized (
 -- Tells their lanes, once each and in their one order, that the runs `gone` have left them, after their turns have ended. Each
 -- statement that deletes runs does it: a trigger would be called for each run.
 lanes_left as materialized (
-    select queue_service.leave_lanes(array_agg(lane.queue), array_agg(lane.ordering_key), array_agg(lane.ended))
+    select queue_service.leave_lanes(pg_catalog.array_agg(lane.queue), pg_catalog.array_agg(lane.ordering_key),
+                                     pg_catalog.array_agg(lane.ended))
       from (select gone.queue, gone.ordering_key, count(*) filter (where gone.state = 'running')::integer as ended
               from gone where gone.ordering_key is not null
              group by gone.queue, gone.ordering_key order by gone.queue, gone.ordering_key) as lane
@@ -45,7 +48,8 @@ lanes_left as materialized (
 -- deletes runs does it, or turns would be owed an ending by nobody; and before it locks lanes, since whoever sends a message
 -- has its stream locked when the trigger comes to the lane.
 turns_ended as materialized (
-    select queue_service.end_turns(array_agg(over.id), array_agg(over.turn), array_agg(over.state), array_agg(over.error))
+    select queue_service.end_turns(pg_catalog.array_agg(over.id), pg_catalog.array_agg(over.turn),
+                                   pg_catalog.array_agg(over.state), pg_catalog.array_agg(over.error))
       from over
     having count(*) > 0
 )

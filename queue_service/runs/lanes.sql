@@ -3,8 +3,8 @@
 -- name: tend_lanes
 -- Look at the lanes of these queues that claims would take from, at most `limit` of each queue and task. Row: how many were
 -- changed.
-select queue_service.tend_lanes(array_agg(lane.queue), array_agg(lane.ordering_key))
-  from unnest(%(queues)s::text[]) as asked (queue)
+select queue_service.tend_lanes(pg_catalog.array_agg(lane.queue), pg_catalog.array_agg(lane.ordering_key))
+  from pg_catalog.unnest(%(queues)s::text[]) as asked (queue)
  cross join {known}
  cross join lateral (
     select lanes.queue, lanes.ordering_key from queue_service.lanes
@@ -17,7 +17,7 @@ select queue_service.tend_lanes(array_agg(lane.queue), array_agg(lane.ordering_k
 -- Look at the lanes that come after one, at most `limit`. Row: the last of them, and how many
 -- were changed; none: there are no more.
 select max(looked.queue), max(looked.ordering_key) filter (where looked.queue = looked.last_queue),
-       queue_service.tend_lanes(array_agg(looked.queue), array_agg(looked.ordering_key))
+       queue_service.tend_lanes(pg_catalog.array_agg(looked.queue), pg_catalog.array_agg(looked.ordering_key))
   from (
     select lanes.queue, lanes.ordering_key, max(lanes.queue) over () as last_queue
       from (select lanes.queue, lanes.ordering_key from queue_service.lanes

@@ -13,7 +13,7 @@ returning id
 -- name: cancel_requests
 -- The runs under these leases that someone asked to cancel.
 select id from queue_service.runs
- where id = any(array(select unnest(run_ids) from queue_service.leases where id = any(%(leases)s::bigint[])))
+ where id = any(array(select pg_catalog.unnest(run_ids) from queue_service.leases where id = any(%(leases)s::bigint[])))
    and lease_id = any(%(leases)s::bigint[]) and cancel_requested
 
 -- name: release_unheard
@@ -26,7 +26,7 @@ with unheard as materialized (
     returning id, run_ids
 ), moved as materialized (
     select id, queue, ordering_key from queue_service.runs
-     where id = any(array(select unnest(unheard.run_ids) from unheard))
+     where id = any(array(select pg_catalog.unnest(unheard.run_ids) from unheard))
        and lease_id = any(array(select unheard.id from unheard)) and state = 'running'
      order by id
        for update
@@ -40,18 +40,18 @@ returning id
 -- twice). Each goes back to its place in the queue with one loss more, or ends: `cancelled` if that was asked, `failed` at
 -- `max_losses`, and at the first loss if its task is among those. Rows: run id, its state now, its queue and priority.
 held as materialized (
-    select id, queue, ordering_key, cancel_requested, losses, metadata -> 'turn' as turn,
+    select id, queue, ordering_key, cancel_requested, losses, metadata -> 'turn'::text as turn,
            cancel_requested or least(losses, 2147483646) + 1 >= %(max_losses)s
                or coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                as is_over
       from queue_service.runs
-     where id = any(array(select unnest(lapsed.run_ids) from lapsed))
+     where id = any(array(select pg_catalog.unnest(lapsed.run_ids) from lapsed))
        and lease_id = any(array(select lapsed.id from lapsed)) and state = 'running'
      order by id
        for update
 ), over as materialized (
     select id, turn, case when cancel_requested then 'cancelled' else 'failed' end as state,
-           jsonb_build_object('reason', 'worker_lost', 'message', format(
+           pg_catalog.jsonb_build_object('reason', 'worker_lost', 'message', pg_catalog.format(
                'The worker was lost while its run was with it, for the %%s. time.', least(losses, 2147483646) + 1)) as error
       from held where is_over and turn is not null
 ), {end_turns}, moved as materialized (
@@ -68,8 +68,9 @@ held as materialized (
            least(losses, 2147483646) + 1, max_attempts, priority,
            case when cancel_requested then 'cancelled' else 'failed' end, queue, task, payload, singleton_key,
            ordering_key, organization_id, retry_delay, timeout, metadata, null,
-           jsonb_build_object('reason', 'worker_lost', 'message',
-               format('The worker was lost while this run was with it, for the %%s. time.', least(losses, 2147483646) + 1)
+           pg_catalog.jsonb_build_object('reason', 'worker_lost', 'message',
+               pg_catalog.format('The worker was lost while this run was with it, for the %%s. time.',
+                                 least(losses, 2147483646) + 1)
                || case
                when coalesce(task = any((select lapsed.final_tasks from lapsed where lapsed.id = lease_id)::text[]), false)
                then ' Its task says on_lost="fail": it is begun again only if you retry it.' else '' end), attempts
@@ -78,10 +79,10 @@ held as materialized (
 ), queued as (
     update queue_service.runs
        set state = 'queued', lease_id = null, claimed_at = null, losses = least(losses, 2147483646) + 1,
-           error = jsonb_build_object(
+           error = pg_catalog.jsonb_build_object(
                'reason', 'worker_lost', 'message', 'The worker was lost while this run was with it.'), progress = null,
            attempts = (select {attempts_and_this}
-                         from (select lapsed.worker_id, clock_timestamp() as ended_at, jsonb_build_object(
+                         from (select lapsed.worker_id, clock_timestamp() as ended_at, pg_catalog.jsonb_build_object(
                                    'reason', 'worker_lost', 'message', 'The worker was lost while this run was with it.')
                                    as error
                                  from lapsed where lapsed.id = runs.lease_id) as this)
@@ -155,7 +156,8 @@ select (select max(looked.id) from looked),
 -- As `sweep`, such runs.
 -- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
 with lapsed as materialized (
-    select lease_id as id, null::bigint as worker_id, array_agg(id) as run_ids, %(final_tasks)s::text[] as final_tasks
+    select lease_id as id, null::bigint as worker_id, pg_catalog.array_agg(id) as run_ids,
+           %(final_tasks)s::text[] as final_tasks
       from queue_service.runs
      where id = any(%(ids)s::bigint[]) and state = 'running'
        and claimed_at < (select clock_timestamp()) - interval '1 minute'
@@ -172,7 +174,7 @@ with lapsed as materialized (
      order by expires_at limit %(limit)s
 ), mine as materialized (
     select runs.id, runs.lease_id, runs.queue, runs.ordering_key from queue_service.runs
-     where runs.id = any(array(select unnest(lapsed.run_ids) from lapsed))
+     where runs.id = any(array(select pg_catalog.unnest(lapsed.run_ids) from lapsed))
        and runs.lease_id = any(array(select lapsed.id from lapsed)) and runs.state = 'running'
 ), {unlocked}
 select distinct mine.lease_id from mine

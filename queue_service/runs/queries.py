@@ -49,6 +49,13 @@ class SweptRun(NamedTuple):
     priority: int
 
 
+class Retriable(NamedTuple):
+    queue: str
+    priority: int
+    singleton_key: str | None
+    has_moved: bool
+
+
 class Depth(NamedTuple):
     """Counts up to COUNT_LIMIT, and since when the first due run of the highest priority has been due."""
 
@@ -208,9 +215,10 @@ def cancel(run_id: int) -> Query[str | None]:
     return SQL.query("cancel", scalar, run_id=run_id)
 
 
-def retry(run_id: int) -> Query[tuple[str, int] | None]:
-    """Queue and priority of the run that went back; None: history has no such run that did not succeed."""
-    return SQL.query("retry", lambda rows: (rows[0][0], rows[0][1]) if rows else None, run_id=run_id)
+def retry(run_id: int) -> Query[Retriable | None]:
+    """The run, which went back unless a live one has its singleton key; None: history has no such run that did not
+    succeed."""
+    return SQL.query("retry", lambda rows: Retriable(*rows[0]) if rows else None, run_id=run_id)
 
 
 def delete(run_id: int) -> Query[bool]:

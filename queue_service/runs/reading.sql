@@ -50,7 +50,7 @@ select {read_columns} from (
 -- name: endings
 -- Those of these runs that have ended, and those that do not exist (null).
 select asked.id, ending.state
-  from unnest(%(run_ids)s::bigint[]) as asked (id)
+  from pg_catalog.unnest(%(run_ids)s::bigint[]) as asked (id)
   left join lateral (
     select true as found from queue_service.runs where runs.id = asked.id limit 1
   ) as live on true
@@ -72,7 +72,8 @@ select {read_columns}, is_fitting, place = %(scan_limit)s from (
         ({live_as_read} where %(live)s::boolean and id < %(before)s order by id desc limit %(scan_limit)s)
         union all
         ({live_as_read} where %(running)s::boolean and id < %(before)s
-            and id = any(array(select unnest(run_ids) from queue_service.leases)) order by id desc limit %(scan_limit)s)
+            and id = any(array(select pg_catalog.unnest(run_ids) from queue_service.leases))
+          order by id desc limit %(scan_limit)s)
         union all
         ({finished_as_read} where %(finished)s::boolean and id < %(before)s order by id desc limit %(scan_limit)s)
         union all
@@ -106,7 +107,7 @@ select (select count(*) from (
                 and run_at > clock_timestamp() limit %(most)s)
             limit %(most)s) as later),
        (select count(*) from queue_service.runs
-         where id = any(array(select unnest(run_ids) from queue_service.leases)) and queue = %(queue)s
+         where id = any(array(select pg_catalog.unnest(run_ids) from queue_service.leases)) and queue = %(queue)s
            and state = 'running'),
        least((select min(run_at) from (select run_at from queue_service.runs where queue = %(queue)s and state = 'queued'
                                           and run_at <= clock_timestamp() and ordering_key is null

@@ -37,7 +37,7 @@ def hand_on(endings: Sequence[Ending], *, worker_id: int, freed: Collection[int]
     """As `finish`, of runs whose turns are handed on."""
     ordered = sorted(endings, key=_claim_of)
     outcomes = [_ending_json(ending) for ending in ordered]
-    heirs = [ending.heir for ending in ordered]
+    heirs = msgspec.json.encode([ending.heir for ending in ordered]).decode()
     return SQL.query(
         "hand_on", _done, **_batch([each.claim for each in ordered], outcomes, worker_id, freed), heirs=heirs
     )

@@ -89,8 +89,10 @@ with found as materialized (
     select schedules.*, clock_timestamp() as now from queue_service.schedules where schedules.name = %(name)s
 ), stored as (
     insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
-    select queue, task, payload, priority, now, now + expires_in, turn ->> 'stream',
-           jsonb_build_object('schedule', name, 'slot', now) || queue_service.turn_of_slot(turn, now)
+    select queue, task, payload, priority, now, now + expires_in, turn ->> 'stream'::text,
+           pg_catalog.jsonb_build_object(
+               'schedule', name, 'slot', (pg_catalog.to_jsonb(now at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
+           || queue_service.turn_of_slot(turn, now)
       from found
     returning id, queue, priority, metadata
 ), armed as materialized (
@@ -151,19 +153,17 @@ with given as materialized (
               schedules.turn
 ), stored_slots as (
     insert into queue_service.schedule_slots (schedule, slot, run_id)
-    select moved.name, fired.slot, nextval('queue_service.runs_id_seq')
+    select moved.name, fired.slot, pg_catalog.nextval('queue_service.runs_id_seq')
       from moved
       join picked on picked.name = moved.name
-     cross join unnest(picked.slots) with ordinality as fired (slot, place)
+     cross join pg_catalog.unnest(picked.slots) with ordinality as fired (slot, place)
      order by fired.place
         on conflict (schedule, slot) do nothing
     returning schedule, slot, run_id
 ), deleted_slots as (
     delete from queue_service.schedule_slots
      where ctid = any(array(
-        select old.ctid
-          from picked
-         cross join lateral (
+        select old.ctid from picked cross join lateral (
             select schedule_slots.ctid from queue_service.schedule_slots
              where schedule_slots.schedule = picked.name
                and schedule_slots.slot < (select clock_timestamp()) - %(retention)s::interval
@@ -174,15 +174,17 @@ with given as materialized (
 ), stored as (
     insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
     select stored_slots.run_id, moved.queue, moved.task, moved.payload, moved.priority, moment.now,
-           moment.now + moved.expires_in, moved.turn ->> 'stream', jsonb_build_object(
-               'schedule', moved.name, 'slot', stored_slots.slot) || queue_service.turn_of_slot(moved.turn, stored_slots.slot)
+           moment.now + moved.expires_in, moved.turn ->> 'stream'::text, pg_catalog.jsonb_build_object(
+               'schedule', moved.name,
+               'slot', (pg_catalog.to_jsonb(stored_slots.slot at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
+           || queue_service.turn_of_slot(moved.turn, stored_slots.slot)
       from (select clock_timestamp() as now offset 0) as moment
      cross join stored_slots
       join moved on moved.name = stored_slots.schedule
     returning id, metadata
 ), armed as materialized (
     select queue_service.arm_slot(stored.id, stored.metadata, moved.turn)
-      from stored join moved on moved.name = stored.metadata ->> 'schedule' and moved.turn is not null
+      from stored join moved on moved.name = stored.metadata ->> 'schedule'::text and moved.turn is not null
 )
 select moved.name, moved.queue, moved.priority, stored_slots.slot, stored_slots.run_id
   from moved

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 from psycopg import errors as pg
 
 from queue_service.backoff import Pauses, spread
+from queue_service.db.meaning import is_outage
 from queue_service.errors import DatabaseUnavailable
 
 A = TypeVar("A")
@@ -157,7 +158,7 @@ class Combiner(Generic[A, R]):
             answers = await self._send([item for item, _ in batch])
         except Exception as refused:
             # Of a database that is gone, one word is enough; a lock that was not let go of is somebody's in particular.
-            gone = isinstance(refused, DatabaseUnavailable) and not isinstance(refused.__cause__, pg.LockNotAvailable)
+            gone = is_outage(refused) and not isinstance(refused.__cause__, pg.LockNotAvailable)
             if len(batch) == 1 or gone:
                 raise
             for each in batch:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from psycopg import errors as pg
 
 from queue_service.db.execute import REFUSED
-from queue_service.db.meaning import is_about_a_row
+from queue_service.db.meaning import is_about_a_row, is_outage
 from queue_service.db.query import Fetch, Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
@@ -56,7 +56,7 @@ class LostRuns:
         """Some of what has lapsed; [] where nothing is left that could be taken."""
         try:
             swept: list[SweptRun] = await self._take_many()
-        except REFUSED as refused:
+        except (DatabaseUnavailable, *REFUSED) as refused:
             if not is_about_a_row(refused):
                 raise
             swept = await self._take_singly(await self._fetch(lost.lapsed(limit=BUSY_LIMIT)))
@@ -112,7 +112,9 @@ class LostRuns:
             try:
                 swept += await self._fetch(lost.sweep_lease(lease_id, max_losses=self._max_losses))
                 self._leases.forget(lease_id)
-            except REFUSED as refused:
+            except (DatabaseUnavailable, *REFUSED) as refused:
+                if is_outage(refused):
+                    raise
                 self._leases.note(lease_id, refused, lease_id=lease_id, runs=len(run_ids))
                 swept += await self._each(
                     run_ids,
@@ -126,6 +128,8 @@ class LostRuns:
             try:
                 swept += await self._fetch(take)
                 self._runs.forget(run_id)
-            except REFUSED as refused:
+            except (DatabaseUnavailable, *REFUSED) as refused:
+                if is_outage(refused):
+                    raise
                 self._runs.note(run_id, refused, run_id=run_id)
         return swept

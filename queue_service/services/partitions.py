@@ -122,10 +122,12 @@ class Partitions:
                     return None
 
     async def _locked(self, conn: Connection, work: Callable[[Connection, date], Awaitable[T]]) -> T | None:
-        await conn.execute("select set_config('lock_timeout', %s, true)", [f"{LOCK_WAIT:g}s"])
+        await conn.execute("select pg_catalog.set_config('lock_timeout', %s, true)", [f"{LOCK_WAIT:g}s"])
         # What failed in a day may be much to copy.
         await conn.execute("set local statement_timeout = '10min'")
-        cursor = await conn.execute("select pg_try_advisory_xact_lock(%s), clock_timestamp()", [_LOCK])
+        # Times are read in binary form: as text they follow the session's DateStyle.
+        look = "select pg_catalog.pg_try_advisory_xact_lock(%s), pg_catalog.clock_timestamp()"
+        cursor = await conn.execute(look, [_LOCK], binary=True)
         mine, now = await cursor.fetchone() or (False, datetime.now(UTC))
         return await work(conn, now.astimezone(UTC).date()) if mine else None
 
@@ -183,8 +185,8 @@ async def _try(conn: Connection, what: str, name: str, statement: sql.Composed, 
 async def _unidentified(conn: Connection) -> list[str]:
     """Partitions of which nobody could say which row was deleted."""
     cursor = await conn.execute(
-        "select relname from pg_class where relkind = 'r' and relreplident = 'd' and oid in ("
-        "select inhrelid from pg_inherits where inhparent = 'queue_service.finished_runs'::regclass) order by relname"
+        "select relname from pg_catalog.pg_class where relkind = 'r' and relreplident = 'd' and oid in (select inhrelid"
+        " from pg_catalog.pg_inherits where inhparent = 'queue_service.finished_runs'::regclass) order by relname"
     )
     return [row[0] for row in await cursor.fetchall()]
 
@@ -201,7 +203,7 @@ def _is_trusted(have: Sequence[Part], today: date) -> bool:
 async def _existing(conn: Connection) -> list[Part]:
     """By day. The default partition is not among them."""
     cursor = await conn.execute(
-        "select relname from pg_class where oid in (select inhrelid from pg_inherits"
+        "select relname from pg_catalog.pg_class where oid in (select inhrelid from pg_catalog.pg_inherits"
         " where inhparent = 'queue_service.finished_runs'::regclass)"
     )
     names = [match for row in await cursor.fetchall() if (match := _NAME.fullmatch(row[0]))]
@@ -213,7 +215,7 @@ async def _existing(conn: Connection) -> list[Part]:
 async def _stray(conn: Connection) -> set[date]:
     """The days of what is in the default partition, since there was none of its own. It would never be dropped there."""
     cursor = await conn.execute(
-        "select distinct (finished_at at time zone 'UTC')::date from queue_service.finished_runs_default"
+        "select distinct (finished_at at time zone 'UTC')::date from queue_service.finished_runs_default", binary=True
     )
     return {row[0] for row in await cursor.fetchall()}
 

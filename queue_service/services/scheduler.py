@@ -15,7 +15,9 @@ from queue_service.cron import Recurrence
 from queue_service.db import channels
 from queue_service.db.channels import Notify
 from queue_service.db.execute import REFUSED
+from queue_service.db.meaning import is_outage
 from queue_service.db.query import Fetch
+from queue_service.errors import DatabaseUnavailable
 from queue_service.exceptions import message
 from queue_service.logs import get_logger
 from queue_service.schedules import queries
@@ -77,14 +79,18 @@ class Scheduler:
         if together:
             try:
                 count += self._announce(await self._fetch(queries.fire(together, retention=self._retention)))
-            except REFUSED as refused:
+            except (DatabaseUnavailable, *REFUSED) as refused:
+                if is_outage(refused):
+                    raise
                 log.error("a batch of schedules cannot fire; trying each", why=str(refused))
                 singly += together
         for each in singly:
             try:
                 count += self._announce(await self._fetch(queries.fire([each], retention=self._retention)))
                 self._refused.pop(each.due.name, None)
-            except REFUSED as refused:
+            except (DatabaseUnavailable, *REFUSED) as refused:
+                if is_outage(refused):
+                    raise
                 self._refuse(each.due.name, refused)
         return count
 

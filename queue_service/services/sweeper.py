@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from queue_service.db import channels
 from queue_service.db.channels import Notify
 from queue_service.db.execute import REFUSED
-from queue_service.db.meaning import is_about_a_row
+from queue_service.db.meaning import is_about_a_row, is_outage
 from queue_service.db.query import Fetch
 from queue_service.errors import DatabaseUnavailable
 from queue_service.exceptions import message
@@ -26,6 +26,7 @@ from queue_service.services.lost_runs import LostRuns
 from queue_service.services.refusals import Refusals
 from queue_service.turns import queries as turns
 from queue_service.turns.model import EndedTurn
+from queue_service.turns.queries import Key
 
 T = TypeVar("T")
 
@@ -101,10 +102,11 @@ class Sweeper:
             raise failures[0]
         return counts
 
-    async def turns(self) -> int:
-        """End the turns whose deadline has passed, until none is left that could be taken."""
+    async def turns(self, refused: dict[Key, Exception] | None = None) -> int:
+        """End the turns whose deadline has passed, until none is left that could be taken. Those that the database refuses
+        to end are added to `refused`, each with its reason."""
         count = 0
-        while ended := await self._sweep_turns():
+        while ended := await self._sweep_turns({} if refused is None else refused):
             count += len(ended)
             log.warning("ended turns that nobody answered in time", count=len(ended))
             self._notify(about_turns(ended))
@@ -113,27 +115,28 @@ class Sweeper:
             log.info("turns are still overdue", oldest=str(self.oldest_overdue))
         return count
 
-    async def _sweep_turns(self) -> list[EndedTurn]:
+    async def _sweep_turns(self, refused: dict[Key, Exception]) -> list[EndedTurn]:
         try:
             swept: list[EndedTurn] = await self._fetch(turns.sweep(limit=TURN_LIMIT))
-        except REFUSED as refused:
-            if not is_about_a_row(refused):
+        except (DatabaseUnavailable, *REFUSED) as together:
+            if not is_about_a_row(together):
                 raise
-            log.error("a batch of turns cannot be ended; trying each", why=message(refused))
-            return await self._sweep_singly()
+            log.error("a batch of turns cannot be ended; trying each", why=message(together))
+            return await self._sweep_singly(refused)
         return swept
 
-    async def _sweep_singly(self) -> list[EndedTurn]:
+    async def _sweep_singly(self, refused: dict[Key, Exception]) -> list[EndedTurn]:
         """Step over the ones that cannot be ended, so that they do not hold up the others."""
         ended: list[EndedTurn] = []
         for deployment, message_id in await self._fetch(turns.overdue(limit=SINGLES)):
             try:
                 ended += await self._fetch(turns.sweep_one(deployment, message_id))
                 self._refused_turns.forget((deployment, message_id))
-            except REFUSED as refused:
-                self._refused_turns.note(
-                    (deployment, message_id), refused, deployment=deployment, message_id=message_id
-                )
+            except (DatabaseUnavailable, *REFUSED) as alone:
+                if is_outage(alone):
+                    raise
+                refused[deployment, message_id] = alone
+                self._refused_turns.note((deployment, message_id), alone, deployment=deployment, message_id=message_id)
         return ended
 
     async def _sweep(self) -> tuple[int, int]:
@@ -177,7 +180,7 @@ class Sweeper:
     async def _expire_some(self) -> list[int]:
         try:
             return await self._fetch(queries.expire(limit=RUN_LIMIT))  # type: ignore[no-any-return]
-        except REFUSED as refused:
+        except (DatabaseUnavailable, *REFUSED) as refused:
             if not is_about_a_row(refused):
                 raise
         expired: list[int] = []
@@ -185,7 +188,9 @@ class Sweeper:
             try:
                 expired += await self._fetch(queries.expire_one(run_id))
                 self._refused_late.forget(run_id)
-            except REFUSED as refused:
+            except (DatabaseUnavailable, *REFUSED) as refused:
+                if is_outage(refused):
+                    raise
                 self._refused_late.note(run_id, refused, run_id=run_id)
         return expired
 

@@ -77,6 +77,6 @@ with old as materialized (
      where steps.ctid = any(array(select old.place from old where old.run_id in (select gone.run_id from gone)))
     returning run_id
 )
-select (select count(*) from forgotten), max(old.created_at)::text,
+select (select count(*) from forgotten), pg_catalog.to_jsonb(max(old.created_at)) #>> '{}'::text[],
        (select last.run_id from old as last order by last.created_at desc, last.run_id desc limit 1)
   from old

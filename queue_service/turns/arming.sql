@@ -151,7 +151,7 @@ with {asked}, open_streams as materialized (
     insert into queue_service.events (stream, seq, kind, body)
     select stream, seq, 'message', %(message)s::jsonb from heads
     union all
-    select heads.stream, head, 'queued', jsonb_build_object('message_id', asked.message_id, 'ahead', ahead.runs)
+    select heads.stream, head, 'queued', pg_catalog.jsonb_build_object('message_id', asked.message_id, 'ahead', ahead.runs)
       from heads, ahead, asked where ahead.events = 1
 ), armed as (
     insert into queue_service.turn_markers {marker_columns}
@@ -162,7 +162,8 @@ with {asked}, open_streams as materialized (
     returning seq, digest
 )
 select 'sent', seq, digest, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end,
-       case when %(notify)s then pg_notify('queue_service_events', seq || ' ' || %(stream)s::text)::text end from receipt
+       case when %(notify)s then pg_notify('queue_service_events', seq::text || ' ' || %(stream)s::text)::text end
+  from receipt
 union all
 select 'known', r.seq, r.digest, null, null
   from asked left join lateral (

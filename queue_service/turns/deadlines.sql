@@ -53,7 +53,7 @@ in_outage as materialized (
     select owed.deployment, owed.message_id
       from queue_service.turn_markers as owed
      where (%(organization_id)s::text is null or owed.organization_id = %(organization_id)s)
-       and (%(provider)s::text is null or owed.metadata ->> 'provider' = %(provider)s)
+       and (%(provider)s::text is null or owed.metadata ->> 'provider'::text = %(provider)s)
      order by owed.deployment, owed.message_id
        for update
 )

@@ -67,7 +67,7 @@ with asked as materialized (
       ) with ordinality as asked (call, deployment, message_id, kind, code, body, place)
      order by deployment, message_id, place
 ), owed as materialized (
-    select asked.call, asked.kind = 'reply' and asked.body ? 'together' as is_together, m.*
+    select asked.call, asked.kind = 'reply' and asked.body ? 'together'::text as is_together, m.*
       from asked
      cross join lateral (
         select m.deployment, m.message_id, m.stream, m.run_id from queue_service.turn_markers as m
@@ -117,7 +117,7 @@ with failure as materialized (
      using failure
      where m.deployment = %(deployment)s and m.message_id = any(array(select owed.message_id from owed))
     returning {marker_fields}, 'error' as kind, failure.code,
-              jsonb_strip_nulls(jsonb_build_object(
+              jsonb_strip_nulls(pg_catalog.jsonb_build_object(
                   'code', failure.code,
                   'message', coalesce(failure.message, queue_service.sentence_of(failure.code)),
                   'reason', failure.reason)) as body
@@ -128,7 +128,7 @@ with failure as materialized (
 -- Makes `taken` of the markers that were `deleted` when their deadline had passed, each with the failure that it was.
 taken as materialized (
     select {marker_fields}, 'error' as kind, failure.code,
-           jsonb_strip_nulls(jsonb_build_object(
+           jsonb_strip_nulls(pg_catalog.jsonb_build_object(
                'code', failure.code, 'message', queue_service.sentence_of(failure.code), 'reason', failure.reason)) as body
       from deleted as m
      cross join lateral (
@@ -138,9 +138,16 @@ taken as materialized (
                     else 'internal_error' end as code,
                case when m.failure_code is not null then m.failure_reason
                     when m.ends_by < clock_timestamp()
-                         then format('It was not answered within %%s as a whole.', m.ends_by - m.armed_at)
+                         then pg_catalog.format('It was not answered within %%s as a whole.', in_words.total)
                     when m.admitted_at is null then queue_service.why_unanswered(m.run_id, m.admission)
-                    else format('No sign of life for %%s.', m.execution) end as reason
+                    else pg_catalog.format('No sign of life for %%s.', in_words.execution) end as reason
+          from (
+            -- An interval as text would follow the session's IntervalStyle.
+            select rtrim(rtrim(to_char(pg_catalog.make_interval(secs => extract(epoch from m.ends_by - m.armed_at)::float8),
+                                       'HH24:MI:SS.US'), '0'), '.') as total,
+                   rtrim(rtrim(to_char(pg_catalog.make_interval(secs => extract(epoch from m.execution)::float8),
+                                       'HH24:MI:SS.US'), '0'), '.') as execution
+          ) as in_words
     ) as failure
 )
 
@@ -203,7 +210,7 @@ with mine as materialized (
 ), taken as (
     delete from queue_service.turn_markers as m
      where m.deployment = %(deployment)s and m.message_id = any(array(select begun.message_id from begun))
-    returning {marker_fields}, 'error' as kind, 'cancelled' as code, jsonb_build_object(
+    returning {marker_fields}, 'error' as kind, 'cancelled' as code, pg_catalog.jsonb_build_object(
         'code', 'cancelled', 'message', queue_service.sentence_of('cancelled'),
         'reason', 'Another message interrupted it.') as body
 ), {endings}

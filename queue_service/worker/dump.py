@@ -103,6 +103,9 @@ class Dump:
             more["stack"] = _text(_frames_of(self._loop_thread))
         else:
             where, more["stack"] = "event loop, waiting", _text(_awaited(each.slot.get_coro()))
+        executions = [found for each in self._executors if (found := each.execution_of(run)) is not None]
+        if executions and (since := executions[0].waiting_since) is not None:
+            more["waits_for_connection"] = round(time.monotonic() - since, 1)
         log.warning(
             "a run", run_id=run.id, task=run.task, queue=run.queue, attempt=run.attempt,
             seconds=round(time.monotonic() - each.since, 1), where=where, **more,

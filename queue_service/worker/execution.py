@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Mapping
 from datetime import timedelta
 from enum import Enum, auto
 from typing import Any
@@ -41,6 +43,11 @@ class Execution(msgspec.Struct, eq=False):
     ended: Ending | None = None
     # Those of its handler, once that has asked for one.
     steps: AttemptSteps | None = None
+    # How many of its blocks wait for something of ours, (monotonic) since when the first does, and how much time is left to
+    # its handler, which counts on once none waits.
+    waits: int = 0
+    waiting_since: float | None = None
+    time_left: float | None = None
     # The worker has ended, and the handler has not.
     is_given_up: bool = False
 
@@ -66,6 +73,21 @@ class Execution(msgspec.Struct, eq=False):
         if limit is not None:
             self.timer = asyncio.get_running_loop().call_later(limit.total_seconds(), self.interrupt, Cause.TIMED_OUT)
 
+    def stop_clock(self, *, waits: bool) -> None:
+        """Its handler begins to wait for something of ours, or no longer does."""
+        loop = asyncio.get_running_loop()
+        self.waits += 1 if waits else -1
+        if waits and self.waits == 1:
+            self.waiting_since = time.monotonic()
+            if self.timer is not None and self.cause is None:
+                self.time_left = max(0.0, self.timer.when() - loop.time())
+                self.timer.cancel()
+        elif not self.waits:
+            self.waiting_since = None
+            if self.time_left is not None and self.cause is None:
+                self.timer = loop.call_later(self.time_left, self.interrupt, Cause.TIMED_OUT)
+            self.time_left = None
+
     def interrupt(self, cause: Cause) -> None:
         # A handler that goes on after its time can still be stopped for another reason, and one that goes on after any of
         # them must not keep a worker from ending.
@@ -79,6 +101,15 @@ class Execution(msgspec.Struct, eq=False):
         # The others of its batch go on.
         if not self.counting:
             self.task.cancel()
+
+
+def stop_clocks(running: Mapping[int, Execution], key: int, *, waits: bool) -> None:
+    """Of all runs that the handler of this one was given: no time of theirs passes while it waits for us."""
+    execution = running.get(key)
+    if execution is not None:
+        for each in [execution] if execution.counting is None else list(running.values()):
+            if each.task is execution.task:
+                each.stop_clock(waits=waits)
 
 
 def outcome_to_write(execution: Execution, outcome: Settlement) -> Settlement | None:

@@ -26,11 +26,10 @@ from queue_service.logs import get_logger, running
 from queue_service.runs.model import Ending, Return, Run
 from queue_service.tasks import Task, Tasks
 from queue_service.worker.ahead import MAX_RUNS, Ahead
-from queue_service.worker.execution import Cause, Execution, outcome_to_write
+from queue_service.worker.execution import Cause, Execution, outcome_to_write, stop_clocks
 from queue_service.worker.finisher import Finisher
-from queue_service.worker.handlers import batches, results
+from queue_service.worker.handlers import batches, process_protocol, results
 from queue_service.worker.handlers.coroutines import awaited, watched
-from queue_service.worker.handlers.process_protocol import HandlerBegun, Message, ProgressReported, RunSettled
 from queue_service.worker.handlers.processes import Processes
 from queue_service.worker.handlers.threads import Exhausted, Threads
 from queue_service.worker.leases import Held, Lease
@@ -190,6 +189,10 @@ class Executor:
         if execution is not None and execution.ended is None:
             execution.ended = ending
             self._finisher.settled(execution.held, ending)
+
+    def stop_clock(self, run: Run, waits: bool) -> None:
+        """The handler of a run begins to wait for something of ours, or no longer does."""
+        stop_clocks(self._running, id(run), waits=waits)
 
     # Slots
 
@@ -367,14 +370,16 @@ class Executor:
         while slot.cancelling():
             slot.uncancel()
 
-    def _received(self, execution: Execution, task: Task[..., Any], message: Message) -> None:
+    def _received(self, execution: Execution, task: Task[..., Any], message: process_protocol.Message) -> None:
         """What the process of a handler sends before its answer."""
         match message:
-            case HandlerBegun():
+            case process_protocol.HandlerBegun():
                 execution.limit(task.timeout)
-            case RunSettled(ending):
+            case process_protocol.RunSettled(ending):
                 self.settle(execution.held.run, ending)
-            case ProgressReported(progress):
+            case process_protocol.HandlerWaits(waits):
+                self.stop_clock(execution.held.run, waits)
+            case process_protocol.ProgressReported(progress):
                 self._reported(execution.held.run, progress)
 
     def _invoke(self, execution: Execution, task: Task[..., Any], run: Run) -> Coroutine[Any, Any, Any]:

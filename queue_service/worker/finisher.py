@@ -19,7 +19,7 @@ from psycopg import errors as pg
 from queue_service import codec
 from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
-from queue_service.db.meaning import is_about_a_row
+from queue_service.db.meaning import is_about_a_row, took_too_much
 from queue_service.db.pool import Fetcher
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch, ValueRefused
 from queue_service.exceptions import message, type_name
@@ -335,7 +335,7 @@ def _verdict(refused: Exception) -> Verdict:
     cause = refused.__cause__ or refused
     if isinstance(cause, pg.LockNotAvailable):
         return Verdict.LOCKED
-    if isinstance(cause, pg.QueryCanceled):
+    if took_too_much(refused):
         return Verdict.TAKE_APART
     if isinstance(refused, (DatabaseUnavailable, SchemaMismatch)):
         return Verdict.UNKNOWN

@@ -75,9 +75,7 @@ class Parts:
         self._app_services = app.opened.services
         self._life = asyncio.current_task()
         self._threads = Threads(on_change=self._threads_changed)
-        self._processes = Processes(
-            processes, conninfo=app.conninfo, worker_id=worker_id, result_limit=settings.payload_limit
-        )
+        self._processes = Processes(processes, address=app.address, worker_id=worker_id, settings=settings)
         # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
         self._claimable = sorted(app.tasks)
         self._claiming = app.pool.reserved()
@@ -171,7 +169,7 @@ class Parts:
             await asyncio.wait(self._slots, timeout=SLOT_SECONDS)
         self._threads.close()
         await self._processes.close()
-        await self.contexts.lender.close()
+        self.contexts.close()
         self._claiming.leave()
         self._finishing.leave()
 

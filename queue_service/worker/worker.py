@@ -22,6 +22,7 @@ import msgspec
 from queue_service.app import App
 from queue_service.app.hooks import Hook
 from queue_service.backoff import Pauses
+from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.meaning import is_full
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.exceptions import message, rendered
@@ -160,9 +161,7 @@ class Worker:
                         with context.registered(parts.contexts.find):
                             await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
-                    with contextlib.suppress(DatabaseUnavailable, TimeoutError):
-                        async with asyncio.timeout(LEAVE_DEADLINE):
-                            await self.app.fetch(roster.leave(worker_id))
+                    await self._leave(worker_id)
                 log.info("worker stopped", worker_id=worker_id, **_counts(parts.finisher.tally))
                 return parts.finisher.tally
             finally:
@@ -201,6 +200,14 @@ class Worker:
     def _fleet(self) -> str:
         """With whom it takes turns in looking first."""
         return roster.fleet_name(self.queues, self.app.tasks)
+
+    async def _leave(self, worker_id: int) -> None:
+        """Nothing depends on the roster: what is said of the run must not be lost to it."""
+        try:
+            async with asyncio.timeout(LEAVE_DEADLINE):
+                await self.app.fetch(roster.leave(worker_id))
+        except (TimeoutError, *NOT_EXECUTED) as lost:
+            log.info("this worker could not strike its name out; the roster forgets it in time", why=message(lost))
 
     @property
     def tally(self) -> Tally:

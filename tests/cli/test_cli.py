@@ -120,7 +120,7 @@ EVERY_COMMAND = dict(commands(cli))
 
 def test_every_command_is_there() -> None:
     assert {" ".join(path) for path in EVERY_COMMAND} == {
-        "config show", "db check", "db current", "db migrate", "db psql", "db sql", "db start", "db stop", "db url",
+        "config show", "db check", "db current", "db grants", "db migrate", "db psql", "db sql", "db start", "db stop", "db url",
         "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "probe", "queues limit", "queues list", "queues pause", "queues purge", "queues resume", "runs cancel", "runs delete", "runs list",
         "runs retry", "runs show", "runs why", "schedules add", "schedules delete", "schedules list", "schedules next",
         "schedules pause", "schedules resume", "schedules run", "schedules show", "version", "worker", "workers list",
@@ -283,6 +283,7 @@ def test_a_url_that_cannot_be_read_is_not_repeated_with_its_password() -> None:
 # db
 
 
+@pytest.mark.direct("check also looks at the settings of the role there")
 def test_migrate_current_and_check_on_an_empty_database(empty_database: str) -> None:
     on = {"QUEUE_SERVICE_DATABASE_URL": empty_database}
     before = call("db", "current", **on)
@@ -314,6 +315,7 @@ def test_check_exits_with_four_where_the_schema_is_behind(empty_database: str) -
     assert "queue-service db migrate" in said(call("db", "check", **on), 4)
 
 
+@pytest.mark.direct("pgbouncer refuses options in the start-up packet")
 @pytest.mark.parametrize("arguments", [["db", "migrate"], ["db", "current"], ["runs", "list"], ["enqueue", "t"]])
 def test_a_user_who_may_not_reads_who_may(database: str, arguments: list[str]) -> None:
     with psycopg.connect(database, autocommit=True) as admin:

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from queue_service import App, Turn, TurnFailure
 from queue_service.app.sync import SyncApp
@@ -112,6 +113,40 @@ class TestEnding:
         assert succeeded(invoke("markers", "sweep")).stdout == "ended 1 turn\n"
         assert succeeded(invoke("markers", "sweep")).stdout == "ended 0 turns\n"
         assert q.turns.is_live("dep-1", "m2")
+
+    def test_sweep_fails_where_a_turn_cannot_be_ended_and_ends_the_others(
+        self, q: SyncApp, invoke: Invoke, database: str
+    ) -> None:
+        for message_id in ("m1", "m2", "m3"):
+            q.turns.arm(turn(message_id))
+            lapse(database, message_id)
+        with psycopg.connect(database, autocommit=True) as conn:
+            conn.execute(
+                "alter table queue_service.turn_outcomes add constraint refused check (message_id <> 'm2') not valid"
+            )
+        result = invoke("markers", "sweep")
+        assert result.exit_code == 1
+        assert "2 were ended, and the database refuses to end m2 of deployment dep-1: " in result.stderr
+        assert [
+            message_id for (message_id,) in rows(database, "select message_id from queue_service.turn_markers")
+        ] == ["m2"]
+
+    def test_sweep_fails_where_it_is_not_allowed(self, q: SyncApp, invoke: Invoke, database: str) -> None:
+        q.turns.arm(turn("m1"))
+        lapse(database, "m1")
+        # Roles are of the whole server, which other tests use as well.
+        role = f"of_{conninfo_to_dict(database)['dbname']}"
+        with psycopg.connect(database, autocommit=True) as conn:
+            conn.execute(f"create role {role} login".encode())
+            conn.execute(f"grant usage on schema queue_service to {role}".encode())
+            conn.execute(f"grant select, insert, update on all tables in schema queue_service to {role}".encode())
+            try:
+                result = invoke("markers", "sweep", "--database-url", make_conninfo(database, user=role))
+            finally:
+                conn.execute(f"drop owned by {role}".encode())
+                conn.execute(f"drop role {role}".encode())
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "permission denied" in result.stderr
 
     def test_fail_ends_the_turns_it_names(self, q: SyncApp, invoke: Invoke) -> None:
         for message_id in ("m1", "m2", "m3"):

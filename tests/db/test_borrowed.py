@@ -148,15 +148,7 @@ class TestHowTheCallerConfiguredIt:
             ids = [*q.enqueue_many("noop", PAYLOADS, conn=mine), q.enqueue("noop", {"single": TEXT}, conn=mine)]
         assert await stored(conn) == all_in_order(ids)
 
-    async def test_another_client_encoding_changes_no_character(
-        self, q: SyncApp, database: str, conn: Connection
-    ) -> None:
-        latin = {"text": "ünïcode"}
-        with psycopg.connect(database, client_encoding="latin1") as mine:
-            q.enqueue("noop", latin, conn=mine)
-            q.enqueue_many("noop", [latin], conn=mine)
-        assert [payload for _, payload in await stored(conn)] == [latin, latin]
-
+    @pytest.mark.direct("pgbouncer refuses options in the start-up packet")
     async def test_its_time_zone_and_interval_style_move_no_moment(
         self, q: SyncApp, database: str, conn: Connection
     ) -> None:

@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 from queue_service import App
 from queue_service.app.sync import SyncApp
 from queue_service.db.borrowed import borrow
-from queue_service.errors import ConfigError
+from queue_service.errors import ConfigError, DatabaseRefused, DatabaseUnavailable, PayloadRefused
 
 PAYLOADS = [{"n": n, "text": "ünïcode\t\\"} for n in range(3)]
 
@@ -124,6 +124,57 @@ def test_a_block_that_we_begin_is_djangos_own(q: SyncApp, beside: psycopg.Connec
         transaction.set_rollback(True)
         with pytest.raises(transaction.TransactionManagementError):
             mine.in_transaction()
+
+
+class TestAFailedStatement:
+    """Django goes on as after an error of its own: nobody who catches ours finds a commit that has stored nothing."""
+
+    def test_is_an_error_of_ours_and_the_block_says_that_it_is_over(
+        self, q: SyncApp, beside: psycopg.Connection[Any]
+    ) -> None:
+        with transaction.atomic():
+            connection.cursor().execute("set transaction read only")
+            with pytest.raises(DatabaseRefused, match="takes no writes"):
+                q.enqueue("noop", {}, conn=connection)
+            with pytest.raises(transaction.TransactionManagementError):
+                connection.cursor().execute("select 1")
+            with pytest.raises(ConfigError, match="to be rolled back"):
+                q.enqueue("noop", {}, conn=connection)
+        assert q.enqueue("noop", {}, conn=connection)
+        assert len(stored(beside)) == 1
+
+    def test_in_an_inner_block_leaves_the_outer_one_whole(self, q: SyncApp, beside: psycopg.Connection[Any]) -> None:
+        beside.execute(
+            "create function public.no() returns trigger language plpgsql as $$ begin raise 'not today'; end $$;"
+            "create trigger no before insert on queue_service.runs for each row when (new.task = 'no') "
+            "execute function public.no()"
+        )
+        with transaction.atomic():
+            kept = q.enqueue("noop", {}, conn=connection)
+            with pytest.raises(DatabaseRefused, match="not today"), transaction.atomic():
+                q.enqueue("no", {}, conn=connection)
+        assert stored(beside) == [(kept, {})]
+
+    def test_one_that_was_refused_before_it_was_sent_ends_nothing(
+        self, q: SyncApp, beside: psycopg.Connection[Any]
+    ) -> None:
+        with transaction.atomic():
+            kept = q.enqueue("noop", {}, conn=connection)
+            with pytest.raises(PayloadRefused):
+                q.enqueue("noop", {"n": float("nan")}, conn=connection)
+        assert stored(beside) == [(kept, {})]
+
+    def test_a_server_that_cannot_be_reached(self, q: SyncApp) -> None:
+        connections["other"].settings_dict["PORT"] = "1"
+        connections["other"].settings_dict["HOST"] = "127.0.0.1"
+        with pytest.raises(DatabaseUnavailable, match="cannot be reached"):
+            q.enqueue("noop", {}, conn=connections["other"])
+
+    def test_its_cursor_is_no_connection(self, q: SyncApp) -> None:
+        with connection.cursor() as cursor, pytest.raises(ConfigError, match=r"pass django\.db\.connection"):
+            q.enqueue("noop", {}, conn=cursor)
+        with pytest.raises(ConfigError, match="pass one of them"):
+            q.enqueue("noop", {}, conn=connections)
 
 
 def test_a_connection_to_another_kind_of_database_is_refused(q: SyncApp) -> None:

@@ -282,6 +282,7 @@ class TestFollowing:
         assert await to_the_end(app.events.follow("s", after=700)) == [(n, "delta") for n in (701, 702, 703)]
         assert app.opened.fanout._tails == {}
 
+    @pytest.mark.direct("there is no listener to lose")
     async def test_loses_nothing_where_its_listener_is_lost(self, database: str, conn: Connection) -> None:
         # Polling would hide what listening misses.
         settings = load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})

@@ -56,6 +56,9 @@ async def listener_at(address: Address) -> AsyncIterator[Listening]:
         await pool.close()
 
 
+pytestmark = pytest.mark.direct("no notice comes through it")
+
+
 @pytest.fixture
 async def listener(database: str) -> AsyncIterator[Listening]:
     async with listener_at(Address(database)) as made:

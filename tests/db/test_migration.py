@@ -24,6 +24,8 @@ from queue_service.errors import ConfigError, DatabaseRefused, DatabaseUnavailab
 from queue_service.testing import databases
 from tests.support import eventually
 
+pytestmark = pytest.mark.direct("what it sees and holds up are sessions of the server")
+
 REPOSITORY = Path(__file__).parents[2]
 Conn = psycopg.Connection[Any]
 

@@ -45,6 +45,7 @@ async def kill(conn: Connection, pid: int) -> None:
 
 
 class TestSession:
+    @pytest.mark.direct("a session has no settings of ours there")
     async def test_a_serializable_database_makes_no_statement_fail_that_loses_a_race(
         self, database: str, conn: Connection
     ) -> None:
@@ -62,6 +63,7 @@ class TestSession:
         for each in (first, second):
             await each.close()
 
+    @pytest.mark.direct("a session has no settings of ours there")
     @pytest.mark.parametrize("held", ["on", "remote_apply", "local", "off"])
     async def test_commits_are_as_durable_as_the_database_says_and_never_less_than_on_disk(
         self, database: str, conn: Connection, held: str
@@ -72,6 +74,7 @@ class TestSession:
         assert await one(fresh, "show synchronous_commit") == ("on" if held == "off" else held)
         await fresh.close()
 
+    @pytest.mark.direct("a session has no settings of ours there")
     async def test_times_are_read_in_utc_whatever_the_database_prefers(self, database: str, conn: Connection) -> None:
         name = await one(conn, "select current_database()")
         await conn.execute(f"alter database {name} set timezone = 'Asia/Kathmandu'".encode())
@@ -156,17 +159,20 @@ class TestFetch:
         slow = await session()
         call = asyncio.ensure_future(fetch(slow, SLEEP))
         asleep = "select exists (select from pg_stat_activity where pid = %s and wait_event = 'PgSleep')"
-        await eventually(lambda: one(conn, asleep, slow.info.backend_pid))
+        pid = slow.info.backend_pid
+        await eventually(lambda: one(conn, asleep, pid))
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert slow.info.transaction_status is TransactionStatus.IDLE
+        assert slow.closed
+        await eventually(lambda: one(conn, asleep.replace("select exists", "select not exists"), pid))
 
 
 class TestOwnConnection:
     async def test_it_keeps_its_connection_from_call_to_call(self, connection: OwnConnection) -> None:
         assert await connection.fetch(PID) == await connection.fetch(PID)
 
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_a_connection_that_died_while_it_was_idle_fails_no_call(
         self, connection: OwnConnection, conn: Connection
     ) -> None:
@@ -175,12 +181,14 @@ class TestOwnConnection:
         assert await connection.fetch(PID) != pid
         assert await connection.fetch(Query("show plan_cache_mode", scalar)) == "force_generic_plan"
 
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_a_passed_deadline_fails_one_call_and_the_next_has_a_new_one(self, connection: OwnConnection) -> None:
         pid = await connection.fetch(PID)
         with pytest.raises(DatabaseUnavailable):
             await connection.fetch(SLEEP, deadline=0.05)
         assert await connection.fetch(PID) != pid
 
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_closing_it_closes_the_connection_and_it_may_be_used_again(
         self, connection: OwnConnection, conn: Connection
     ) -> None:
@@ -191,6 +199,7 @@ class TestOwnConnection:
 
 
 class TestPool:
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_connections_that_died_while_they_were_idle_fail_no_call(self, pool: Pool, conn: Connection) -> None:
         pids = await pids_of_all(pool)
         for pid in pids:
@@ -330,6 +339,7 @@ class TestLending:
         assert len(pool._open) == 3
         place.leave()
 
+    @pytest.mark.direct("a session has no settings of ours there")
     async def test_the_statements_of_a_place_have_limits_of_their_own(self, pool: Pool) -> None:
         place = pool.reserved(Limits(timedelta(milliseconds=50), timedelta(milliseconds=80)))
         shown = Query("select current_setting('lock_timeout') || ' ' || current_setting('statement_timeout')", scalar)
@@ -355,6 +365,7 @@ class TestLending:
         await eventually(lambda: one(conn, f"select ({counted}) = 1"))
         assert await pool.fetch(PID)
 
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_a_connection_that_has_lived_long_enough_is_replaced(self, pool: Pool) -> None:
         pid = await pool.fetch(PID)
         for session in pool._open:
@@ -396,6 +407,7 @@ class TestLending:
 
 
 class TestWrites:
+    @pytest.mark.direct("its connections to the server are the pooler's")
     async def test_once_one_is_refused_all_are_looked_at(self, pool: Pool) -> None:
         """As after a switchover to another server behind the same address."""
         pids = await pids_of_all(pool)

@@ -683,7 +683,7 @@ class TestRetry:
             timeout=timedelta(3), metadata='{"m": 1}', organization_id="acme", payload='{"a": 1}',
             expires_in=timedelta(days=20_000),
         )  # fmt: skip
-        assert await fetch(conn, queries.retry(before.id)) == ("default", 0)
+        assert await fetch(conn, queries.retry(before.id)) == queries.Retriable("default", 0, "s", has_moved=True)
         run = await found(conn, before.id)
         changed = {"state", "failures", "run_at", "expires_at", "claimed_at", "finished_at", "worker_id"}
         assert {n: getattr(run, n) for n in Run.__struct_fields__ if n not in changed} == {

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from queue_service.db import revision, schema
 from queue_service.db.pool import Connection, connect
@@ -31,9 +32,9 @@ TABLES = {
 
 
 @pytest.fixture
-async def look(empty_database: str) -> AsyncIterator[Connection]:
-    """A connection to the database that has no schema yet."""
-    conn = await connect(empty_database)
+async def look(empty_database: str, server: str) -> AsyncIterator[Connection]:
+    """A connection to the database that has no schema yet, past any pooler."""
+    conn = await connect(make_conninfo(server, dbname=conninfo_to_dict(empty_database)["dbname"]))
     yield conn
     await conn.close()
 

@@ -15,6 +15,8 @@ from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.settings import Pooler
 from tests.support import free_port, one
 
+pytestmark = pytest.mark.direct("a session has no settings of ours there")
+
 
 @contextmanager
 def set_on_database(database: str, setting: str) -> Iterator[None]:

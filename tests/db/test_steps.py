@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import psycopg
 
 from queue_service import App
 from queue_service.db.execute import fetch
@@ -148,6 +150,22 @@ class TestForgetting:
         assert first.following.run_id == 1_000
         assert (await self.make(app).once()).steps == 1_500
         assert await self.left(conn) == []
+
+    async def test_a_walk_goes_on_in_a_session_that_writes_dates_otherwise(
+        self, conn: Connection, database: str
+    ) -> None:
+        """As behind a pooler, where the next statement may meet another session, and none of them is ours."""
+        await conn.execute(
+            "insert into queue_service.steps (run_id, name, attempt, created_at, result)"
+            " values (1, 'a', 1, '2020-02-03 04:05:06.789Z', '1'), (2, 'a', 1, '2020-02-04Z', '1')"
+        )
+        async with await psycopg.AsyncConnection.connect(database, autocommit=True) as stranger:
+            await stranger.execute("set datestyle = 'SQL, DMY'; set timezone = 'Asia/Kolkata'")
+            first = await fetch(stranger, queries.prune(timedelta(days=14), queries.Place(), scan_limit=1))
+        assert first.following is not None
+        assert datetime.fromisoformat(first.following.at or "") == datetime(2020, 2, 3, 4, 5, 6, 789_000, tzinfo=UTC)
+        second = await fetch(conn, queries.prune(timedelta(days=14), first.following, scan_limit=1))
+        assert (first.steps, second.steps) == (1, 1)
 
     async def test_a_run_that_is_deleted_takes_its_steps_along_and_one_that_runs_keeps_them(
         self, app: App, conn: Connection

@@ -20,6 +20,8 @@ from queue_service.db.revision import HEAD
 from queue_service.testing import databases
 from tests.support import eventually, quick_app, working
 
+pytestmark = pytest.mark.direct("what it sees and holds up are sessions of the server")
+
 Conn = psycopg.Connection[Any]
 
 _SCRIPTS = ScriptDirectory.from_config(schema._config(None)).walk_revisions()
@@ -154,7 +156,7 @@ async def end_all(database: str) -> None:
         async with quick_app(database) as app:
             app.task(name="noop")(noop)
             async with working(app, {"default": 5, "wide": 5}):
-                await eventually(lambda: count(conn, "runs") == 0 == count(conn, "turn_markers"))
+                await eventually(lambda: count(conn, "runs") == 0 == count(conn, "turn_markers"), within=30)
         ended = [run_id for (run_id,) in conn.execute("select id from queue_service.finished_runs where id > 0")]
         assert sorted(ended) == sorted(ids)
         terminal = conn.execute(
@@ -193,7 +195,7 @@ async def upgrade_beside_somebody(database: str, conn: Conn, revision: str) -> N
             "pg_stat_activity where datname = current_database() and application_name = 'queue_service migrate' "
             "and wait_event_type = 'Lock'"
         )
-        await eventually(lambda: conn.execute(f"select from {waits}".encode()).rowcount)
+        await eventually(lambda: conn.execute(f"select from {waits}".encode()).rowcount, within=30)
         enqueue(busy, ordering_key="late")
         begin(busy, enqueue(busy))
         insert(busy, "streams", stream=f"late {revision}")

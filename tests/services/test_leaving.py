@@ -59,6 +59,7 @@ async def test_a_sync_app_that_closes_ends_what_still_goes_on_there(database: st
     assert ended == ["in order"]
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_a_call_of_another_thread_hears_that_the_app_was_closed(database: str, conn: Connection) -> None:
     with App(database).sync as q:
         run_id = q.enqueue("noop", {})

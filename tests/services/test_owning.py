@@ -27,6 +27,7 @@ from tests.support import eventually, one
 OURS = "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'queue_service'"
 
 
+@pytest.mark.direct("its connections to the server are the pooler's")
 async def test_ten_who_open_at_once_share_one_opening(database: str, conn: Connection) -> None:
     app = App(database)
     before = await one(conn, OURS)
@@ -46,6 +47,7 @@ async def test_all_who_open_at_once_hear_why_it_failed(database: str) -> None:
     assert not app._core.is_open
 
 
+@pytest.mark.direct("its connections to the server are the pooler's")
 async def test_an_open_that_is_cancelled_leaves_nothing_behind(
     database: str, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

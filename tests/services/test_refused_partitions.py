@@ -99,6 +99,7 @@ async def test_partitions_of_before_are_identified(app: App, conn: Connection, t
     assert await one(conn, "select relreplident from pg_class where relname = %s", tomorrow) == "f"
 
 
+@pytest.mark.direct("pgbouncer refuses options in the start-up packet")
 async def test_a_role_that_owns_nothing_can_work(database: str, conn: Connection) -> None:
     name = await one(conn, "select 'worker_' || current_database()")
     await conn.execute(f'create role "{name}"'.encode())

@@ -172,6 +172,7 @@ class TestWaiting:
 
 
 class TestConnections:
+    @pytest.mark.direct("a session has no settings of ours there")
     async def test_what_the_database_is_set_to_does_not_change_what_a_statement_means(
         self, database: str, conn: Connection
     ) -> None:

@@ -40,6 +40,8 @@ def test_every_setting_can_be_given_by_its_variable() -> None:
         "pool_size": ("5", 5),
         "pooler": ("transaction", "transaction"),
         "listen_url": ("postgresql://h/d", "postgresql://h/d"),
+        "lent_connections": ("3", 3),
+        "lent_statement_timeout": ("5m", timedelta(minutes=5)),
         "payload_limit": ("1000", 1000),
         "lease": ("40s", timedelta(seconds=40)),
         "poll_interval": ("250ms", timedelta(milliseconds=250)),
@@ -136,7 +138,14 @@ def test_an_unknown_override_names_the_nearest_setting() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"pool_size": 0}, {"lease": timedelta(0)}, {"drain_timeout": timedelta(seconds=-1)}, {"retention": timedelta(0)}],
+    [
+        {"pool_size": 0},
+        {"lent_connections": 0},
+        {"lent_statement_timeout": timedelta(0)},
+        {"lease": timedelta(0)},
+        {"drain_timeout": timedelta(seconds=-1)},
+        {"retention": timedelta(0)},
+    ],
 )
 def test_settings_made_by_hand_are_checked_too(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

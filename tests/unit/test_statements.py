@@ -21,6 +21,18 @@ _WRITES = re.compile(
 _PLACEHOLDER = re.compile(r"%%|%\((\w+)\)s")
 
 
+# What follows the time zone, the DateStyle or the like of a session; in ours these are known, in those of others they are not.
+_OF_THE_SESSION = re.compile(
+    r"\bcurrent_(?:date|time|timestamp)\b|\blocaltime|::(?:date|time|timestamp)\b|\btimestamp '|\bage\(|\be'"
+    r"|date_trunc\('\w+', [^,()]+\)|to_char\((?!pg_catalog.make_interval)(?:(?! at time zone 'UTC')[^)])+\)"
+    r"|(?:_at|deadline|ends_by|_timestamp\(\)|_at\)|slot|\bnow)::text\b"
+)
+
+
+def of_the_session(text: str) -> list[str]:
+    return _OF_THE_SESSION.findall(text)
+
+
 class Found(NamedTuple):
     file: Path
     name: str
@@ -180,6 +192,25 @@ def test_a_statement_has_a_contract(found: Found) -> None:
 @each_statement
 def test_a_statement_says_exactly_which_tables_it_writes(found: Found) -> None:
     assert found.declared == written(found.text)
+
+
+@each_statement
+def test_a_statement_means_the_same_in_every_session(found: Found) -> None:
+    assert not of_the_session(found.text)
+
+
+def test_what_follows_the_session_is_recognised() -> None:
+    for code in (
+        "created_at::date", "date_trunc('day', run_at)", "current_date", "timestamp '2020-01-01'", "age(run_at)",
+        "to_char(run_at, 'HH24')", "run_at::timestamp", "e'\\n'", "max(run_at)::text", "clock_timestamp()::text",
+    ):  # fmt: skip
+        assert of_the_session(f"select {code} from t"), code
+    for code in (
+        "run_at::timestamptz",
+        "date_trunc('day', run_at, 'UTC')",
+        "to_char(run_at at time zone 'UTC', 'HH24')",
+    ):
+        assert not of_the_session(f"select {code} from t"), code
 
 
 @each_statement

@@ -113,6 +113,27 @@ async def spend(run: Run, dies: str = "") -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@app.task(queue="slow")
+async def hold_in_transaction(run: Run, directory: str) -> None:
+    """As `hold`, in a transaction of its own."""
+    async with run.transaction():
+        await hold(directory, run)
+
+
+@app.task(process=True, retry=Retry(max_attempts=1), timeout=1)
+def effect_in_time(run: Run) -> None:
+    """As `effect`, with little time."""
+    with run.transaction() as conn:
+        conn.execute("insert into public.effects values (%s, %s)", [run.id, run.attempt])
+
+
+@app.task(process=True, retry=Retry(max_attempts=1))
+def sleep_in_database(run: Run) -> None:
+    """Has the database sleep for long."""
+    with run.transaction() as conn:
+        conn.execute("select pg_sleep(3600)")
+
+
 @app.task
 async def add_one(run: Run, seconds: float) -> None:
     """Counts one more in `counter`, and takes its time about it."""

@@ -153,6 +153,7 @@ async def test_a_full_queue_does_not_hold_up_another(app: App) -> None:
 # How soon
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_a_notice_wakes_an_idle_worker_long_before_it_would_poll(patient: App, conn: Connection) -> None:
     begun: list[int] = []
 
@@ -267,6 +268,7 @@ async def test_a_transaction_that_commits_late_is_found_without_a_notice(
         await eventually(lambda: "late" in begun)
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_after_its_listener_was_lost_a_worker_looks_everywhere(patient: App, conn: Connection) -> None:
     begun: list[int] = []
 
@@ -290,6 +292,7 @@ async def test_after_its_listener_was_lost_a_worker_looks_everywhere(patient: Ap
         await eventually(lambda: begun == [0, 1, 2])
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_notices_that_make_no_sense_are_ignored(app: App, conn: Connection) -> None:
     @app.task
     async def healthy() -> str:
@@ -315,6 +318,7 @@ async def test_notices_that_make_no_sense_are_ignored(app: App, conn: Connection
 # Paused queues
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_a_paused_queue_is_not_worked_and_resuming_wakes_it(patient: App, conn: Connection) -> None:
     begun: list[str] = []
 

@@ -221,6 +221,7 @@ async def test_a_deferred_delivery_is_for_its_owner_to_claim_first(replica: Make
     assert await rows(conn, f"{ENDED} and payload ->> 'message_id' = 'm1'") == [("succeeded", 2, 0)]
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_the_owner_hears_at_once_of_a_deferred_delivery(replica: Make, conn: Connection) -> None:
     here, there = await replica(PATIENT), await replica(PATIENT)
     async with working(there.app, QUEUE):
@@ -467,6 +468,7 @@ async def test_the_failure_of_a_turn_comes_to_the_handler_of_errors(one_replica:
     assert (name, delivery.event.body["code"]) == ("error", "worker_died")
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_what_is_sent_is_reserved_for_the_owner_and_announced_at_once(replica: Make, conn: Connection) -> None:
     here, there = await replica(), await replica(PATIENT)
     await there.deliveries.connect("chat", "c1")
@@ -498,6 +500,7 @@ async def test_an_event_of_another_stream_is_refused(one_replica: Replica) -> No
         await one_replica.deliveries.send(CHAT, Event(stream="conv-2", seq=1, kind="delta", body={}))
 
 
+@pytest.mark.direct("its connections to the server are the pooler's")
 async def test_sending_is_given_up_where_the_database_is_away(
     replica: Make, conn: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from psycopg import errors as pg
 
 from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, OwnConnection
+from queue_service.db.pool import Connection, Place, Pool
 from queue_service.db.query import Query
 from queue_service.db.session import Limits
 from queue_service.errors import DatabaseUnavailable
@@ -29,10 +29,10 @@ from tests.support import claimed, enqueued, eventually, one, refusing, rows
 class Desk:
     """A finisher at work, with runs that were claimed for it."""
 
-    def __init__(self, conn: Connection, connection: OwnConnection) -> None:
+    def __init__(self, conn: Connection, place: Place) -> None:
         self._conn = conn
         self._leases = Leases()
-        self.finisher = Finisher(connection, self._leases, 1)
+        self.finisher = Finisher(place, self._leases, 1)
         self.service = Service("finisher", self.finisher.run)
         self.running: asyncio.Task[None]
 
@@ -58,17 +58,13 @@ async def desk(conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch)
     """One that would let others come for an hour."""
     monkeypatch.setattr(finisher, "REST", 3_600.0)
     monkeypatch.setattr(finisher, "AGAIN", 0.05)
-    connection = OwnConnection(
-        database,
-        application="test",
-        limits=Limits(timedelta(milliseconds=100), timedelta(milliseconds=500)),
-    )
-    made = Desk(conn, connection)
+    pool = Pool(database, size=1, application="test")
+    made = Desk(conn, pool.reserved(Limits(timedelta(milliseconds=100), timedelta(milliseconds=500))))
     made.running = asyncio.create_task(made.service.run())
     yield made
     made.finisher.close()
     await made.running
-    await connection.close()
+    await pool.close()
 
 
 async def test_after_a_few_endings_others_are_let_come_together(desk: Desk, conn: Connection) -> None:
@@ -260,9 +256,9 @@ async def test_a_write_whose_answer_was_lost_is_no_lost_claim(
     desk: Desk, conn: Connection, monkeypatch: pytest.MonkeyPatch, how: str, slow_then: bool
 ) -> None:
     monkeypatch.setattr(finisher, "FIRST_PAUSE", 0.01)
-    fetch_, calls = OwnConnection.fetch, 0
+    fetch_, calls = Place.fetch, 0
 
-    async def cut(self: OwnConnection, query: Query[Any], **options: Any) -> Any:
+    async def cut(self: Place, query: Query[Any], **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2 and slow_then:
@@ -272,7 +268,7 @@ async def test_a_write_whose_answer_was_lost_is_no_lost_claim(
             raise DatabaseUnavailable("the answer was lost")
         return answer
 
-    monkeypatch.setattr(OwnConnection, "fetch", cut)
+    monkeypatch.setattr(Place, "fetch", cut)
     held = await desk.held(5)
     for each in held:
         ending = Ending(each.run.claim, RunState.SUCCEEDED)

@@ -86,6 +86,7 @@ async def test_a_lane_goes_on_at_once_when_its_head_ends(database: str, monkeypa
     assert begun == list(range(200))
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_a_notice_alone_leads_to_a_lane(
     app: App, database: str, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

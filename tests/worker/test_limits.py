@@ -102,6 +102,7 @@ async def test_four_processes_keep_to_a_rate_and_make_use_of_it(app: App, conn: 
     assert claimed[-1] - claimed[0] < timedelta(seconds=3 * (count - burst) / rate)
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_what_ends_makes_room_at_once(app: App, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     release = asyncio.Event()
     begun: list[int] = []

@@ -866,6 +866,7 @@ async def cancelled(app: App, conn: Connection, cancel: Callable[[int], Awaitabl
         return await ended(app, run_id)
 
 
+@pytest.mark.direct("no notice comes through it")
 async def test_cancelling_a_running_run_cancels_its_handler_at_once(
     database: str, conn: Connection, patient: dict[str, str]
 ) -> None:
@@ -874,6 +875,7 @@ async def test_cancelling_a_running_run_cancels_its_handler_at_once(
     assert (run.state, reason(run), run.failures) == (RunState.CANCELLED, "cancelled", 0)
 
 
+@pytest.mark.direct("no notice comes through it")
 @pytest.mark.parametrize("slow", ["LEASE", "POLL_INTERVAL"])
 async def test_a_request_to_cancel_is_found_without_its_notice(database: str, conn: Connection, slow: str) -> None:
     ask = "update queue_service.runs set cancel_requested = true where id = %s"

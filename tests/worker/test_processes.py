@@ -247,6 +247,8 @@ async def test_a_process_ends_in_the_middle_of_its_run_once_nobody_listens(tmp_p
         main_file=None,
         run=run,
         conninfo="",
+        pooler="auto",
+        lent_statement_timeout=timedelta(minutes=1),
         limit=1_000,
         max_attempts=1,
         worker_id=1,

@@ -7,20 +7,19 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from queue_service import App, Cancel, Retry, Run, RunState, Worker
-from queue_service.db import borrowed
 from queue_service.db.execute import fetch
+from queue_service.db.lent import LentAsyncConnection, LentConnection
 from queue_service.db.pool import Connection
 from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs import queries
@@ -224,6 +223,7 @@ class TestTogether:
         for _ in range(2):
             assert (await executed(app, "look")).result == ours
 
+    @pytest.mark.direct("the transactions of its handlers take the whole pool")
     async def test_more_handlers_than_connections_take_turns_and_can_still_enqueue(
         self, app: App, conn: Connection
     ) -> None:
@@ -403,7 +403,8 @@ class TestLost:
                 await lapse(conn)
                 await sweeping.execute("begin")
                 assert len(await fetch(sweeping, SWEEP)) == 1
-                backends.append(mine.info.backend_pid)
+                cursor = await mine.execute("select pg_backend_pid()")
+                backends.extend(pid for (pid,) in await cursor.fetchall())
 
         run_id = await app.enqueue("spend", {})
         working_off = asyncio.create_task(Worker(app).run(once=True))
@@ -480,6 +481,7 @@ class TestLost:
 
 
 class TestAfterwards:
+    @pytest.mark.direct("no notice comes through it")
     async def test_whoever_waits_hears_before_the_handler_is_over(
         self, app: App, conn: Connection, database: str
     ) -> None:
@@ -590,22 +592,25 @@ class TestInDoubt:
     async def test_one_that_was_done_counts(
         self, app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch, is_async: bool
     ) -> None:
-        begin, begin_blocking = borrowed._AsyncPsycopg.begin, borrowed._Psycopg.begin
+        end, end_blocking = LentAsyncConnection.end, LentConnection.end
+        commits_answered: list[bool] = []
 
-        @asynccontextmanager
-        async def deaf(self: Any) -> AsyncIterator[None]:
-            async with begin(self):
-                yield
-            raise psycopg.OperationalError("the answer was lost")
+        def lose_the_first(*, commits: bool) -> None:
+            if commits:
+                commits_answered.append(bool(commits_answered))
+                if not commits_answered[-1]:
+                    raise psycopg.OperationalError("the answer was lost")
 
-        @contextlib.contextmanager
-        def deaf_blocking(self: Any) -> Iterator[None]:
-            with begin_blocking(self):
-                yield
-            raise psycopg.OperationalError("the answer was lost")
+        async def deaf(self: Any, *, commits: bool) -> None:
+            await end(self, commits=commits)
+            lose_the_first(commits=commits)
 
-        monkeypatch.setattr(borrowed._AsyncPsycopg, "begin", deaf)
-        monkeypatch.setattr(borrowed._Psycopg, "begin", deaf_blocking)
+        def deaf_blocking(self: Any, *, commits: bool) -> None:
+            end_blocking(self, commits=commits)
+            lose_the_first(commits=commits)
+
+        monkeypatch.setattr(LentAsyncConnection, "end", deaf)
+        monkeypatch.setattr(LentConnection, "end", deaf_blocking)
         if is_async:
 
             @app.task(name="spend", retry=ONCE)
@@ -622,6 +627,8 @@ class TestInDoubt:
         run_id = await app.enqueue("spend", {})
         tally = await Worker(app).run(once=True)
         assert (await app.wait(run_id, timeout=5)).state is RunState.SUCCEEDED
+        # The second is the commit of whoever has looked it up.
+        assert commits_answered == [False, True]
         assert (tally.succeeded, tally.lost, tally.failed) == (1, 0, 0)
         assert await written(conn) == [(run_id, 1)]
 
@@ -764,7 +771,7 @@ class TestRefused:
                 async with run.transaction() as mine:
                     await mine.execute(verb)
             async with AsyncSession(async_engine) as session:
-                with pytest.raises(InvalidRequestError):
+                with pytest.raises(ConfigError, match="closed transaction"):
                     async with run.transaction(session):
                         await getattr(session, verb)()
             answers.append(await one(conn, "select state from queue_service.runs where id = %s", run.id))

@@ -102,6 +102,7 @@ async def test_one_worker_object_runs_once_at_a_time_and_may_run_again(app: App)
     assert tally.succeeded == 0
 
 
+@pytest.mark.direct("its connections to the server are the pooler's")
 async def test_a_worker_keeps_no_connection_after_it_stopped(app: App, conn: Connection) -> None:
     ours = "application_name in ('queue_service claimer', 'queue_service finisher', 'queue_service keeper')"
     count = f"select count(*) from pg_stat_activity where datname = current_database() and {ours}"

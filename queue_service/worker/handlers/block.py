@@ -2,8 +2,8 @@
 or neither is.
 
 They are fenced like any other: where the claim is lost they change nothing, and all is rolled back. From them on nobody
-interrupts, since a commit that is given up may be done all the same. One whose answer is lost is looked up, behind the lock
-that it holds for as long as it is under way.
+interrupts, since a commit that is given up may be done all the same, and none is cancelled on the server. One whose answer
+is lost is looked up, behind the lock that it holds for as long as it is under way.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any, Generic, TypeVar
 
 from queue_service.backoff import Pauses
 from queue_service.db.borrowed import AsyncBorrowed, SyncBorrowed, borrow
-from queue_service.db.execute import DEADLINE
+from queue_service.db.execute import DEADLINE, translated
 from queue_service.db.lending import Lender
+from queue_service.db.lent import HangUp, LentAsyncConnection, LentConnection
 from queue_service.db.steps import Steps, drive, drive_sync
 from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
@@ -43,6 +44,7 @@ class Block(ABC, Generic[A, S, W]):
         self._given = conn
         self._lender = lender
         self._spelt = spelt
+        self._lent: LentAsyncConnection | LentConnection | None = None
         # What was written, once only the commit is left to do: from then on a failure does not say what has happened.
         self._in_doubt: W | None = None
 
@@ -63,9 +65,10 @@ class Block(ABC, Generic[A, S, W]):
         async with AsyncExitStack() as stack:
             conn = self._given
             if conn is None:
-                conn = await stack.enter_async_context(self._lender.connection())
+                conn = self._lent = await stack.enter_async_context(self._lender.transaction(self._run))
             borrowed = self._asynchronous(conn)
-            await stack.enter_async_context(borrowed.begin())
+            if self._lent is None:
+                await stack.enter_async_context(borrowed.begin())
             _check_begun(in_transaction=await borrowed.in_transaction())
             self._async, self._async_stack = borrowed, stack.pop_all()
         return conn  # type: ignore[no-any-return]
@@ -84,20 +87,28 @@ class Block(ABC, Generic[A, S, W]):
         return None
 
     async def _commit(self) -> None:
+        self._begin_ending()
+        line = None if self._lent is not None else HangUp(await self._async.driver(), DEADLINE)
         try:
-            async with asyncio.timeout(DEADLINE), self._async_stack:
+            async with self._async_stack:
                 _check_begun(in_transaction=await self._async.in_transaction())
                 written = self._in_doubt = await drive(self._finish(), self._async)
-        except TimeoutError:
-            raise DatabaseUnavailable(f"The database did not commit within {DEADLINE:g} s.") from None
+        except Exception as lost:
+            if line is not None and line.has_hung_up:
+                raise DatabaseUnavailable(f"The database did not commit within {DEADLINE:g} s.") from lost
+            raise
+        finally:
+            if line is not None:
+                line.cancel()
         self._committed(written)
 
     async def _was_committed(self, written: W) -> bool:
         pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
         while True:
             try:
-                async with self._lender.connection() as conn:
-                    return await drive(self._look(written), self._asynchronous(conn))
+                with translated():
+                    async with self._lender.transaction(self._run) as conn:
+                        return await drive(self._look(written), self._asynchronous(conn))
             except DatabaseUnavailable as lost:
                 self._log_doubt(lost, pauses)
                 await asyncio.sleep(pauses.next())
@@ -107,9 +118,10 @@ class Block(ABC, Generic[A, S, W]):
         with ExitStack() as stack:
             conn = self._given
             if conn is None:
-                conn = stack.enter_context(self._lender.blocking())
+                conn = self._lent = stack.enter_context(self._lender.blocking_transaction(self._run))
             borrowed = self._blocking(conn)
-            stack.enter_context(borrowed.begin())
+            if self._lent is None:
+                stack.enter_context(borrowed.begin())
             _check_begun(in_transaction=borrowed.in_transaction())
             self._sync, self._stack = borrowed, stack.pop_all()
         return conn  # type: ignore[no-any-return]
@@ -119,6 +131,7 @@ class Block(ABC, Generic[A, S, W]):
     ) -> bool | None:
         if kind is not None:
             return self._stack.__exit__(kind, error, trace)
+        self._begin_ending()
         try:
             with self._stack:
                 _check_begun(in_transaction=self._sync.in_transaction())
@@ -134,11 +147,16 @@ class Block(ABC, Generic[A, S, W]):
         pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
         while True:
             try:
-                with self._lender.blocking() as conn:
+                with translated(), self._lender.blocking_transaction(self._run) as conn:
                     return drive_sync(self._look(written), self._blocking(conn))
             except DatabaseUnavailable as lost:
                 self._log_doubt(lost, pauses)
                 time.sleep(pauses.next())
+
+    def _begin_ending(self) -> None:
+        """From now on nobody cuts its line but us: `_finish` looks first whether the run is still ours."""
+        if self._lent is not None:
+            self._lent.is_ending = True
 
     def _check_is_ours(self) -> None:
         # A thread that was given up goes on, and comes here.

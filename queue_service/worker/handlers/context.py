@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from queue_service.app import App
 from queue_service.db.lending import Lender
 from queue_service.errors import ClaimLost, ConfigError
+from queue_service.runs import stopped
 from queue_service.runs.model import Ending, Run
 from queue_service.settings import Settings
 from queue_service.turn import Input, Turn
@@ -38,10 +39,14 @@ class Executed(Protocol):
 
 
 class Executing(Protocol):
-    """Those who execute the handlers of one queue. The first may be called from any thread."""
+    """Those who execute the handlers of one queue, so many at once. The first may be called from any thread. `stop_clock`
+    says whether the handler of a run waits for something of ours: its time does not pass then."""
+
+    concurrency: int
 
     def execution_of(self, run: Run) -> Executed | None: ...
     def settle(self, run: Run, ending: Ending) -> None: ...
+    def stop_clock(self, run: Run, waits: bool) -> None: ...
 
 
 class HandlerContexts:
@@ -49,7 +54,14 @@ class HandlerContexts:
 
     def __init__(self, app: App, executors: Mapping[str, Executing], *, worker_id: int, settings: Settings) -> None:
         self.loop = asyncio.get_running_loop()
-        self.lender = Lender(app.conninfo, size=settings.pool_size, loop=self.loop)
+        self.lender = Lender(
+            app.address,
+            limit_of=lambda queue: min(executors[queue].concurrency, settings.lent_connections),
+            statement_timeout=settings.lent_statement_timeout,
+            loop=self.loop,
+            on_wait=self._stop_clock,
+        )
+        stopped.watch(self._run_stopped)
         self.reports = Reports(app.fetch, is_executed=lambda run: self.find(run) is not None)
         self.step_store = StepStore(app.fetch)
         self.step_store_of_threads = StoreOfThreads(self.step_store, self.loop)
@@ -60,6 +72,10 @@ class HandlerContexts:
         self._executors = executors
         # How far the handlers at work have read what was sent to steer them, each by its own Run.
         self._read: dict[int, tuple[Run, int]] = {}
+
+    def close(self) -> None:
+        stopped.unwatch(self._run_stopped)
+        self.lender.close()
 
     async def inputs(self, run: Run, turn: Turn, *, wait: bool) -> AsyncGenerator[Input, None]:
         """Each message once for each handler, however often it asks."""
@@ -75,6 +91,21 @@ class HandlerContexts:
         if executor is None or executor.execution_of(run) is None:
             return None
         return HandlerContext(self, executor, run)
+
+    def _run_stopped(self, claim: tuple[Any, ...]) -> None:
+        self.lender.stop(claim[:2])
+
+    def _stop_clock(self, run: Any, waits: bool) -> None:
+        self.on_loop(self._executors[run.queue].stop_clock, run, waits)
+
+    def on_loop(self, call: Callable[..., None], *args: Any) -> None:
+        """Call it on the worker's event loop: at once, if this is there."""
+        if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a thread, where the public one raises
+            call(*args)
+        else:
+            # A closed loop: the worker is gone, and nobody is left to be informed.
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(call, *args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +141,7 @@ class HandlerContext:
 
     def call_step(self, name: str, call: Callable[[], Any]) -> Any:
         contexts, steps = self.contexts, self._steps()
-        is_on_loop = asyncio._get_running_loop() is contexts.loop  # noqa: SLF001 - as in `_ended`
+        is_on_loop = asyncio._get_running_loop() is contexts.loop  # noqa: SLF001 - as in `on_loop`
         if not is_on_loop:
             check_no_loop()
         steps.use(name)
@@ -121,7 +152,7 @@ class HandlerContext:
     def inputs(self, *, wait: bool) -> AsyncGenerator[Input, None]:
         if self.run.turn is None:
             raise ConfigError(f"Run {self.run.id} works on no turn. Messages are sent to steer turns.")
-        if asyncio._get_running_loop() is not self.contexts.loop:  # noqa: SLF001 - as below
+        if asyncio._get_running_loop() is not self.contexts.loop:  # noqa: SLF001 - as in `on_loop`
             raise ConfigError("run.inputs() is for asynchronous handlers. In a thread, read the stream with app.sync.")
         return self.contexts.inputs(self.run, self.run.turn, wait=wait)
 
@@ -146,9 +177,4 @@ class HandlerContext:
             return execution.begin_steps(self.contexts.limit)
 
     def _ended(self, ending: Ending) -> None:
-        if asyncio._get_running_loop() is self.contexts.loop:  # noqa: SLF001 - None in a thread, where the public one raises
-            self.executor.settle(self.run, ending)
-        else:
-            # A closed loop: the worker is gone, and nobody is left to be informed.
-            with contextlib.suppress(RuntimeError):
-                self.contexts.loop.call_soon_threadsafe(self.executor.settle, self.run, ending)
+        self.contexts.on_loop(self.executor.settle, self.run, ending)

@@ -15,6 +15,7 @@ import sys
 import threading
 import types
 from collections.abc import AsyncGenerator, Callable
+from datetime import timedelta
 from io import BufferedReader, BufferedWriter
 from queue import SimpleQueue
 from typing import Any, Self
@@ -24,16 +25,20 @@ import msgspec
 from queue_service import logs
 from queue_service.app import App
 from queue_service.db.lending import Lender
+from queue_service.db.places import Borrower
+from queue_service.db.session import Address
 from queue_service.db.url import Server
 from queue_service.errors import ConfigError
 from queue_service.piped_process import die_with_parent, taken_pipes
 from queue_service.runs import context
 from queue_service.runs.model import Ending, Run
+from queue_service.settings import Pooler
 from queue_service.tasks import Retry, Task
 from queue_service.turn import Input
 from queue_service.worker.handlers import results
 from queue_service.worker.handlers.process_protocol import (
     HandlerBegun,
+    HandlerWaits,
     Job,
     Message,
     ProgressReported,
@@ -52,9 +57,6 @@ MAIN = "__mp_main__"
 LINGER = 1.0
 # Seconds between what is passed on of a handler's reports.
 REPORTS = 0.1
-# Connections for the blocks of a handler.
-BLOCKS = 4
-
 
 _job = msgspec.json.Decoder(Job).decode
 _encode = msgspec.json.Encoder().encode
@@ -128,14 +130,13 @@ class _Context:
     def transaction(self, conn: Any) -> Transaction[Any, Any]:
         job = self._job
         return Transaction(
-            job.run, conn, lender=_lender(job.conninfo), worker_id=job.worker_id, limit=job.limit,
+            job.run, conn, lender=self._lender(), worker_id=job.worker_id, limit=job.limit,
             ended=self._ended,
         )  # fmt: skip
 
     def step(self, name: str, conn: Any) -> StepBlock[Any, Any]:
         store = self._step_store()
-        lender = _lender(self._job.conninfo)
-        return StepBlock(self._steps, name, conn, lender=lender, store=None, blocking_store=store)
+        return StepBlock(self._steps, name, conn, lender=self._lender(), store=None, blocking_store=store)
 
     def call_step(self, name: str, call: Callable[[], Any]) -> Any:
         store = self._step_store()
@@ -163,7 +164,11 @@ class _Context:
     def _step_store(self) -> StoreOfProcess:
         if self._has_ended:
             raise has_ended(self._job.run)
-        return _store(self._job.conninfo)
+        return StoreOfProcess(self._lender())
+
+    def _lender(self) -> Lender:
+        job = self._job
+        return _lender(job.conninfo, job.pooler, job.lent_statement_timeout)
 
     def _pass_newest_on(self) -> None:
         with self._changing:
@@ -171,22 +176,26 @@ class _Context:
         if newest is not None:
             self._pass_on(ProgressReported(newest))
 
-    def _pass_on(self, message: RunSettled | ProgressReported) -> None:
+    def report_wait(self, waits: bool) -> None:
+        self._pass_on(HandlerWaits(waits))
+
+    def _pass_on(self, message: RunSettled | ProgressReported | HandlerWaits) -> None:
         with self._changing:
             if not self._over:
                 _send(self._outgoing, message)
 
 
 @functools.cache
-def _lender(conninfo: str) -> Lender:
-    # One for each block that is inside of others; opened when it is asked for.
-    return Lender(conninfo, size=BLOCKS)
+def _lender(conninfo: str, pooler: Pooler, statement_timeout: timedelta) -> Lender:
+    # There is one run at a time, and each block that is inside of another gets a connection all the same.
+    address = Address(conninfo, pooler=pooler)
+    return Lender(address, limit_of=lambda _: 1, statement_timeout=statement_timeout, on_wait=_pass_wait_on)
 
 
-@functools.cache
-def _store(conninfo: str) -> StoreOfProcess:
-    # Apart from those of the blocks, in which functions may be steps, too.
-    return StoreOfProcess(Lender(conninfo, size=1))
+def _pass_wait_on(run: Borrower, waits: bool) -> None:
+    found = context.find(run)
+    if isinstance(found, _Context):
+        found.report_wait(waits)
 
 
 def _send(outgoing: BufferedWriter, message: Message | RunEnded | RunReturned) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import msgspec
 
 from queue_service.runs.model import Ending, Return, Run
+from queue_service.settings import Pooler
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A run to execute, and where its task is found. `conninfo` is the database that the worker is connected to, `logging`
-    the level and the format if its log was configured by us."""
+    """A run to execute, and where its task is found. `conninfo` is the database that the worker is connected to, `pooler`
+    what is in between, `logging` the level and the format if its log was configured by us."""
 
     module: str
     main: str | None
     main_file: str | None
     run: Run
     conninfo: str
+    pooler: Pooler
     limit: int
+    lent_statement_timeout: timedelta
     max_attempts: int
     worker_id: int
     logging: tuple[str, str] | None = None
@@ -24,6 +29,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 class HandlerBegun(msgspec.Struct, frozen=True, tag="begun"):
     """The handler is called now."""
+
+
+class HandlerWaits(msgspec.Struct, frozen=True, tag="waits"):
+    """The handler begins to wait for a connection of ours, or no longer does."""
+
+    waits: bool
 
 
 class RunSettled(msgspec.Struct, frozen=True, tag="settled"):
@@ -47,4 +58,4 @@ class RunReturned(msgspec.Struct, frozen=True, tag="returned"):
 
 
 # What comes before the answer.
-Message = HandlerBegun | RunSettled | ProgressReported
+Message = HandlerBegun | HandlerWaits | RunSettled | ProgressReported

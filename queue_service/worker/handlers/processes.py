@@ -19,12 +19,15 @@ from typing import Any
 import msgspec
 
 from queue_service import logs
+from queue_service.db.session import Address
 from queue_service.logs import get_logger
 from queue_service.piped_process import PipedProcess
 from queue_service.runs.model import Run
+from queue_service.settings import Settings
 from queue_service.tasks import ProcessDied, Task
 from queue_service.worker.handlers.process_protocol import (
     HandlerBegun,
+    HandlerWaits,
     Job,
     Message,
     ProgressReported,
@@ -48,17 +51,20 @@ EXIT_SECONDS = 2.0
 # Around a result: the traceback of an error, and the names of fields.
 ENVELOPE = 256 * 1024
 
-_decode = msgspec.json.Decoder(HandlerBegun | RunSettled | ProgressReported | RunEnded | RunReturned).decode
+_decode = msgspec.json.Decoder(
+    HandlerBegun | HandlerWaits | RunSettled | ProgressReported | RunEnded | RunReturned
+).decode
 
 
 class Processes:
     """`size` at most, made when they are first needed. Belongs to one event loop."""
 
-    def __init__(self, size: int, *, conninfo: str, worker_id: int, result_limit: int) -> None:
+    def __init__(self, size: int, *, address: Address, worker_id: int, settings: Settings) -> None:
         self._places = asyncio.Semaphore(size)
-        self._conninfo = conninfo
+        self._address = address
         self._worker_id = worker_id
-        self._result_limit = result_limit
+        self._result_limit = settings.payload_limit
+        self._lent_statement_timeout = settings.lent_statement_timeout
         self._idle: list[_Process] = []
         self._living: set[_Process] = set()
 
@@ -118,7 +124,9 @@ class Processes:
         main, main_file = _main() if task.function.__module__ == "__main__" else (None, None)
         return msgspec.json.encode(
             Job(
-                module=task.function.__module__, main=main, main_file=main_file, run=run, conninfo=self._conninfo,
+                module=task.function.__module__, main=main, main_file=main_file, run=run,
+                conninfo=self._address.conninfo, pooler=self._address.pooler,
+                lent_statement_timeout=self._lent_statement_timeout,
                 limit=self._result_limit, max_attempts=run.max_attempts or task.retry.max_attempts,
                 worker_id=self._worker_id, logging=logs.configured,
             )

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from queue_service import codec
 from queue_service.backoff import Pauses
-from queue_service.db.execute import REFUSED, fetch_sync
+from queue_service.db.execute import REFUSED, fetch_sync, translated
 from queue_service.db.lending import Lender
 from queue_service.db.query import Query
 from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable, PayloadRefused
@@ -165,14 +165,14 @@ class StoreOfThreads:
 
 
 class StoreOfProcess:
-    """Of a process for handlers, on a connection of its own."""
+    """Of a process for handlers, on the connections that it lends."""
 
     def __init__(self, lender: Lender) -> None:
         self._lender = lender
 
     def take(self, steps: AttemptSteps, name: str) -> Step | None:
         if not steps.is_loaded:
-            steps.load(self._fetch(queries.of_run(steps.run.id)))
+            steps.load(self._fetch(steps.run, queries.of_run(steps.run.id)))
         return steps.take(name)
 
     def store(self, run: Run, step: NewStep) -> None:
@@ -181,7 +181,7 @@ class StoreOfProcess:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                answer = self._fetch(queries.store([step])).get(step[:3])
+                answer = self._fetch(run, queries.store([step])).get(step[:3])
             except DatabaseUnavailable as lost:
                 # The worker kills this process once the run is not its any more.
                 _log_outage(run, step, lost, pauses)
@@ -195,8 +195,8 @@ class StoreOfProcess:
                 raise StillLocked("step")
             time.sleep(busy.next())
 
-    def _fetch(self, query: Query[T]) -> T:
-        with self._lender.blocking() as conn:
+    def _fetch(self, run: Run, query: Query[T]) -> T:
+        with translated(), self._lender.blocking_transaction(run) as conn:
             return fetch_sync(conn, query)
 
 

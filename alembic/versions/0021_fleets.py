@@ -8,8 +8,8 @@ Phase: expand. Lock: `workers` exclusively, for a moment.
 
 from alembic import op
 
-revision = "0019"
-down_revision = "0018"
+revision = "0021"
+down_revision = "0020"
 branch_labels = None
 depends_on = None
 

@@ -1,0 +1,100 @@
+"""A pgbouncer between a test and the server, as people run one: `--pooler` puts it between every test and its database."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from queue_service.testing.watcher import watched
+
+_PORT = 6432
+_START_TIMEOUT = 10
+
+
+class Pooler:
+    """A pgbouncer that runs. `log` is what it has written so far."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def before(self, conninfo: str) -> str:
+        """How to reach through the pooler what this reaches directly."""
+        return make_conninfo(conninfo, host=str(self._directory), port=_PORT, hostaddr=None)
+
+    @property
+    def log(self) -> str:
+        return (self._directory / "log").read_text()
+
+
+@contextmanager
+def pooling(server: str, *, mode: str = "transaction", size: int = 6, users: tuple[str, ...] = ()) -> Iterator[Pooler]:
+    """Run one in front of this server, for every database of it, each with a pool of its own for each user. It lets in the
+    server's own user and these, without a password."""
+    program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+    if program is None:
+        pytest.fail("pgbouncer is not installed. Install it (Debian: apt install pgbouncer).")
+    given = conninfo_to_dict(server)
+    host = str(given["host"])
+    directory = Path(tempfile.mkdtemp(prefix="qs-pooler-"))
+    # It does not run as root. The owner of the server's socket can pass to it, where no other user can.
+    owner = Path(host if host.startswith("/") else directory).stat()
+    os.chown(directory, owner.st_uid, owner.st_gid)
+    directory.chmod(0o755)
+    known = [(str(given["user"]), str(given.get("password") or "")), *((user, "") for user in users)]
+    (directory / "users").write_text("".join(f"{_quoted(user)} {_quoted(password)}\n" for user, password in known))
+    (directory / "ini").write_text(
+        f"[databases]\n* = host={host} port={given.get('port') or 5432}\n"
+        f"[pgbouncer]\nlisten_addr =\nlisten_port = {_PORT}\nunix_socket_dir = {directory}\n"
+        f"auth_type = trust\nauth_file = {directory / 'users'}\nlogfile = {directory / 'log'}\n"
+        f"pool_mode = {mode}\ndefault_pool_size = {size}\nmax_client_conn = 1000\n"
+        # What a killed client of a test leaves in a transaction must not wait for a test's end.
+        "server_login_retry = 1\n"
+    )
+    with watched(directory):
+        started = subprocess.Popen(
+            [program, "-q", str(directory / "ini")],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            user=owner.st_uid or None, group=owner.st_gid or None, extra_groups=[] if owner.st_uid else None,
+        )  # fmt: skip
+        try:
+            _until_it_answers(started, directory)
+            yield Pooler(directory)
+        finally:
+            started.kill()
+            started.wait()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _until_it_answers(process: subprocess.Popen[bytes], directory: Path) -> None:
+    until = monotonic() + _START_TIMEOUT
+    while True:
+        with closing(socket.socket(socket.AF_UNIX)) as line:
+            try:
+                line.connect(str(directory / f".s.PGSQL.{_PORT}"))
+                return
+            except OSError:
+                pass
+        log = directory / "log"
+        assert process.poll() is None, f"pgbouncer ended: {log.read_text() if log.exists() else 'no log'}"
+        assert monotonic() < until, "pgbouncer did not listen in time"
+        sleep(0.01)  # until it listens
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def settings_of(conn: psycopg.Connection[tuple[str, str]]) -> dict[str, str]:
+    """Every setting of the session that answers, but for those that tell of a moment."""
+    return dict(conn.execute("select name, setting from pg_settings where name <> 'transaction_isolation'").fetchall())
