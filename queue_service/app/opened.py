@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal, TypeVar
 
-from queue_service.db import channels, embedded, revision, schema, url
+from queue_service.db import embedded, revision, schema, url
 from queue_service.db.cluster import Cluster
 from queue_service.db.execute import DEADLINE, translated, unanswered
 from queue_service.db.listener import Listener
@@ -23,7 +23,7 @@ from queue_service.exceptions import message
 from queue_service.logs import get_logger
 from queue_service.services.endings import Endings
 from queue_service.services.fanout import Fanout
-from queue_service.services.loop import Services, every
+from queue_service.services.loop import Service, Services, every
 from queue_service.services.notifier import Notifier
 from queue_service.services.outcomes import Outcomes
 from queue_service.services.replica import Replica
@@ -47,15 +47,18 @@ class Opened:
         self.pool = Pool(address, size=settings.pool_size)
         self.services = Services()
         self.notifier = Notifier(self.pool.fetch)
+        self.listener = Listener(
+            address, send=self.pool.fetch, begin=lambda: self.services.ensure("listener", self._listen)
+        )
         self.endings = Endings(
             self.pool.fetch,
-            Listener(address.conninfo, [channels.FINISHED]),
+            self.listener,
             self.services,
             poll_interval=settings.poll_interval.total_seconds(),
         )
         self.fanout = Fanout(
             self.pool.fetch,
-            Listener(address.conninfo, [channels.EVENTS]),
+            self.listener,
             self.services,
             poll_interval=settings.poll_interval.total_seconds(),
         )
@@ -68,7 +71,7 @@ class Opened:
         self.replica = Replica(
             self.pool.fetch,
             self.notifier.send,
-            Listener(address.conninfo, [channels.GATEWAYS]),
+            self.listener,
             self.services,
             poll_interval=settings.poll_interval.total_seconds(),
         )
@@ -118,6 +121,9 @@ class Opened:
         await self.pool.close()
         if self._cluster is not None:
             await asyncio.to_thread(self._cluster.leave)
+
+    async def _listen(self, service: Service) -> None:
+        await self.listener.run(service.well, service.failed)
 
     async def _keep_server(self) -> None:
         """Start it again if it has crashed, or was killed. One that somebody has stopped stays so."""

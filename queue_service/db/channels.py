@@ -5,6 +5,8 @@
 `cancel`    `<run id>,…`                 someone asked to cancel these running runs
 `events`    `<seq> <stream>` or `*`      the stream has come to this event, or changed otherwise (`*`: look everywhere)
 `gateways`  `<replica>`                  this replica of the gateway is asked something, or has an answer
+`every`     as `runs`                    something is there that each worker is to look for, and not only the first
+`echo_<id>` nothing                      a process hears itself
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ FINISHED = "queue_service_finished"
 CANCEL = "queue_service_cancel"
 EVENTS = "queue_service_events"
 GATEWAYS = "queue_service_gateways"
+EVERY = "queue_service_every"
+ECHO = "queue_service_echo"
 
 EVERYTHING = "*"
 # Postgres refuses payloads of 8,000 bytes and more.

@@ -6,6 +6,7 @@ version. A pooler is told by its words, since it has no SQLSTATE of its own; the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import psycopg
@@ -145,6 +146,16 @@ def is_about_a_row(refused: Exception) -> bool:
     if is_outage(refused):
         return False
     return isinstance(cause, OF_A_TRIGGER) or not isinstance(cause, psycopg.ProgrammingError)
+
+
+# What servers and poolers answer who have no connection left. While one connects, libpq gives no SQLSTATE.
+_FULL = re.compile(r"too many (clients|connections)|connection slots are reserved|no more connections allowed")
+
+
+def is_full(lost: DatabaseUnavailable) -> bool:
+    """Whether the server, or a pooler before it, is there and has no connection left: of one that speaks another language
+    that is not known."""
+    return _FULL.search(str(lost)) is not None
 
 
 def is_outage(refused: Exception) -> bool:

@@ -10,7 +10,7 @@ from psycopg import errors as pg
 from queue_service.db.query import Query, scalar
 from queue_service.errors import SchemaMismatch
 
-HEAD = "0020"
+HEAD = "0021"
 
 # For a pool: SchemaMismatch where there is no schema.
 REVISION: Query[str | None] = Query("select version_num from queue_service.alembic_version", scalar, writes=False)

@@ -7,7 +7,6 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
-    Double,
     Identity,
     Index,
     Integer,
@@ -19,7 +18,7 @@ from sqlalchemy import (
     Text,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, JSONB, TIMESTAMP
 
 metadata = MetaData(schema="queue_service")
 
@@ -177,7 +176,7 @@ queues = Table(
     Column("rate", Integer),
     Column("period", Interval),
     Column("burst", Integer),
-    Column("tokens", Double),
+    Column("tokens", DOUBLE_PRECISION),
     Column("tokens_at", _TIMESTAMPTZ),
     Column("claims", BigInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("name", name="queues_pkey"),
@@ -198,6 +197,7 @@ workers = Table(
     Column("started_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
     Column("seen_at", _TIMESTAMPTZ, nullable=False, server_default=_NOW),
     Column("failing", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("fleet", Text),
     PrimaryKeyConstraint("id", name="workers_pkey"),
 )
 

@@ -255,7 +255,10 @@ class Gateway:
         services = {each.name: each.condition for each in self._app.opened.services}
         if code == 200 and not all(each.is_well for each in services.values()):
             status = "degraded"
-        content = msgspec.json.encode({"status": status, "connections": self.connections, "services": services})
+        notices = f"polling: {why}" if (why := self._app.opened.listener.why_polling) else "ok"
+        content = msgspec.json.encode(
+            {"status": status, "connections": self.connections, "notices": notices, "services": services}
+        )
         return Response(content, code, media_type="application/json")
 
     async def _login(self, request: Request) -> Response:

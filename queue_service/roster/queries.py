@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
+from hashlib import sha256
 from typing import NamedTuple
 
 from queue_service.codec import read_object
@@ -28,14 +30,26 @@ class WorkerRow(NamedTuple):
     failing: list[str]
 
 
-def join(name: str, version: str, queues: str) -> Query[int]:
-    """The id of this worker, new at each start. `queues` is JSON text."""
-    return SQL.query("join", scalar, name=name, version=version, queues=queues)
+class Fleet(NamedTuple):
+    """The ids of the workers that share their work and live, and what time it is in the database, in seconds."""
+
+    ids: list[int]
+    time: float
 
 
-def beat(worker_id: int, failing: Sequence[str] = ()) -> Query[None]:
-    """Say that this worker lives, and which of its services are failing."""
-    return SQL.query("beat", nothing, worker_id=worker_id, failing=list(failing))
+def fleet_name(queues: Collection[str], tasks: Collection[str]) -> str:
+    """The same for all that can take the same runs."""
+    return sha256(json.dumps([sorted(queues), sorted(tasks)]).encode()).hexdigest()[:16]
+
+
+def join(name: str, version: str, queues: str, fleet: str | None = None) -> Query[int]:
+    """The id of this worker, new at each start. `queues` is JSON text. Without a fleet it shares its work with nobody."""
+    return SQL.query("join", scalar, name=name, version=version, queues=queues, fleet=fleet)
+
+
+def beat(worker_id: int, failing: Sequence[str] = (), *, silence: timedelta = timedelta(seconds=15)) -> Query[Fleet]:
+    """Say that this worker lives, and which of its services are failing. The fleet is of those seen within `silence`."""
+    return SQL.query("beat", lambda rows: Fleet(*rows[0]), worker_id=worker_id, failing=list(failing), silence=silence)
 
 
 def leave(worker_id: int) -> Query[None]:

@@ -4,14 +4,22 @@
 -- name: join
 -- Enter the roster. Row: the worker's id.
 -- writes: workers
-insert into queue_service.workers (name, version, queues) values (%(name)s, %(version)s, %(queues)s::jsonb) returning id
+insert into queue_service.workers (name, version, queues, fleet)
+values (%(name)s, %(version)s, %(queues)s::jsonb, %(fleet)s)
+returning id
 
 -- name: beat
 -- Say that the worker is alive, and which of its services are failing, unless another session has its row locked: a worker
--- that waited here would lose its leases.
+-- that waited here would lose its leases. Row: those of its fleet that were seen within `silence`, and what time it is.
 -- writes: workers
-update queue_service.workers set seen_at = clock_timestamp(), failing = %(failing)s::text[]
- where id = any(array(select id from queue_service.workers where id = %(worker_id)s for update skip locked))
+with beaten as (
+    update queue_service.workers set seen_at = clock_timestamp(), failing = %(failing)s::text[]
+     where id = any(array(select id from queue_service.workers where id = %(worker_id)s for update skip locked))
+)
+select array(select id from queue_service.workers
+              where fleet = (select fleet from queue_service.workers where id = %(worker_id)s)
+                and seen_at > clock_timestamp() - %(silence)s::interval),
+       extract(epoch from clock_timestamp())::float8
 
 -- name: leave
 -- Leave the roster, as a worker that stops does.

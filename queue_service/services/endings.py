@@ -1,6 +1,6 @@
 """Waiting for runs to end: subscribe, then read, then wait for notices, with the poll as the floor.
 
-One listener and one poll serve every waiter of the process.
+One subscription and one poll serve every waiter of the process, and end where nobody has waited for a while.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from queue_service.services.loop import Service, Services, every
 
 EndingFuture = asyncio.Future[RunState | None]
 
+NOTICES_SERVICE, POLLS_SERVICE = "notices of endings", "polls of endings"
+# For so many polls without anybody who waits they go on.
+QUIET_POLLS = 10
+
 
 class Endings:
     def __init__(
@@ -36,6 +40,7 @@ class Endings:
         self._polling = every(timedelta(seconds=poll_interval), self._read_all)
         self._waiting: dict[int, set[EndingFuture]] = {}
         self._services = services
+        self._quiet_polls = 0
         self._is_closed = False
 
     async def wait(self, run_ids: Collection[int]) -> dict[int, RunState | None]:
@@ -47,8 +52,9 @@ class Endings:
         answers: dict[int, EndingFuture] = {run_id: loop.create_future() for run_id in run_ids}
         for run_id, answer in answers.items():
             self._waiting.setdefault(run_id, set()).add(answer)
-        self._services.ensure("notices of endings", self._listen)
-        self._services.ensure("polls of endings", self._polling)
+        self._quiet_polls = 0
+        self._services.ensure(NOTICES_SERVICE, self._listen)
+        self._services.ensure(POLLS_SERVICE, self._polling)
         try:
             # Somebody may be listening already, and then nobody reads for a newcomer but itself.
             with contextlib.suppress(*NOT_EXECUTED):
@@ -76,18 +82,24 @@ class Endings:
                     answer.set_exception(_closed())
 
     async def _listen(self, service: Service) -> None:
-        async for heard in self._listener.notices():
-            ended = None if isinstance(heard, NoticesMissed) else channels.read_run_ids(heard.payload)
-            try:
-                await self._read(self._waiting.keys() if ended is None else self._waiting.keys() & ended)
-            except NOT_EXECUTED as lost:
-                # The poll finds what was not found now.
-                service.failed(lost)
-            else:
-                service.well()
+        with self._listener.subscribed(channels.FINISHED) as notices:
+            async for heard in notices:
+                ended = None if isinstance(heard, NoticesMissed) else channels.read_run_ids(heard.payload)
+                try:
+                    await self._read(self._waiting.keys() if ended is None else self._waiting.keys() & ended)
+                except NOT_EXECUTED as lost:
+                    # The poll finds what was not found now.
+                    service.failed(lost)
+                else:
+                    service.well()
 
     async def _read_all(self) -> None:
         await self._read(self._waiting.keys())
+        self._quiet_polls = 0 if self._waiting else self._quiet_polls + 1
+        if self._quiet_polls > QUIET_POLLS:
+            # Or each ending of the whole fleet would wake this process for nothing.
+            for name in (NOTICES_SERVICE, POLLS_SERVICE):
+                self._services.stop(name)
 
     async def _read(self, run_ids: Collection[int]) -> None:
         if not run_ids:

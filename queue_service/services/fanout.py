@@ -1,4 +1,4 @@
-"""Follows streams for the whole process: one listener, one reader, any number of followers.
+"""Follows streams for the whole process: one subscription, one reader, any number of followers.
 
 Each watched stream has a tail here: its latest events, read once however many follow it. A follower takes from the tail
 at its own pace, and reads from the database what the tail no longer holds; so a slow one costs nobody memory or time.
@@ -32,6 +32,7 @@ READ_PAGE = 200
 # Streams that are not expected to move are looked at on every so many polls.
 QUIET_POLLS = 10
 READ_PAUSE = 0.1
+NOTICES_SERVICE, POLLS_SERVICE, READING_SERVICE = "notices of events", "polls of streams", "reading of streams"
 
 
 class Wakeup:
@@ -196,9 +197,9 @@ class Fanout:
     @contextmanager
     def watch(self, stream: str) -> Iterator[Tail]:
         """The tail of a stream, kept up to date for the length of the block."""
-        self._services.ensure("notices of events", self._listen)
-        self._services.ensure("polls of streams", self._poll)
-        self._services.ensure("reading of streams", self._read)
+        self._services.ensure(NOTICES_SERVICE, self._listen)
+        self._services.ensure(POLLS_SERVICE, self._poll)
+        self._services.ensure(READING_SERVICE, self._read)
         tail = self._tails.get(stream)
         if tail is None:
             tail = self._tails[stream] = Tail(stream)
@@ -261,32 +262,40 @@ class Fanout:
             tail.touch()
 
     async def _listen(self, service: Service) -> None:
-        async for heard in self._listener.notices():
-            appended = None if isinstance(heard, NoticesMissed) else channels.read_appended(heard.payload)
-            if appended is None:
-                # Not every ending has an event: a discharged turn has none, and its notice may be what was lost.
-                for each in self._tails.values():
-                    each.ended_turns.wake()
-                self._doubt(self._tails)
+        with self._listener.subscribed(channels.EVENTS) as notices:
+            async for heard in notices:
+                if isinstance(heard, NoticesMissed) or (appended := channels.read_appended(heard.payload)) is None:
+                    # Not every ending has an event: a discharged turn has none, and its notice may be what was lost.
+                    for tail in self._tails.values():
+                        tail.ended_turns.wake()
+                    self._doubt(self._tails)
+                else:
+                    self._appended(*appended)
                 service.well()
-                continue
-            stream, seq = appended
-            tail = self._tails.get(stream)
-            if tail is None:
-                continue
-            if tail.head is not None and seq > tail.head:
-                self._behind.add(stream)
-                self._wake.set()
-            else:
-                # Nothing new to read, so something else is: a state, or a turn that ended without an event.
-                tail.ended_turns.wake()
-                self._doubt([stream])
+
+    def _appended(self, stream: str, seq: int) -> None:
+        """A notice: the stream has come to this event."""
+        tail = self._tails.get(stream)
+        if tail is None:
+            return
+        if tail.head is not None and seq > tail.head:
+            self._behind.add(stream)
+            self._wake.set()
+        else:
+            # Nothing new to read, so something else is: a state, or a turn that ended without an event.
+            tail.ended_turns.wake()
+            self._doubt([stream])
 
     async def _poll(self, service: Service) -> None:
-        polls = 0
+        polls = quiet = 0
         while True:
             await asyncio.sleep(self._poll_interval)
             polls += 1
+            quiet = 0 if self._tails else quiet + 1
+            if quiet > QUIET_POLLS:
+                # Or each event of every stream would wake this process for nothing.
+                for name in (NOTICES_SERVICE, READING_SERVICE, POLLS_SERVICE):
+                    self._services.stop(name)
             everywhere = polls % QUIET_POLLS == 0
             self._doubt([name for name, tail in self._tails.items() if everywhere or tail.state.catches_up])
             service.well()

@@ -165,10 +165,11 @@ class Replica:
         self._notify([Notice(GATEWAYS, replica) for replica in dict.fromkeys(map(model.replica_of, requests))])
 
     async def _listen(self, service: Service) -> None:
-        async for heard in self._listener.notices():
-            if isinstance(heard, NoticesMissed) or heard.payload == self.id:
-                self._wake.set()
-            service.well()
+        with self._listener.subscribed(GATEWAYS) as notices:
+            async for heard in notices:
+                if isinstance(heard, NoticesMissed) or heard.payload == self.id:
+                    self._wake.set()
+                service.well()
 
     async def _serve(self, service: Service) -> None:
         """Take answers and answer requests, as often as there is something to read."""

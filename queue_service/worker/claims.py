@@ -80,11 +80,12 @@ class Claims:
                 self._end_unread(each)
         for state, count in asked:
             got = held[state.name]
+            state.has_got |= bool(got)
             if source is Source.QUEUE:
                 state.floors.claimed([each.run for each in got])
             if len(got) == count:
                 state.may_give.add(source)
-            elif source is Source.QUEUE and not limited:
+            elif source is Source.QUEUE and not limited and state.rank == 0:
                 # Short: the queue is empty, or what is left stands behind the floor.
                 self._pace.scan_soon()
             self._offer(state.executor, got)

@@ -166,7 +166,10 @@ class Health:
     def _notices(self) -> Finding:
         if self._listener.connected:
             return Finding()
-        return Finding(Status.DEGRADED, f"not heard: runs are found by polling, within {self._poll:g} s")
+        found = f"runs are found by polling, within {self._poll:g} s"
+        if (why := self._listener.why_polling) is None:
+            return Finding(Status.DEGRADED, f"not heard: {found}")
+        return Finding(Status.OK if self._listener.polls_by_design else Status.DEGRADED, f"polling: {why}; {found}")
 
 
 def _matching(have: str | None) -> Finding:

@@ -29,8 +29,9 @@ log = get_logger(__name__)
 
 
 class Keeper:
-    """Calls, on the worker's loop, `on_lost` with swept leases, and `on_cancel` with runs that someone wants cancelled.
-    `failing` is asked, from the keeper's thread, for the services that are."""
+    """Calls, on the worker's loop, `on_lost` with swept leases, `on_cancel` with runs that someone wants cancelled, and
+    `on_fleet` with what a beat has found and when (monotonic). `failing` is asked, from the keeper's thread, for the
+    services that are."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Keeper:
         poll_interval: timedelta,
         on_lost: Callable[[Collection[int]], None],
         on_cancel: Callable[[Collection[int]], None],
+        on_fleet: Callable[[roster.Fleet, float], None],
         failing: Callable[[], list[str]],
     ) -> None:
         self._connection = OwnConnection(address, application="queue_service keeper")
@@ -51,6 +53,7 @@ class Keeper:
         self._poll = poll_interval.total_seconds()
         self._on_lost = on_lost
         self._on_cancel = on_cancel
+        self._on_fleet = on_fleet
         self._failing = failing
         # Why the roster does not know that we live; None: it does.
         self._unsaid: str | None = None
@@ -104,7 +107,7 @@ class Keeper:
                         if lost := await self.extend():
                             worker.call(self._on_lost, lost)
                         next_beat = now + beat
-                        await self._beat()
+                        await self._beat(worker)
                     if asked := await self._cancel_requests():
                         worker.call(self._on_cancel, asked)
                 except Exception as why:  # noqa: BLE001 - the next one may go through
@@ -116,12 +119,11 @@ class Keeper:
         finally:
             await self._connection.close()
 
-    async def _beat(self) -> None:
+    async def _beat(self, worker: _Worker) -> None:
         """Say in the roster that this worker lives, if that can be said at once."""
         try:
-            await self._connection.fetch(
-                roster.beat(self._worker_id, self._failing()), deadline=self._lease.total_seconds() / 12
-            )
+            beat = roster.beat(self._worker_id, self._failing(), silence=self._lease / 2)
+            fleet = await self._connection.fetch(beat, deadline=self._lease.total_seconds() / 12)
         except Exception as refused:  # noqa: BLE001 - as above
             why = message(refused)
             if why != self._unsaid:
@@ -129,6 +131,7 @@ class Keeper:
             self._unsaid = why
         else:
             self._unsaid = None
+            worker.call(self._on_fleet, fleet, time.monotonic())
 
     async def _cancel_requests(self) -> list[int]:
         ids = [lease.id for lease in self._leases.due(0)]

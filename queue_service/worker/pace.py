@@ -29,6 +29,10 @@ class Pace:
         """When the next scan is due."""
         return max(self._next_scan, self._earliest_scan)
 
+    def may_scan(self, now: float) -> bool:
+        """Whether the cost of the last one allows another."""
+        return now >= self._earliest_scan
+
     def scan_soon(self) -> None:
         """Let the next scan come as soon as the cost of the last one allows."""
         self._next_scan = min(self._next_scan, self._earliest_scan)

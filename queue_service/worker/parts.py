@@ -15,8 +15,9 @@ from typing import Any
 
 from queue_service.app import App
 from queue_service.db import channels
+from queue_service.db.channels import Notice
 from queue_service.db.execute import fetch_sync, translated
-from queue_service.db.listener import Listener, NoticesMissed
+from queue_service.db.listener import NoticesMissed
 from queue_service.db.session import Limits, connect_blocking
 from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
@@ -88,13 +89,13 @@ class Parts:
         self.claimer = self._make_claimer(only_suspects=only_suspects)
         self._keeper = Keeper(
             app.address, leases, worker_id, lease=settings.lease, poll_interval=settings.poll_interval,
-            on_lost=self._lose, on_cancel=self._cancel, failing=self._failing,
+            on_lost=self._lose, on_cancel=self._cancel, on_fleet=self.claimer.learn, failing=self._failing,
         )  # fmt: skip
         self.contexts = HandlerContexts(app, self.executors, worker_id=worker_id, settings=settings)
         self._lag = LagWatch(self._run_of)
         self._maintenance = Maintenance(app, settings)
         self._slots: set[asyncio.Task[None]] = set()
-        self._listener = Listener(app.conninfo, [channels.RUNS, channels.CANCEL])
+        self._listener = app.opened.listener
         self._endpoint = endpoint
         poll = settings.poll_interval.total_seconds()
         self._health = Health(
@@ -127,7 +128,7 @@ class Parts:
             "keeper": self._keeper.run,
             "lag watch": lambda _: self._lag.run(),
             "reports": lambda _: self.contexts.reports.run(),
-            "listener": self._listen,
+            "notices of runs": self._listen,
             **self._maintenance.works(),
         }
         if self._endpoint is not None:
@@ -199,6 +200,7 @@ class Parts:
             poll_interval=self._settings.poll_interval,
             only_suspects=only_suspects,
             suspects_elsewhere=self._suspect_process.need if self._suspect_process.is_possible else None,
+            call_others=lambda queue, priority: self._app.notify([Notice(channels.EVERY, f"{priority} {queue}")]),
         )
 
     async def _drain(self, stop_now: asyncio.Event) -> None:
@@ -254,14 +256,15 @@ class Parts:
             await asyncio.sleep(0.005)
 
     async def _listen(self, service: Service) -> None:
-        async for heard in self._listener.notices():
-            if isinstance(heard, NoticesMissed):
-                service.well()
-                self.claimer.rescan()
-            elif heard.channel == channels.CANCEL:
-                self._cancel(channels.read_run_ids(heard.payload) or ())
-            elif (where := channels.read_enqueued(heard.payload)) is not None:
-                self.claimer.enqueued(*where)
+        with self._listener.subscribed(channels.RUNS, channels.EVERY, channels.CANCEL) as notices:
+            async for heard in notices:
+                if isinstance(heard, NoticesMissed):
+                    service.well()
+                    self.claimer.rescan()
+                elif heard.channel == channels.CANCEL:
+                    self._cancel(channels.read_run_ids(heard.payload) or ())
+                elif (where := channels.read_enqueued(heard.payload)) is not None:
+                    self.claimer.enqueued(*where, at_once=heard.channel == channels.EVERY)
 
     def _wake_claimer(self) -> None:
         self.claimer.wake()

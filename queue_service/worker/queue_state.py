@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -34,7 +35,8 @@ class QueueState:
     """`may_give` are the sources from which a claim may get something. `has_lanes` is whether it ever had some (only a scan
     looks for lanes where none were seen), and `has_limit` whether it had one when last seen. `not_before` (monotonic) is
     when a claim within the limit makes sense again, and `was_freed` whether a run of the queue has ended since the last
-    such claim began."""
+    such claim began. `look` is one that is to come, since a notice came; `rank` is how many workers came before in
+    the one under way, and `has_got` whether it found something."""
 
     executor: Executor
     floors: Floors = field(default_factory=Floors)
@@ -43,6 +45,9 @@ class QueueState:
     has_limit: bool = False
     not_before: float = 0.0
     was_freed: bool = False
+    look: asyncio.TimerHandle | None = None
+    rank: int = 0
+    has_got: bool = False
 
     @property
     def name(self) -> str:
@@ -56,9 +61,19 @@ class QueueState:
     # What others report
 
     def enqueued(self, priority: int) -> None:
-        """A notice: something was enqueued."""
+        """A notice: something was enqueued. It is looked for when there is room, or once it is expected."""
         self.floors.hint(priority)
-        self._expect_all()
+        if self.is_full:
+            self.expect_all()
+
+    @property
+    def is_full(self) -> bool:
+        return self.executor.wants() == 0
+
+    @property
+    def leaves_some(self) -> bool:
+        """Whether there may be something that there is no room for here."""
+        return bool(self.may_give) and self.is_full
 
     def lane_freed(self) -> None:
         """A lane can give: a run that stood in it has ended, or a scan has seen one that waits there."""
@@ -68,9 +83,9 @@ class QueueState:
     def limit_freed(self) -> None:
         """A run that counted in the limit has ended."""
         self.not_before, self.was_freed = 0.0, True
-        self._expect_all()
+        self.expect_all()
 
-    def _expect_all(self) -> None:
+    def expect_all(self) -> None:
         self.may_give |= {Source.QUEUE, Source.LANES} if self.has_lanes else {Source.QUEUE}
 
     # What scans and claims find

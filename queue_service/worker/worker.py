@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import random
 import signal
 import socket
 import time
@@ -20,14 +21,17 @@ import msgspec
 
 from queue_service.app import App
 from queue_service.app.hooks import Hook
+from queue_service.backoff import Pauses
 from queue_service.db.execute import NOT_EXECUTED
-from queue_service.errors import ConfigError
+from queue_service.db.meaning import is_full
+from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
 from queue_service.runs import context
 from queue_service.settings import Settings
 from queue_service.version import VERSION
+from queue_service.waiting import to_its_end
 from queue_service.worker.endpoint import Endpoint
 from queue_service.worker.hooks import started
 from queue_service.worker.parts import Parts
@@ -39,6 +43,8 @@ MAX_CONCURRENCY = 100_000
 MAX_PORT = 65_535
 # For so many seconds a worker that is cancelled stops by itself.
 CANCELLED_SECONDS = 5.0
+# How long it waits between two looks whether the server has a connection for it.
+FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
 # A worker that ends does not wait for a server that is gone only to strike its own name out.
 LEAVE_DEADLINE = 2.0
 
@@ -87,8 +93,8 @@ class Worker:
         """Work until `stop`; with `once`, until nothing is due and all that was begun has ended. Returns what was done.
 
         Where this is cancelled, the worker stops as by `stop(now=True)`, within 5 s, and then the cancellation goes on.
-        Raises SchemaMismatch, DatabaseUnavailable, or ConfigError where its health port is taken, if it cannot start; once
-        started it survives every outage.
+        Raises SchemaMismatch, DatabaseUnavailable, or ConfigError where its health port is taken, if it cannot start; where
+        the server has no connection left, it waits for one. Once started it survives every outage.
         """
         if self._loop is not None:
             raise ConfigError("This Worker is running already. Make another one for a second run at the same time.")
@@ -136,16 +142,16 @@ class Worker:
             if self._health is not None:
                 endpoint = Endpoint(*self._health)
                 self.health_url = endpoint.url
-            async with self.app:
-                self.id = await self.app.fetch(
-                    roster.join(self.name, VERSION, msgspec.json.encode(self.queues).decode())
-                )
+            worker_id = self.id = await self._join(None if once or self._only_suspects else self._fleet())
+            if worker_id is None:
+                return Tally()
+            try:
                 log.info(
                     "worker started",
-                    worker_id=self.id, queues=self.queues, tasks=sorted(self.app.tasks), health=self.health_url,
+                    worker_id=worker_id, queues=self.queues, tasks=sorted(self.app.tasks), health=self.health_url,
                 )  # fmt: skip
                 parts = self._parts = Parts(
-                    self.app, self.settings, self.id, queues=self.queues, processes=self.processes, name=self.name,
+                    self.app, self.settings, worker_id, queues=self.queues, processes=self.processes, name=self.name,
                     endpoint=endpoint, suspect_command=None if once else self._suspect_command,
                     only_suspects=self._only_suspects,
                 )  # fmt: skip
@@ -155,12 +161,45 @@ class Worker:
                         with context.registered(parts.contexts.find):
                             await parts.run(once=once, stop=self._stop, stop_now=self._stop_now)
                 finally:
-                    await self._leave(self.id)
-                log.info("worker stopped", worker_id=self.id, **_counts(parts.finisher.tally))
+                    await self._leave(worker_id)
+                log.info("worker stopped", worker_id=worker_id, **_counts(parts.finisher.tally))
                 return parts.finisher.tally
+            finally:
+                await self.app.close()
         finally:
             if endpoint is not None:
                 endpoint.close()
+
+    async def _join(self, fleet: str | None) -> int | None:
+        """Connect, and enter the roster; the id there. Where the server has no connection left, wait until others have
+        ended theirs: whatever starts workers would only start this one again and again. None: it was stopped meanwhile."""
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE, jitter=random.random)
+        while True:
+            try:
+                return await self._enter(fleet)
+            except DatabaseUnavailable as full:
+                if not is_full(full):
+                    raise
+                if not pauses.count:
+                    log.warning("the server has no connection left for this worker; waiting for one", why=str(full))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pauses.next()):
+                    await self._stop.wait()
+            if self._stop.is_set():
+                return None
+
+    async def _enter(self, fleet: str | None) -> int:
+        await self.app.open()
+        try:
+            queues = msgspec.json.encode(self.queues).decode()
+            return await self.app.fetch(roster.join(self.name, VERSION, queues, fleet))
+        except BaseException:
+            await to_its_end(self.app.close())
+            raise
+
+    def _fleet(self) -> str:
+        """With whom it takes turns in looking first."""
+        return roster.fleet_name(self.queues, self.app.tasks)
 
     async def _leave(self, worker_id: int) -> None:
         """Nothing depends on the roster: what is said of the run must not be lost to it."""

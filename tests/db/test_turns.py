@@ -18,6 +18,7 @@ from psycopg import errors as pg
 
 from queue_service import App, Outcome, RunState, Turn, TurnFailure
 from queue_service.app.sync import SyncApp
+from queue_service.db import channels
 from queue_service.db.pool import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, TurnEnded, TurnUnknown, ValueRefused
 from queue_service.services import sweeper
@@ -596,14 +597,14 @@ class TestADischarge:
     async def test_is_heard_by_whoever_waits(self, app: App) -> None:
         await armed(app)
         waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=10))
-        await eventually(lambda: app.opened.fanout._listener.connected)
+        await eventually(lambda: app.opened.listener.hears(channels.EVENTS))
         await app.turns.discharge("dep-1", "m1")
         assert (await waiting).kind == "discharged"
 
     async def test_is_found_by_whoever_waits_where_its_notice_is_lost(self, app: App, conn: Connection) -> None:
         await armed(app)
         waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=10))
-        await eventually(lambda: app.opened.fanout._listener.connected)
+        await eventually(lambda: app.opened.listener.hears(channels.EVENTS))
         await conn.execute("delete from queue_service.turn_markers")
         await conn.execute("update queue_service.turn_outcomes set kind = 'discharged', ended_at = clock_timestamp()")
         assert (await waiting).kind == "discharged"

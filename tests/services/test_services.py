@@ -9,7 +9,6 @@ from queue_service import App, RunState, Turn
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.execute import fetch
-from queue_service.db.listener import Listener, NoticesMissed
 from queue_service.db.pool import Connection, OwnConnection, Pool
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, RunUnknown
@@ -136,22 +135,6 @@ class TestPruner:
         left = {stream: [event.seq for event in await app.events.read(stream)] for stream in ("s1", "s2", "s3")}
         assert left == {"s1": [6, 7], "s2": [6], "s3": [1, 2, 3, 4, 5, 6, 7]}
         assert (await self.make(app).once()).events == 0
-
-
-class TestListener:
-    @pytest.mark.direct("no notice comes through it")
-    async def test_it_says_when_notices_may_have_been_missed(self, database: str, conn: Connection) -> None:
-        listener = Listener(database, ["one", "two"])
-        heard = listener.notices()
-        assert await anext(heard) == NoticesMissed()
-        await conn.execute("notify one, 'a'")
-        assert await anext(heard) == Notice("one", "a")
-        await conn.execute(KILL.encode(), ["queue_service listener"])
-        assert await anext(heard) == NoticesMissed()
-        await conn.execute("notify two, 'b'")
-        assert await anext(heard) == Notice("two", "b")
-        await heard.aclose()  # type: ignore[attr-defined]
-        assert not listener.connected
 
 
 class TestWaiting:

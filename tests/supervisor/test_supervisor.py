@@ -17,6 +17,7 @@ import pytest
 import uvloop
 
 from queue_service import App, Event, Outcome, Turn
+from queue_service.db import channels
 from queue_service.db.cluster import Cluster
 from queue_service.db.execute import fetch
 from queue_service.db.pool import Connection, connect
@@ -153,7 +154,7 @@ async def test_a_kill_reaches_the_waiter_within_moments(database: str) -> None:
             await eventually(lambda: app.fetch(_scalar(stored)))  # noqa: B023
             waiting = asyncio.create_task(ending(app, f"m{number}"))
             assert child.pid is not None
-            await eventually(lambda: app.opened.fanout._listener.connected)
+            await eventually(lambda: app.opened.listener.hears(channels.EVENTS))
             begun = time.perf_counter()
             os.kill(child.pid, signal.SIGKILL)
             assert (await waiting).code == "worker_died"

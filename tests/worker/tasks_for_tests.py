@@ -131,7 +131,7 @@ def effect_in_time(run: Run) -> None:
 def sleep_in_database(run: Run) -> None:
     """Has the database sleep for long."""
     with run.transaction() as conn:
-        conn.execute("select pg_sleep(3600)")
+        conn.execute("select pg_sleep(%s)", [3600])
 
 
 @app.task
@@ -326,3 +326,14 @@ def thread(path: str) -> None:
     threading.Thread(target=time.sleep, args=[3_600]).start()
     Path(path).touch()
     time.sleep(3_600)  # what is tested
+
+
+@app.task
+async def ask_around(run: Run) -> None:
+    """Waits for another run, and follows a stream."""
+    stream = f"asked-{run.id}"
+    await app.events.append(stream, "delta", {})
+    async for event in app.events.follow(stream):
+        assert event.seq == 1
+        break
+    await app.wait(await app.enqueue("double", {"n": 1}), timeout=30)
