@@ -174,7 +174,7 @@ async def test_what_the_server_sets_changes_nothing(tmp_path: Path) -> None:
         **FORMATS,
         **PLANS,
         **TRANSACTIONS,
-        **TIMES,
+        **TIMES_OF_MIGRATIONS,
         "client_encoding": "LATIN1",
         "search_path": "public, pg_catalog",
     }
