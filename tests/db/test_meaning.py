@@ -103,7 +103,7 @@ def test_a_pooler_is_told_by_its_words(words: str, text: str) -> None:
     ("setting", "statement", "text"),
     [
         ("idle_in_transaction_session_timeout", "begin", "ended a transaction that was idle"),
-        ("idle_session_timeout", "select 1", "closed a connection that was idle"),
+        ("idle_session_timeout", "select 1", "closed a connection that was idle|connection is lost"),
         ("transaction_timeout", "begin", "ended a transaction that took too long"),
     ],
 )
