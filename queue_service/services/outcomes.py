@@ -11,10 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.query import Query
-from queue_service.errors import TurnUnknown
-from queue_service.exceptions import message
+from queue_service.errors import DatabaseUnavailable, SchemaMismatch, TurnUnknown
 from queue_service.logs import get_logger
 from queue_service.services.fanout import QUIET_POLLS, Fanout
 from queue_service.turns import queries
@@ -51,9 +49,9 @@ class Outcomes:
                 wakeup = tail.ended_turns.next()
                 try:
                     standing = await self._look(key, may_end=time.monotonic() >= spared_until)
-                except NOT_EXECUTED as lost:
+                except (DatabaseUnavailable, SchemaMismatch) as lost:
                     self._fanout.check()
-                    log.debug("cannot look for a turn's ending; trying again", why=message(lost))
+                    log.debug("cannot look for a turn's ending; trying again", why=str(lost))
                     spared_until = time.monotonic() + self._grace
                 if standing.outcome is not None:
                     return standing.outcome
@@ -63,9 +61,9 @@ class Outcomes:
         while True:
             try:
                 return await self._standing(key)
-            except NOT_EXECUTED as lost:
+            except (DatabaseUnavailable, SchemaMismatch) as lost:
                 self._fanout.check()
-                log.debug("cannot look for a turn; trying again", why=message(lost))
+                log.debug("cannot look for a turn; trying again", why=str(lost))
                 await asyncio.sleep(self._poll_interval)
 
     async def _look(self, key: Key, *, may_end: bool) -> Standing:

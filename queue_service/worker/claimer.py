@@ -6,7 +6,6 @@ from every queue that may give something and has room; or it sleeps until one of
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
@@ -21,15 +20,13 @@ from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.groups import DELIVERIES
 from queue_service.worker.leases import Leases
+from queue_service.worker.looks import Looks
 from queue_service.worker.pace import Alarm, Pace
-from queue_service.worker.precedence import Precedence
 from queue_service.worker.queue_state import QueueState, askable, per_statement
 from queue_service.worker.suspects import Suspects
 
 # How often a worker that runs once looks whether it is done, in seconds.
 ONCE_PAUSE = 0.020
-# All workers are called no more often than this, in seconds, by one of them.
-CALL_PAUSE = 0.050
 FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
 
 
@@ -48,11 +45,7 @@ class Claimer:
         self._alarm = Alarm()
         self._pace = Pace(self._poll)
         self._claims = Claims(connection, self.states, leases, finisher, claimant, self._pace, self._alarm)
-        self._precedence = Precedence(claimant.worker_id)
-        self._call_others = call_others
-        # The queues that are looked at because of a notice.
-        self._looking: dict[str, QueueState] = {}
-        self._next_call = 0.0
+        self._looks = Looks(claimant.worker_id, self._alarm, poll=self._poll, call_others=call_others)
         self._only_suspects = only_suspects
         self._suspects = Suspects(
             self.states, self._claims, self._alarm, passed=self._passed, poll_interval=self._poll,
@@ -69,37 +62,13 @@ class Claimer:
     def enqueued(self, queue: str, priority: int, *, at_once: bool = False) -> None:
         """A notice: something was enqueued there. It is no suspect yet. With `at_once` each worker is to look, and
         otherwise the one whose turn it is."""
-        state = self.states.get(queue)
-        if state is None or self._only_suspects:
-            return
-        state.enqueued(priority)
-        # What is reserved for one of them says nothing of it in its notice.
-        at_once |= queue == DELIVERIES
-        now = time.monotonic()
-        rank = 0 if at_once else self._precedence.rank(now)
-        delay = 0.0 if at_once else self._precedence.delay(rank, now, is_idle=state.executor.is_idle)
-        if delay == 0.0:
-            self._look(state, rank)
-        elif delay < self._poll and (
-            state.look is None or state.look.when() > asyncio.get_running_loop().time() + delay
-        ):
-            if state.look is not None:
-                state.look.cancel()
-            state.look = asyncio.get_running_loop().call_later(delay, self._look, state, rank)
-
-    def _look(self, state: QueueState, rank: int) -> None:
-        if state.look is not None:
-            state.look.cancel()
-            state.look = None
-        state.rank, state.has_got = rank, False
-        state.expect_all()
-        if not self._precedence.is_alone:
-            self._looking[state.name] = state
-        self._alarm.wake()
+        if queue in self.states and not self._only_suspects:
+            # What is reserved for one of them says nothing of it in its notice.
+            self._looks.enqueued(self.states[queue], priority, at_once=at_once or queue == DELIVERIES)
 
     def learn(self, fleet: Fleet, at: float) -> None:
         """Those that share their work with this worker, as it was at that moment (monotonic)."""
-        self._precedence.learn(fleet.ids, fleet.time, at)
+        self._looks.learn(fleet, at)
 
     def ended(self, laned: Collection[str], limited: Collection[str]) -> None:
         """A run that stood in a lane of these queues, or counted in the limit of those, is not running any more."""
@@ -155,8 +124,8 @@ class Claimer:
                 for asked in per_statement(askable(self.states.values(), source, now, limited=limited)):
                     has_claimed = True
                     await self._claims.claim(source, asked, limited=limited)
-        if self._looking:
-            await self._have_looked()
+        if self._looks.note_what_came(now):
+            await self._call_others(now)
         if self._claims.has_untended_lanes:
             await self._claims.tend_lanes()
             return False
@@ -164,26 +133,11 @@ class Claimer:
             await self._alarm.sleep(min(longest, self._next_look(now) - now))
         return not has_claimed
 
-    async def _have_looked(self) -> None:
-        """Note what came of it, and call the other workers where something is left that this one has no room for."""
-        looking, self._looking = self._looking, {}
-        now = time.monotonic()
-        full = []
-        for state in looking.values():
-            self._precedence.looked(state.rank, now, found=state.has_got)
-            # Where the first is full and has got nothing, the second comes.
-            if state.leaves_some and (state.rank or state.has_got):
-                full.append(state)
-            state.rank = 0
-        if not full or now < self._next_call:
-            return
+    async def _call_others(self, now: float) -> None:
         if self._pace.may_scan(now):
             # A batch that was filled says nothing of what is behind it.
             await self._scan(now)
-        for state in full:
-            if state.leaves_some:
-                self._next_call = now + CALL_PAUSE
-                self._call_others(state.name, max(state.floors.by_priority, default=0))
+        self._looks.call_others(now)
 
     async def _pass_of_suspects(self, longest: float) -> bool:
         """As `_pass`, where nothing else is claimed."""

@@ -103,7 +103,7 @@ def test_a_pooler_is_told_by_its_words(words: str, text: str) -> None:
     ("setting", "statement", "text"),
     [
         ("idle_in_transaction_session_timeout", "begin", "ended a transaction that was idle"),
-        ("idle_session_timeout", "select 1", "closed a connection that was idle"),
+        ("idle_session_timeout", "select 1", "closed a connection that was idle|connection is lost"),
         ("transaction_timeout", "begin", "ended a transaction that took too long"),
     ],
 )
@@ -125,6 +125,7 @@ async def test_a_session_that_the_server_has_ended_by_its_time_is_an_outage(
 async def test_a_function_that_finds_nothing_on_our_search_path_is_told_from_a_schema_of_another_revision(
     conn: Connection,
 ) -> None:
+    await conn.execute("set search_path = pg_catalog")
     await conn.execute(
         "create function public.note() returns trigger language plpgsql as $$begin perform unknown_here(); return new; end$$;"
         "create trigger note before insert on queue_service.queues for each row execute function public.note()"

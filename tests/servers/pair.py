@@ -167,7 +167,10 @@ class Pair:
         self.primary.stop()
         self.standby.promote()
         self._change_places()
-        self.primary.ask(f"select pg_create_physical_replication_slot('{SLOT}', true)")
+        self.primary.ask(
+            f"select pg_create_physical_replication_slot('{SLOT}', true) "
+            f"where not exists (select from pg_replication_slots where slot_name = '{SLOT}')"
+        )
         self.standby.start(follows=self.primary.port)
 
     def demote(self) -> None:

@@ -235,8 +235,7 @@ class TestADatabaseThatTakesNoWrites:
                     lambda: one(conn, "select count(*) > 0 from queue_service.events where kind = 'error'"), within=20
                 )
                 assert time.monotonic() - moment < SOON
-                await app.schedules.put("note", "note", {"n": 7}, every=3600)
-                await conn.execute("update queue_service.schedules set next_at = clock_timestamp() - interval '1 s'")
+                await app.schedules.put("note", "note", {"n": 7}, every=1)
                 await eventually(lambda: 7 in executed, within=20)
 
     async def test_every_connection_of_the_pool_is_looked_at_when_one_of_them_takes_no_writes(

@@ -54,8 +54,8 @@ TIMES = {
     "statement_timeout": "1ms", "lock_timeout": "1ms", "idle_session_timeout": "1ms",
     "idle_in_transaction_session_timeout": "1ms",
 }  # fmt: skip
-# A migration sends its settings when it has connected: so soon it is not.
-TIMES_OF_MIGRATIONS = {**TIMES, "idle_session_timeout": "250ms", "statement_timeout": "250ms"}
+# A migration sends its settings once it has connected, which may take a moment.
+TIMES_OF_MIGRATIONS = {**TIMES, "idle_session_timeout": "5s", "statement_timeout": "250ms"}
 ENCODINGS = ("LATIN1", "SQL_ASCII", "WIN1252", "EUC_JP")
 
 STRAIGHT = {

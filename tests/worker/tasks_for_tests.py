@@ -131,7 +131,7 @@ def effect_in_time(run: Run) -> None:
 def sleep_in_database(run: Run) -> None:
     """Has the database sleep for long."""
     with run.transaction() as conn:
-        conn.execute("select pg_sleep(3600)")
+        conn.execute("select pg_sleep(%s)", [3600])
 
 
 @app.task

@@ -42,7 +42,7 @@ async def fleet(app: App, number: int, *, concurrency: int = 10) -> AsyncIterato
 def size(worker: Worker) -> int:
     """How many it knows of."""
     assert worker._parts is not None
-    return worker._parts.claimer._precedence._size
+    return worker._parts.claimer._looks.precedence._size
 
 
 def tallies(workers: list[Worker]) -> list[int]:
