@@ -268,21 +268,22 @@ class Listener:
         """Take what comes while no statement is executed. Without a generator of psycopg's: that would cost each of many
         idle processes three times as much for each notice."""
         loop, line = asyncio.get_running_loop(), conn.pgconn.socket
-        loop.add_reader(line, self._read, conn)
+        loop.add_reader(line, self._read, conn, line)
         try:
             # What came together with the answer to a statement.
-            self._read(conn)
+            self._read(conn, line)
             yield
         finally:
             loop.remove_reader(line)
 
-    def _read(self, conn: Session) -> None:
+    def _read(self, conn: Session, line: int) -> None:
         try:
             conn.pgconn.consume_input()
             while (notice := conn.pgconn.notifies()) is not None:
                 self._take(Notice(notice.relname.decode(), notice.extra.decode(errors="replace")))
         except psycopg.Error as lost:
-            asyncio.get_running_loop().remove_reader(conn.pgconn.socket)
+            # libpq has closed it, and forgotten its number, which the next socket of this process gets.
+            asyncio.get_running_loop().remove_reader(line)
             self._ended = lost
             self._changed.set()
             self._echoed.set()

@@ -12,7 +12,7 @@ import functools
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -108,7 +108,7 @@ class Pool:
         self.is_closed = True
         if self._trimming is not None:
             self._trimming.cancel()
-        self._fail(_closed())
+        self._fail(_closed(), [self._first, self._line])
         while self._idle:
             self._discard(self._idle.pop())
         for task in self._connecting:
@@ -278,8 +278,11 @@ class Pool:
                 if self._lost is None:
                     log.warning("cannot connect to the database; trying until it works", why=str(lost))
                 self._lost = lost
+                if not self._open:
+                    # Who has a place has a pace of its own, and says of itself that it does not get on.
+                    self._fail(lost, [self._first])
             except Exception as refused:  # noqa: BLE001 - for those who wait to hear
-                self._fail(refused)
+                self._fail(refused, [self._first, self._line])
                 return
             else:
                 if self._lost is not None:
@@ -315,8 +318,8 @@ class Pool:
     def _is_waited_for(self) -> bool:
         return not all(client.future.done() for client in (*self._first, *self._line))
 
-    def _fail(self, error: Exception) -> None:
-        for line in (self._first, self._line):
+    def _fail(self, error: Exception, lines: Sequence[deque[_Client]]) -> None:
+        for line in lines:
             while line:
                 client = line.popleft()
                 if not client.future.done():
@@ -324,7 +327,8 @@ class Pool:
 
 
 class Place:
-    """In a pool: for one coroutine, whose statements have limits of their own."""
+    """In a pool: for one coroutine, whose statements have limits of their own. Where there is no connection
+    at all, and a try to connect fails, so does what it fetches: it has to try again itself."""
 
     def __init__(self, pool: Pool, limits: Limits) -> None:
         self._pool = pool

@@ -6,6 +6,7 @@ from every queue that may give something and has room; or it sleeps until one of
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
@@ -94,7 +95,7 @@ class Claimer:
 
     async def run(self, service: Service, *, once: bool = False) -> None:
         """Claim until stopped; with `once`, until nothing is due and all that was claimed has ended."""
-        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE, jitter=random.random)
         while not self.is_stopping:
             try:
                 step = self._pass_of_suspects if self._only_suspects else self._pass

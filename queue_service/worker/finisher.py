@@ -9,6 +9,7 @@ they must not hold up other endings, nor the keeper, which waits for the leases 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -212,7 +213,7 @@ class Finisher:
     async def _write(self, service: Service, taken: Sequence[Entry] = (), *, is_doubtful: bool = False) -> None:
         """Write it, but for what has to be set aside. Where that `is_doubtful`, it is looked at first."""
         self._groups += by_kind(taken)
-        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE)
+        pauses = Pauses(FIRST_PAUSE, MAX_PAUSE, jitter=random.random)
         while self._groups:
             group = self._groups[0]
             try:

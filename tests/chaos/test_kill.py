@@ -28,7 +28,7 @@ HELD = (
 )
 QUIET = (
     "select count(*) = 0 from pg_stat_activity where datname = current_database() and state = 'active' "
-    "and application_name in ('queue_service claimer', 'queue_service finisher')"
+    "and application_name = 'queue_service' and pid <> pg_backend_pid()"
 )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
@@ -154,6 +155,23 @@ async def test_each_loss_of_its_connection_is_followed_by_a_gap_for_each(listene
             await eventually(lambda: one(conn, KILL, NAME))
         assert [await following(each) for each in (first, second)] == [NoticesMissed()] * 2
     assert len(listener.failures) == 3
+
+
+async def test_a_connection_that_was_lost_leaves_nothing_on_the_loop(listener: Listening, conn: Connection) -> None:
+    """libpq closes the socket, and another one of this process gets its number: who reads from it then is somebody else."""
+    loop = asyncio.get_running_loop()
+    broken: list[dict[str, object]] = []
+    loop.set_exception_handler(lambda _loop, context: broken.append(context))
+    with listener.subscribed("one") as notices:
+        for _ in range(5):
+            await following(notices)
+            await eventually(lambda: one(conn, KILL, NAME))
+            await eventually(lambda: not listener.connected)
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                assert not loop.remove_reader(ours)
+                assert not loop.remove_reader(theirs)
+    assert broken == []
 
 
 async def test_it_waits_for_a_database_that_takes_no_connections(

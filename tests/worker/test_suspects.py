@@ -156,7 +156,7 @@ async def test_a_suspect_that_is_claimed_while_its_worker_stops_is_handed_back(
     other = await session()
     waits = (
         "select count(*) > 0 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock' "
-        "and application_name = 'queue_service claimer'"
+        "and application_name = 'queue_service'"
     )
     # Whoever claims waits here, with the run in hand.
     await other.execute("begin")

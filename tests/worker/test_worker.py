@@ -103,12 +103,15 @@ async def test_one_worker_object_runs_once_at_a_time_and_may_run_again(app: App)
 
 
 @pytest.mark.direct("its connections to the server are the pooler's")
-async def test_a_worker_keeps_no_connection_after_it_stopped(app: App, conn: Connection) -> None:
-    ours = "application_name in ('queue_service claimer', 'queue_service finisher', 'queue_service keeper')"
-    count = f"select count(*) from pg_stat_activity where datname = current_database() and {ours}"
+async def test_a_worker_keeps_no_connection_after_it_stopped(
+    app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("queue_service.db.listener.LINGER", 0.1)
+    of_the_app = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    await eventually(lambda: one(conn, f"select ({of_the_app}) = 1"))
     async with working(app):
-        await eventually(lambda: one(conn, f"select ({count}) >= 2"))
-    await eventually(lambda: one(conn, f"select ({count}) = 0"))
+        await eventually(lambda: one(conn, f"select ({of_the_app} and application_name ~ 'keeper|listener') = 2"))
+    await eventually(lambda: one(conn, f"select ({of_the_app}) = 1"))
 
 
 async def test_a_finished_run_is_seen_at_the_moment_its_partition_is_attached(
