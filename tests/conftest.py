@@ -18,7 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from queue_service import App
 from queue_service.db import embedded, schema, url
 from queue_service.db.cluster import Cluster
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection
+from queue_service.db.session import connect
 from queue_service.testing import databases
 from queue_service.testing.options import given_server
 from queue_service.testing.watcher import watched

@@ -16,8 +16,7 @@ import psycopg
 
 from queue_service import App, Run, Worker
 from queue_service.db import session
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun

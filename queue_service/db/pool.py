@@ -22,12 +22,9 @@ from psycopg.pq import TransactionStatus
 
 from queue_service.backoff import Pauses
 from queue_service.db.execute import DEADLINE, fetch, may_repeat, translated, unanswered
-from queue_service.db.execute import Connection as Connection  # noqa: PLC0414
 from queue_service.db.meaning import took_too_much
 from queue_service.db.query import Query
-from queue_service.db.session import Address, Limits, Session
-from queue_service.db.session import connect as connect  # noqa: PLC0414
-from queue_service.db.session import options as options  # noqa: PLC0414
+from queue_service.db.session import Address, Limits, Session, connect
 from queue_service.errors import DatabaseUnavailable
 from queue_service.logs import get_logger
 

@@ -15,9 +15,9 @@ import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 
-from queue_service.db.execute import translated
+from queue_service.db.execute import Connection, translated
 from queue_service.db.meaning import meaning
-from queue_service.db.pool import Connection, Pool
+from queue_service.db.pool import Pool
 from queue_service.errors import DatabaseRefused
 from queue_service.exceptions import message
 from queue_service.logs import get_logger

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from tests.chaos.test_kill import Process
 from tests.support import eventually, one, rows
 

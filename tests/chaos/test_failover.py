@@ -13,7 +13,8 @@ import pytest
 
 from queue_service import App, Turn
 from queue_service.db import embedded
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection
+from queue_service.db.session import connect
 from queue_service.errors import DatabaseUnavailable
 from tests.servers.pair import DATABASE, Pair, made_pair, running_pair
 from tests.support import eventually, one, quick_app, rows

@@ -21,7 +21,7 @@ import pytest
 
 from queue_service import App, Run
 from queue_service.client import ChatClient, Event, MessageReceipt
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from tests.chaos.proxy import Proxy
 from tests.support import eventually, free_port, one, rows
 

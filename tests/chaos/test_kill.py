@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from tests.support import eventually, one, rows
 
 RUNS = 4_000

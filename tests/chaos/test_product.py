@@ -24,7 +24,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service import App
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from tests.support import eventually, free_port, one, rows
 
 TURNS = int(os.environ.get("QUEUE_SERVICE_CHAOS_TURNS", "150"))

@@ -18,7 +18,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service import App, Event, Run, Supervisors, Turn
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.supervisor.child import Conversation, serve
 from tests.support import eventually, one, rows

@@ -18,7 +18,7 @@ from queue_service.cli import cli
 from queue_service.db import downgrade as downgrade_module
 from queue_service.db import migration
 from queue_service.db.downgrade import downgrade
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.db.revision import HEAD
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from tests.support import eventually, one

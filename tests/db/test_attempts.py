@@ -11,8 +11,7 @@ import pytest
 
 from queue_service import Attempt, Run, RunState
 from queue_service.codec import describe_error
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending, NewRun, Return
 from queue_service.runs.queries import Claimant

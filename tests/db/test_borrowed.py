@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from queue_service import App
 from queue_service.app.sync import SyncApp
 from queue_service.db import channels
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, DuplicateRun, SchemaMismatch
 from tests.support import claimed, one, rows
 

@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 from queue_service import App, Turn, TurnFailure
 from queue_service.app.sync import SyncApp
 from queue_service.db import channels
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs import settling
 from queue_service.runs.model import Ending, RunState
 from tests.support import claimed, rows

@@ -20,7 +20,7 @@ from psycopg.rows import dict_row, namedtuple_row
 from queue_service import App, Turn
 from queue_service.app.sync import SyncApp
 from queue_service.db import borrowed_psycopg
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, DatabaseRefused, DatabaseUnavailable, DuplicateRun, TransactionConflict
 from tests.support import eventually, one, rows
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from queue_service import App
 from queue_service.app.sync import SyncApp
 from queue_service.db import tables
-from queue_service.db.pool import Connection as Ours
+from queue_service.db.execute import Connection as Ours
 from queue_service.errors import (
     ConfigError,
     DatabaseRefused,

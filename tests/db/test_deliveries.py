@@ -11,8 +11,7 @@ import pytest
 
 from queue_service.connections import queries as connections
 from queue_service.connections.queries import NewDelivery
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs import lanes, queries, settling
 from queue_service.runs.model import Ending, Return, Run, RunState
 from queue_service.runs.queries import Claimant, Wanted

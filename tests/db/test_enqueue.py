@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from queue_service import App, RunState
 from queue_service.db import channels
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, DuplicateRun
 from queue_service.services import notifier
 from tests.support import claimed, eventually, one, refusing, rows

@@ -15,7 +15,7 @@ from psycopg import errors as pg
 
 from queue_service import App, Event, StreamState, Turn, TurnFailure
 from queue_service.app.sync import SyncApp
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, StreamEnded, ValueRefused
 from queue_service.services import fanout
 from queue_service.settings import load

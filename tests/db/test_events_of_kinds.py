@@ -9,7 +9,7 @@ import pytest
 
 from queue_service import App, Event, Turn
 from queue_service.app import events as face
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, PayloadRefused
 
 Read = Callable[..., Awaitable[list[int]]]

@@ -8,8 +8,7 @@ from datetime import timedelta
 import msgspec
 import pytest
 
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim, hold
 from queue_service.runs.model import Ending, Return, RunState

@@ -12,8 +12,7 @@ import pytest
 from sqlalchemy import Engine
 
 from queue_service import App, Run, RunState
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query
 from queue_service.errors import Deadlock
 from queue_service.runs import lanes, lost, queries, settling, walks

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Run, RunState
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.runs import queries, settling, walks
 from queue_service.runs.model import Ending, Return

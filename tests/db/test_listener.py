@@ -13,8 +13,9 @@ from psycopg.conninfo import make_conninfo
 
 from queue_service.db import listener as listening
 from queue_service.db.channels import Notice
+from queue_service.db.execute import Connection
 from queue_service.db.listener import Listener, Notices, NoticesMissed
-from queue_service.db.pool import Connection, Pool
+from queue_service.db.pool import Pool
 from queue_service.db.session import Address
 from tests.support import eventually, one
 

@@ -9,9 +9,8 @@ import psycopg
 import pytest
 from psycopg import errors as pg
 
-from queue_service.db.execute import fetch, may_repeat
+from queue_service.db.execute import Connection, fetch, may_repeat
 from queue_service.db.meaning import meaning
-from queue_service.db.pool import Connection
 from queue_service.db.query import Query, nothing
 from queue_service.errors import DatabaseRefused, DatabaseUnavailable, PayloadRefused, SchemaMismatch, ValueRefused
 from tests.support import eventually, one

@@ -11,8 +11,7 @@ import msgspec
 import pytest
 
 from queue_service import App, Run, StreamState, Turn
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query
 from queue_service.errors import ConfigError, MessageConflict, PayloadRefused, StreamEnded
 from queue_service.runs.model import NewRun

@@ -11,10 +11,10 @@ from psycopg.pq import TransactionStatus
 
 from queue_service import App
 from queue_service.db import pool as pools
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, OwnConnection, Pool, connect
+from queue_service.db.execute import Connection, fetch
+from queue_service.db.pool import OwnConnection, Pool
 from queue_service.db.query import Query, nothing, scalar
-from queue_service.db.session import Address, Limits, Session
+from queue_service.db.session import Address, Limits, Session, connect
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun

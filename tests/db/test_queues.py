@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from queue_service import App
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.queues import queries as queues
 from queue_service.roster import queries as roster
 from queue_service.runs import queries, settling

@@ -14,8 +14,7 @@ from queue_service.app import history
 from queue_service.app.history import Retried
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.errors import ConfigError
 from queue_service.runs import queries, walks
 from queue_service.runs.model import RunState

@@ -12,8 +12,7 @@ from psycopg import errors as pg
 
 from queue_service import App, Run
 from queue_service.db import channels
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query
 from queue_service.errors import DuplicateRun
 from queue_service.queues import queries as queues

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Run, Turn, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.schedules import queries
 from queue_service.schedules.model import DueSchedule, Firing, Misfire

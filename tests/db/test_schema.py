@@ -17,7 +17,8 @@ from alembic.util import CommandError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from queue_service.db import revision, schema
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection
+from queue_service.db.session import connect
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from tests.support import eventually, one, rows
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from queue_service import App, Turn
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.services import combiner
 from tests.support import one

@@ -12,7 +12,7 @@ import pytest
 from psycopg import errors as pg
 
 from queue_service import App, Turn, TurnFailure
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, DatabaseRefused
 from queue_service.settings import load
 from queue_service.turns import queries

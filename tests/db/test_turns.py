@@ -19,7 +19,7 @@ from psycopg import errors as pg
 from queue_service import App, Outcome, RunState, Turn, TurnFailure
 from queue_service.app.sync import SyncApp
 from queue_service.db import channels
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused, TurnEnded, TurnUnknown, ValueRefused
 from queue_service.services import sweeper
 from queue_service.turns.model import SENTENCES, Marker

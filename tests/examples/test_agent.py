@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from queue_service import App, Turn
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from tests.support import eventually, one, rows
 
 ROOT = Path(__file__).parents[2]

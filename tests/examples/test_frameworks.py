@@ -13,7 +13,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from queue_service import App
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.testing import assert_enqueued, refute_enqueued
 from tests.support import rows
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, StreamState, Turn, TurnFailure
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.gateway import Principal, frames
 from tests.gateway.served import Client, Frame, Served, serving
 from tests.support import eventually, one, service

@@ -11,7 +11,7 @@ import pytest
 
 from queue_service import App, Run, StreamState, Turn
 from queue_service.db.cluster import Cluster
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.gateway import Limits, access, bodies
 from tests.gateway.served import Client, Served, serving
 from tests.support import eventually, one, working

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from queue_service import App
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.replicas.model import Change, Done
 from queue_service.services import replica as replicas
 from queue_service.services.replica import LEASE_SERVICE, NOTICES_SERVICE, REQUESTS_SERVICE, Replica

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Retry, Run
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, PayloadRefused
 from queue_service.gateway import Gateway, Principal, access
 from tests.gateway.served import Client, named, serving

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from queue_service import App
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.db.query import Query
 from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim, hold

@@ -15,8 +15,7 @@ from typing import Any
 
 import psycopg
 
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query
 from queue_service.errors import QueueServiceError
 

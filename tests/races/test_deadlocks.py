@@ -15,8 +15,7 @@ from psycopg import errors as pg
 
 from queue_service import App
 from queue_service.app import enqueue as enqueueing
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query
 from queue_service.db.steps import Copy
 from queue_service.errors import Deadlock

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query
 from queue_service.runs import queries, settling
 from queue_service.runs.claim import Claim

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query, column, scalar
 from queue_service.services.combiner import BUSY
 from queue_service.turn import Turn

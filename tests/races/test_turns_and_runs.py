@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from queue_service import App, Deliveries, Delivery, Retry, Run, Turn
 from queue_service.app.messages import Mode
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.turns.model import TurnFailure
 from tests.support import eventually, one, rows, working
 

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from queue_service import App, Deliveries, HandedOn, Retry, Run, RunState, Snooze, Turn, Worker
 from queue_service.cli import cli
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection
+from queue_service.db.session import connect
 from queue_service.services.pruner import Pruner
 from queue_service.settings import load
 from tests.support import one

@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from queue_service import App, Turn
 from queue_service.db.cluster import Cluster
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, TurnEnded
 from tests.chaos.proxy import Outage, Proxy

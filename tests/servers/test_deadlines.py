@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service import App
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable
 from queue_service.settings import load

@@ -18,7 +18,8 @@ from psycopg.conninfo import make_conninfo
 
 from queue_service import App
 from queue_service.app import opened as opened_module
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection
+from queue_service.db.session import connect
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.settings import load
 from tests.servers.operations import OPERATIONS, Call

@@ -13,7 +13,8 @@ import httpx2
 import pytest
 
 from queue_service import App, Run, Worker
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection
+from queue_service.db.session import connect
 from tests.gateway.served import serving
 from tests.servers.pair import GAVE_UP, Pair
 from tests.servers.test_giving_up import WAITING

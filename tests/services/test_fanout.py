@@ -12,7 +12,7 @@ import pytest
 
 from queue_service import App, Event, StreamState, Turn
 from queue_service.db import channels
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.services import fanout
 from queue_service.services.fanout import READ_PAGE, TAIL_LENGTH, Tail, Wakeup

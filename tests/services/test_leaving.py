@@ -12,7 +12,7 @@ import pytest
 from queue_service import App
 from queue_service.app.progress import watching
 from queue_service.app.sync import Loop
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs.model import Progress, Run
 from tests.support import eventually, one, service

@@ -9,8 +9,7 @@ import pytest
 from queue_service import App
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable, ValueRefused
 from queue_service.services import notifier

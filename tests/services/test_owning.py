@@ -20,7 +20,7 @@ from queue_service import App, Retry, Turn, Worker
 from queue_service.app.opened import Opened
 from queue_service.db import embedded
 from queue_service.db.cluster import Cluster
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from tests.support import eventually, one
 

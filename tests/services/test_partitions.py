@@ -10,8 +10,7 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 
 from queue_service import App, RunState, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending
 from queue_service.services.loop import Work, every

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from queue_service import App, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import DatabaseRefused
 from queue_service.services.partitions import DAYS_AHEAD, Partitions
 from queue_service.services.pruner import Pruner

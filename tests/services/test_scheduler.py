@@ -20,7 +20,7 @@ import pytest
 from queue_service import App, Run, RunState, Worker
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.db.query import Query
 from queue_service.errors import ConfigError, DatabaseUnavailable, PayloadRefused
 from queue_service.schedules.model import DueSchedule, Misfire

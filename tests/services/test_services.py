@@ -8,8 +8,8 @@ import pytest
 from queue_service import App, RunState, Turn
 from queue_service.db import channels
 from queue_service.db.channels import Notice
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, OwnConnection, Pool
+from queue_service.db.execute import Connection, fetch
+from queue_service.db.pool import OwnConnection, Pool
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, RunUnknown
 from queue_service.runs import queries

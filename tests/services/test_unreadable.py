@@ -9,8 +9,7 @@ from datetime import timedelta
 import pytest
 
 from queue_service import App, Turn
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.roster import queries as roster
 from queue_service.services.scheduler import Scheduler
 from tests.support import one, rows

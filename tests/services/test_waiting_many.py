@@ -8,7 +8,7 @@ from collections.abc import Collection
 import pytest
 
 from queue_service import App, Run, RunState
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable, RunUnknown
 from queue_service.runs import queries

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Turn
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import DeploymentDown, DeploymentHeld
 from queue_service.supervisor import Supervisor
 from tests.support import eventually, is_gone, one, quick_app, refusing, rows

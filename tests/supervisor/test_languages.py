@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Outcome, Run, Supervisors, Turn, TurnFailure, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.supervisor import Supervisor
 from tests.supervisor.agents import AGENTS
 from tests.support import eventually, one, rows

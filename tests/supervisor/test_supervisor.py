@@ -19,8 +19,8 @@ import uvloop
 from queue_service import App, Event, Outcome, Turn
 from queue_service.db import channels
 from queue_service.db.cluster import Cluster
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection, fetch
+from queue_service.db.session import connect
 from queue_service.errors import ConfigError, DeploymentDown
 from queue_service.settings import load
 from queue_service.supervisor import Supervisor, process, supervisor

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Outcome, Turn
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.supervisor import Supervisor
 from tests.support import eventually, one, refusing, rows
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Run, Snooze, Supervisors, Turn
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError
 from tests.supervisor.agents import AGENTS
 from tests.support import eventually, one, quick_app, rows, working

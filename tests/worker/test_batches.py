@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from queue_service import App, Cancel, Retry, RetryLater, Run, RunState, Snooze, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.runs.model import Ending, Return
 from queue_service.settings import load
 from queue_service.worker import lag

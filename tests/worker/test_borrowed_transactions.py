@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from queue_service import App, HandedOn, Run, Turn, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError
 from queue_service.runs.model import RunState
 from tests.db.test_borrowed_everywhere import ODD

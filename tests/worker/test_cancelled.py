@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from queue_service import App, Run, RunState, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.worker.worker import CANCELLED_SECONDS
 from tests.support import enqueued, eventually, one, rows
 from tests.worker.conftest import Start

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from queue_service import App, RunState, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.settings import load
 from tests.support import enqueued, eventually, listening, one, rows, working
 from tests.worker.conftest import short_then_slow

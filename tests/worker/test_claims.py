@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from queue_service import App, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, Place
+from queue_service.db.execute import Connection, fetch
+from queue_service.db.pool import Place
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import lost, queries

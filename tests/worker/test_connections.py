@@ -12,7 +12,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from queue_service import App, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.settings import load
 from tests.support import eventually, one
 from tests.worker.worker_process import WorkerProcess

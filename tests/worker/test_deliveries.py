@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Event, Retry, Run, Turn, TurnFailure, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.deliveries import MAX_ATTEMPTS, NOT_MINE, RETRY_DELAY, Deliveries, Delivery, Shown
 from queue_service.errors import ConfigError
 from queue_service.services.loop import Services, every

@@ -21,8 +21,7 @@ from queue_service import (
     TurnFailure,
 )
 from queue_service.connections import queries as connections
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.deliveries import MAX_ATTEMPTS, NOT_MINE, Deliveries
 from queue_service.errors import ConfigError, PayloadRefused
 from tests.support import eventually, one, rows, working

@@ -13,7 +13,7 @@ from datetime import timedelta
 import pytest
 
 from queue_service import NOT_MINE, Defer, Delivery, RetryLater, Snooze
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.deliveries import MAX_ATTEMPTS, RETRY_DELAY
 from tests.support import eventually, one, rows, working
 from tests.worker.test_deliveries import (

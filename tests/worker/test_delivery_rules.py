@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from queue_service import App, Event, TurnFailure
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.deliveries import MAX_ATTEMPTS, Delivery
 from tests.support import eventually, one, rows, working
 from tests.worker.test_deliveries import (

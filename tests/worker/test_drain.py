@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from queue_service import App, Run, RunState, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs import queries
 from queue_service.settings import load
 from queue_service.worker import executor

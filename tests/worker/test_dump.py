@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Run, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.worker import dump
 from tests.support import eventually, rows, working
 from tests.worker.conftest import Observe

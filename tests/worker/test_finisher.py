@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from psycopg import errors as pg
 
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection, Place, Pool
+from queue_service.db.execute import Connection, fetch
+from queue_service.db.pool import Place, Pool
 from queue_service.db.query import Query
 from queue_service.db.session import Limits
 from queue_service.errors import DatabaseUnavailable

@@ -24,7 +24,8 @@ import pytest
 from queue_service import App, Worker
 from queue_service.db import revision, session
 from queue_service.db.cluster import Cluster
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection
+from queue_service.db.session import connect
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.settings import load
 from queue_service.worker import endpoint, health

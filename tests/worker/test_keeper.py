@@ -13,8 +13,7 @@ import psycopg
 import pytest
 
 from queue_service import App, RunState, Worker
-from queue_service.db.execute import fetch_sync
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch_sync
 from queue_service.runs import queries
 from queue_service.worker import suspects
 from tests.support import eventually, one, rows, working

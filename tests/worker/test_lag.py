@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service import App, RunState, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.worker import lag
 from queue_service.worker.lag import LagWatch
 from tests.support import eventually, one, working

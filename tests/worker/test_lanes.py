@@ -10,8 +10,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from queue_service import App, Retry, Run, RunState, Snooze, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.settings import load
 from queue_service.worker import pace
 from tests.support import claim, eventually, listening, one, working

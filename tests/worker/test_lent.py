@@ -22,8 +22,8 @@ from psycopg.rows import dict_row
 
 from queue_service import App, Retry, Run, RunState, Worker
 from queue_service.db import lending, lent
+from queue_service.db.execute import Connection
 from queue_service.db.lending import Lender
-from queue_service.db.pool import Connection
 from queue_service.db.session import Address
 from queue_service.errors import DatabaseUnavailable
 from queue_service.settings import load

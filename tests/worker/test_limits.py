@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Run, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.settings import load
 from queue_service.worker import pace, queue_state
 from tests.support import eventually, one, rows, working

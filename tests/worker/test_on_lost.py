@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from queue_service import App, Retry, Run, RunState, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs import queries
 from queue_service.services.sweeper import SweepCounts, Sweeper
 from tests.support import enqueued, eventually, is_gone, lapse, one, rows, working

@@ -13,7 +13,8 @@ import pytest
 from queue_service import App, Retry, RunState, Worker
 from queue_service.db import revision
 from queue_service.db.cluster import Cluster
-from queue_service.db.pool import Connection, connect
+from queue_service.db.execute import Connection
+from queue_service.db.session import connect
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.settings import Settings, load
 from tests.support import eventually, one, rows, working

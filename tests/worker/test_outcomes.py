@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from queue_service import App, Cancel, Retry, Run, RunState, Snooze, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.settings import load
 from queue_service.worker.executor import Executor
 from queue_service.worker.handlers import threads

@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service import App, Run, RunState, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import ConfigError
 from queue_service.worker.handlers.process_protocol import Job
 from queue_service.worker.handlers.processes import BOOT

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Progress, Retry, Run, RunState, Snooze, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.runs import queries, settling
 from queue_service.runs.claim import hold

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Retry, Run, Snooze, Turn, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.db.query import Query
 from queue_service.worker.resets import after_reset
 from tests.support import eventually, one, working

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Retry, RetryLater, Run, RunState, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 
 
 async def failed_once(app: App, retry: Retry, error: BaseException, **options: Any) -> tuple[Run, float]:

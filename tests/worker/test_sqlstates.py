@@ -10,7 +10,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from queue_service import App, RunState, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.errors import QueueServiceError
 from queue_service.settings import load
 from tests.support import eventually, one, working

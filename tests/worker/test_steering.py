@@ -9,8 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from queue_service import App, Cancel, Retry, Run, RunState, Turn, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.errors import ConfigError
 from queue_service.runs import settling
 from queue_service.runs.model import Ending

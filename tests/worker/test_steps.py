@@ -16,8 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from queue_service import App, Retry, Run, RunState, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable, PayloadRefused
 from queue_service.services import combiner
 from queue_service.steps import queries as steps

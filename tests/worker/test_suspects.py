@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Run, RunState, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.settings import load
 from queue_service.worker import suspects as suspects_module
 from queue_service.worker.pace import Alarm

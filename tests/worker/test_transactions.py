@@ -18,9 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from queue_service import App, Cancel, Retry, Run, RunState, Worker
-from queue_service.db.execute import fetch
+from queue_service.db.execute import Connection, fetch
 from queue_service.db.lent import LentAsyncConnection, LentConnection
-from queue_service.db.pool import Connection
 from queue_service.errors import ClaimLost, ConfigError
 from queue_service.runs import queries
 from queue_service.services.sweeper import Sweeper

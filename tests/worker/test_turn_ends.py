@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, Cancel, HandedOn, Outcome, Retry, Run, RunState, Snooze, Turn, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending, Return
 from queue_service.turns.model import SENTENCES

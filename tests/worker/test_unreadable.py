@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from queue_service import App, RunState, Worker
-from queue_service.db.execute import fetch
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.runs.walks import page
 from tests.support import enqueued, one, rows, working
 

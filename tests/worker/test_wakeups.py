@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from queue_service import App, Worker
-from queue_service.db.pool import Connection
+from queue_service.db.execute import Connection
 from queue_service.db.query import Query, scalar
 from queue_service.settings import load
 from queue_service.worker.claims import Claims
