@@ -82,7 +82,9 @@ supervisors = Supervisors(app, [sys.executable, str(AGENT)], deliver=deliveries.
 @app.on_start
 async def make_table() -> None:
     async with app.pool.connection() as conn:
-        await conn.execute("create table if not exists bookings (id serial primary key, message_id text, what text)")
+        await conn.execute(
+            "create table if not exists public.bookings (id serial primary key, message_id text, what text)"
+        )
 
 
 @app.task(queue="agents", retry=Retry(max_attempts=5))

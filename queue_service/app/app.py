@@ -239,7 +239,8 @@ class App(Runs):
 
     @property
     def pool(self) -> Pool:
-        """The pool of connections. ConfigError as for `opened`."""
+        """The pool of connections. Their sessions have our settings: a table of yours is found by its schema's name, as in
+        `public.orders`. ConfigError as for `opened`."""
         return self._core.opened.pool
 
     async def fetch(self, query: Query[T]) -> T:

@@ -38,6 +38,9 @@ _TRIES = 3
 FIRST_PAUSE, MAX_PAUSE = 0.05, 1.0
 # All but one of the connections are closed where they were not used for so many seconds.
 IDLE = 3.0
+# So many are opened as soon as they are wanted, and more only where somebody has waited for so many seconds: what comes at
+# the same moment once, as when a worker starts, is done sooner than a connection is opened.
+READY, GROW = 2, 0.020
 # How long a connection that is looked at may take to answer, in seconds.
 LOOK = 1.0
 
@@ -62,11 +65,12 @@ class Fetcher(Protocol):
 class _Client:
     """Somebody who waits for a connection."""
 
-    __slots__ = ("future", "is_reserved")
+    __slots__ = ("future", "is_reserved", "since")
 
     def __init__(self, *, is_reserved: bool) -> None:
         self.future: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
         self.is_reserved = is_reserved
+        self.since = time.monotonic()
 
 
 class Pool:
@@ -94,6 +98,7 @@ class Pool:
         # Why there is no connection; None: the last try succeeded.
         self._lost: DatabaseUnavailable | None = None
         self._trimming: asyncio.TimerHandle | None = None
+        self._growing: asyncio.TimerHandle | None = None
         self.is_closed = False
 
     async def open(self) -> None:
@@ -103,8 +108,9 @@ class Pool:
     async def close(self) -> None:
         """Close what is idle now, and the others when they are given back. Whoever waits is told so."""
         self.is_closed = True
-        if self._trimming is not None:
-            self._trimming.cancel()
+        for timer in (self._trimming, self._growing):
+            if timer is not None:
+                timer.cancel()
         self._fail(_closed(), [self._first, self._line])
         while self._idle:
             self._discard(self._idle.pop())
@@ -203,7 +209,7 @@ class Pool:
 
     async def _wait(self, client: _Client, deadline: float) -> Session:
         (self._first if client.is_reserved else self._line).append(client)
-        self._connect(1)
+        self._open_for_those_who_wait()
         try:
             async with asyncio.timeout(deadline):
                 return await client.future
@@ -240,8 +246,7 @@ class Pool:
         while self._idle and (client := self._next_client()):
             self._lent += not client.is_reserved
             client.future.set_result(self._idle.pop())
-        if wanted := len(self._first) + len(self._line):
-            self._connect(wanted)
+        self._open_for_those_who_wait()
 
     def _next_client(self) -> _Client | None:
         """The first who may have one."""
@@ -253,6 +258,20 @@ class Pool:
         return None
 
     # Opening and closing
+
+    def _open_for_those_who_wait(self) -> None:
+        ready = min(len(self._line), READY - self._lent) if self._open else len(self._line)
+        if wanted := len(self._first) + max(ready, 0):
+            self._connect(wanted - len(self._connecting))
+        if self._line and self._growing is None and not self.is_closed:
+            self._growing = asyncio.get_running_loop().call_later(GROW, self._grow)
+
+    def _grow(self) -> None:
+        self._growing = None
+        if self._line and time.monotonic() - self._line[0].since > GROW * 0.9:
+            self._connect(len(self._line) - len(self._connecting))
+        if self._line:
+            self._growing = asyncio.get_running_loop().call_later(GROW, self._grow)
 
     def _connect(self, wanted: int) -> None:
         """Begin to open so many more, as far as there is room for them; in an outage one at a time."""
