@@ -13,7 +13,7 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import psycopg
@@ -191,7 +191,7 @@ class Pool:
                 self._idle.remove(conn)
                 return conn
         # To change the limits takes a round trip: next time there is another one.
-        self._connect(1)
+        self._connect(READY - len(self._open) - len(self._connecting))
         return self._idle.pop()
 
     async def _is_good(self, conn: Session, limits: Limits) -> bool:
@@ -214,14 +214,16 @@ class Pool:
             async with asyncio.timeout(deadline):
                 return await client.future
         except TimeoutError:
-            self._take_back(client)
+            self._withdraw(client)
             raise (DatabaseUnavailable(str(self._lost)) if self._lost is not None else none_free()) from None
         except BaseException:
-            self._take_back(client)
+            self._withdraw(client)
             raise
 
-    def _take_back(self, client: _Client) -> None:
-        """From one who was given a connection at the moment in which it was cancelled."""
+    def _withdraw(self, client: _Client) -> None:
+        """It waits no longer, and gives back what it was given at the moment in which it was cancelled."""
+        with suppress(ValueError):
+            (self._first if client.is_reserved else self._line).remove(client)
         future = client.future
         if future.done() and not future.cancelled() and future.exception() is None:
             self._give(future.result(), is_reserved=client.is_reserved)
@@ -253,6 +255,7 @@ class Pool:
         for line in (self._first, self._line):
             while line and (line is self._first or self._lent < self._size):
                 client = line.popleft()
+                # One that was cancelled has not heard of it yet.
                 if not client.future.done():
                     return client
         return None

@@ -18,7 +18,8 @@ from queue_service.db.session import Address, Limits, Session, connect
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
-from tests.support import blocked, claimed, enqueued, eventually, lapse, one
+from tests.chaos.proxy import Proxy
+from tests.support import blocked, claimed, enqueued, eventually, free_port, lapse, one
 
 PID: Query[int] = Query("select pg_backend_pid()", scalar, writes=False)
 SLEEP: Query[None] = Query("select pg_sleep(60)", nothing, writes=False)
@@ -404,6 +405,36 @@ class TestLending:
         with pytest.raises(DatabaseUnavailable, match="nowhere"):
             await lost.fetch(PID, deadline=0.3)
         await lost.close()
+
+
+class TestOutage:
+    """A port whose connections are cut at once."""
+
+    async def test_once_nobody_waits_nobody_tries(self) -> None:
+        async with Proxy(free_port()).open() as proxy:
+            pool = Pool(lost_at(proxy), size=4)
+            answers = await asyncio.gather(*(pool.fetch(PID, deadline=0.5) for _ in range(10)), return_exceptions=True)
+            assert all(isinstance(each, DatabaseUnavailable) for each in answers)
+            await eventually(lambda: not pool._connecting)
+            tries = len(proxy.accepted)
+            await eventually(lambda: pool._growing is None)
+            assert len(proxy.accepted) == tries
+            await pool.close()
+
+    async def test_however_many_wait_one_tries(self) -> None:
+        async with Proxy(free_port()).open() as proxy:
+            pool = Pool(lost_at(proxy), size=20)
+            waiting = [asyncio.create_task(pool.fetch(PID)) for _ in range(100)]
+            await eventually(lambda: len(proxy.accepted) >= 26)
+            # After the first 20 at 50 ms, 100 ms, … with full jitter, and not 20 of them each time.
+            assert proxy.accepted[25] - proxy.accepted[20] > 0.1
+            await pool.close()
+            answers = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(each, DatabaseUnavailable) for each in answers)
+
+
+def lost_at(proxy: Proxy) -> str:
+    return f"host=127.0.0.1 port={proxy.port} dbname=x sslmode=disable gssencmode=disable"
 
 
 class TestWrites:
