@@ -8,8 +8,14 @@ is brought to its end first, so that its errors are the caller's, and so is what
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from typing import Any, Literal, TypeVar
 
 import psycopg
@@ -18,6 +24,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 from queue_service.db.adapters import AsyncCursor, Cursor
+from queue_service.db.execute import shut
 from queue_service.db.meaning import meaning
 from queue_service.db.query import Query, Rows
 from queue_service.db.rows import salvaged
@@ -36,6 +43,8 @@ AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 # Seconds for which another use of the connection is waited for. The block of a COPY that the caller is in does not end
 # before we return.
 BUSY_PATIENCE = 30.0
+# How long whoever uses a connection that was hung up on may take to notice.
+HANG_UP_SECONDS = 1.0
 
 
 class Psycopg:
@@ -94,6 +103,29 @@ class AsyncPsycopg:
         self._conn = conn
 
     async def fetch(self, query: Query[T]) -> T:
+        return await (self._hung_up_if_cancelled(self._fetch(query)) if query.writes else self._fetch(query))
+
+    async def copy(self, statement: str, data: str) -> None:
+        await self._hung_up_if_cancelled(self._copy(statement, data))
+
+    async def _hung_up_if_cancelled(self, write: Coroutine[Any, Any, T]) -> T:
+        """The driver has a statement cancelled on the server where its caller is cancelled. One that is a transaction by
+        itself may be committing, so its connection is closed instead. See `db/execute.py`."""
+        if await self.in_transaction():
+            return await write
+        writing = asyncio.ensure_future(write)
+        try:
+            return await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            if not writing.done():
+                with suppress(OSError, psycopg.Error):
+                    shut(self._conn.pgconn.socket)
+                await asyncio.wait([writing], timeout=HANG_UP_SECONDS)
+            if writing.done() and not writing.cancelled():
+                writing.exception()
+            raise
+
+    async def _fetch(self, query: Query[T]) -> T:
         async with self._alone() as pipeline:
             with told(self._conn):
                 check_usable(self._conn, writes=query.writes)
@@ -107,7 +139,7 @@ class AsyncPsycopg:
                     rows = salvaged(cursor)
         return query.decode(rows)
 
-    async def copy(self, statement: str, data: str) -> None:
+    async def _copy(self, statement: str, data: str) -> None:
         async with self._alone():
             with told(self._conn):
                 check_usable(self._conn, writes=True)

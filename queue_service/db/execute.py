@@ -126,8 +126,13 @@ class _Deadline:
         with contextlib.suppress(OSError, psycopg.Error):
             if self._may_cancel:
                 _cancel_there(self._conn.pgconn)
-            with socket.socket(fileno=os.dup(self._conn.pgconn.socket)) as line:
-                line.shutdown(socket.SHUT_RDWR)
+            shut(self._conn.pgconn.socket)
+
+
+def shut(descriptor: int) -> None:
+    """Let whoever uses this socket hear that it has ended."""
+    with socket.socket(fileno=os.dup(descriptor)) as line:
+        line.shutdown(socket.SHUT_RDWR)
 
 
 # The tasks that do so, kept from being forgotten.

@@ -15,9 +15,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +29,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg.waiting import Ready, wait_async, wait_selector
 
-from queue_service.db.execute import WAIT_INTERVAL
+from queue_service.db.execute import WAIT_INTERVAL, shut
 from queue_service.errors import ConfigError, DatabaseUnavailable
 
 T = TypeVar("T")
@@ -296,12 +294,6 @@ class HangUp:
 
 class _Silence(Exception):
     pass
-
-
-def shut(descriptor: int) -> None:
-    """Let whoever uses this socket hear that it has ended."""
-    with socket.socket(fileno=os.dup(descriptor)) as line:
-        line.shutdown(socket.SHUT_RDWR)
 
 
 def _bounded(gen: PQGen[T], seconds: float) -> PQGen[T]:

@@ -7,7 +7,7 @@ import asyncio
 import datetime as dt
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -20,8 +20,10 @@ from psycopg.rows import dict_row, namedtuple_row
 from queue_service import App, Turn
 from queue_service.app.sync import SyncApp
 from queue_service.db import borrowed_psycopg
-from queue_service.db.execute import Connection
+from queue_service.db.execute import Connection, fetch
 from queue_service.errors import ConfigError, DatabaseRefused, DatabaseUnavailable, DuplicateRun, TransactionConflict
+from queue_service.runs import queries
+from queue_service.runs.model import NewRun
 from tests.support import eventually, one, rows
 
 TURN = Turn(deployment="dep", message_id="m", stream="talk")
@@ -392,3 +394,23 @@ async def test_a_lane_is_made_for_a_run_that_was_stored_while_triggers_did_not_f
     assert await one(conn, "select count(*) from queue_service.lanes") == 0
     with app.opened.sweeping():
         assert await eventually(lambda: one(conn, "select count(*) from queue_service.lanes")) == 1
+
+
+@pytest.mark.parametrize("autocommit", [True, False], ids=["committed by itself", "in a transaction"])
+async def test_a_write_that_is_given_up_is_not_cancelled_where_it_may_be_committing(
+    database: str, app: App, conn: Connection, session: Callable[[], Awaitable[Connection]], autocommit: bool
+) -> None:
+    mine = await psycopg.AsyncConnection.connect(database, autocommit=autocommit)
+    holder = await session()
+    await holder.execute("begin")
+    await fetch(holder, queries.enqueue(NewRun("noop", "default", "{}", singleton_key="k")))
+    call = asyncio.create_task(app.enqueue("noop", {"n": 1}, singleton_key="k", conn=mine))
+    await eventually(lambda: one(conn, "select cardinality(pg_blocking_pids(%s)) > 0", mine.info.backend_pid))
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert mine.closed is autocommit
+    await holder.execute("rollback")
+    await mine.close()
+    # What was sent goes on to its end, or is rolled back with its transaction.
+    await eventually(lambda: one(conn, f"select count(*) = {int(autocommit)} from queue_service.runs"))
