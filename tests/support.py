@@ -117,6 +117,11 @@ async def listening(conn: Connection) -> None:
     )
 
 
+def is_heard(app: App, channel: str) -> bool:
+    """Whether notices of this channel are heard in this process, or can never be."""
+    return app.opened.listener.hears(channel) or app.opened.listener.polls_by_design
+
+
 @asynccontextmanager
 async def refusing(conn: Connection, table: str, what: str) -> AsyncIterator[None]:
     """While this lasts, the database stores no row of the table for which `what` is true."""

@@ -98,6 +98,7 @@ def test_a_pooler_is_told_by_its_words(words: str, text: str) -> None:
         assert re.search(text.replace("FATAL:  ", "(.*)FATAL:  "), str(ours)), ours
 
 
+@pytest.mark.direct("the session that ends is the pooler's")
 @pytest.mark.parametrize(
     ("setting", "statement", "text"),
     [

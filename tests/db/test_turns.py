@@ -31,7 +31,7 @@ from queue_service.errors import (
 )  # fmt: skip
 from queue_service.services import sweeper
 from queue_service.turns.model import SENTENCES, Marker
-from tests.support import eventually, one, rows, working
+from tests.support import eventually, is_heard, one, rows, working
 
 MINUTE = timedelta(minutes=1)
 DIED = TurnFailure("worker_died")
@@ -605,14 +605,14 @@ class TestADischarge:
     async def test_is_heard_by_whoever_waits(self, app: App) -> None:
         await armed(app)
         waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=10))
-        await eventually(lambda: app.opened.listener.hears(channels.EVENTS))
+        await eventually(lambda: is_heard(app, channels.EVENTS))
         await app.turns.discharge("dep-1", "m1")
         assert (await waiting).kind == "discharged"
 
     async def test_is_found_by_whoever_waits_where_its_notice_is_lost(self, app: App, conn: Connection) -> None:
         await armed(app)
         waiting = asyncio.ensure_future(app.turns.wait("dep-1", "m1", timeout=10))
-        await eventually(lambda: app.opened.listener.hears(channels.EVENTS))
+        await eventually(lambda: is_heard(app, channels.EVENTS))
         await conn.execute("delete from queue_service.turn_markers")
         await conn.execute("update queue_service.turn_outcomes set kind = 'discharged', ended_at = clock_timestamp()")
         assert (await waiting).kind == "discharged"

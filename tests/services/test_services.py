@@ -150,6 +150,7 @@ class TestWaiting:
         await app.cancel(run_id)
         assert [(await waiter).state for waiter in waiters] == 3 * [RunState.CANCELLED]
 
+    @pytest.mark.direct("nothing listens there")
     async def test_an_ending_without_a_notice_is_found_by_polling(self, app: App, conn: Connection) -> None:
         run_id = await app.enqueue("noop", {})
         waiter = asyncio.create_task(app.wait(run_id, timeout=10))

@@ -25,7 +25,7 @@ from queue_service.errors import ConfigError, DeploymentDown
 from queue_service.settings import load
 from queue_service.supervisor import Supervisor, process, supervisor
 from queue_service.turns import queries
-from tests.support import eventually, one, rows
+from tests.support import eventually, is_heard, one, rows
 
 CHILD = [sys.executable, str(Path(__file__).with_name("child_for_tests.py"))]
 OVERDUE = "update queue_service.turn_markers set deadline = clock_timestamp() - interval '1 minute'"
@@ -154,7 +154,7 @@ async def test_a_kill_reaches_the_waiter_within_moments(database: str) -> None:
             await eventually(lambda: app.fetch(_scalar(stored)))  # noqa: B023
             waiting = asyncio.create_task(ending(app, f"m{number}"))
             assert child.pid is not None
-            await eventually(lambda: app.opened.listener.hears(channels.EVENTS))
+            await eventually(lambda: is_heard(app, channels.EVENTS))
             begun = time.perf_counter()
             os.kill(child.pid, signal.SIGKILL)
             assert (await waiting).code == "worker_died"
