@@ -26,8 +26,8 @@ from psycopg import pq
 
 from queue_service.backoff import Pauses
 from queue_service.db.lent import LentAsyncConnection, LentConnection, Unfit
+from queue_service.db.lines import Borrower, Lines, Ticket
 from queue_service.db.meaning import meaning
-from queue_service.db.places import Borrower, Places, Turn
 from queue_service.db.session import LIFE, Address, options
 from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
@@ -54,7 +54,7 @@ class _Kept(NamedTuple):
 
 class Lender:
     """Lends to as many runs of a queue at once as `limit_of` says, whether their handlers are on this `loop` (None: there
-    are none) or in threads. The database may say nothing about a statement for so long. `on_wait` is as in Places."""
+    are none) or in threads. The database may say nothing about a statement for so long. `on_wait` is as in Lines."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class Lender:
         self.loop = loop
         self._address = Address.of(where)
         self._silence = statement_timeout.total_seconds()
-        self._places = Places(limit_of, on_wait=on_wait)
+        self._lines = Lines(limit_of, on_wait=on_wait)
         self._changing = threading.Lock()
         self._idle: deque[_Kept] = deque()
         self._closing_idle: threading.Timer | None = None
         # What handlers in threads have.
-        self._lent: dict[Turn, LentConnection] = {}
+        self._lent: dict[Ticket, LentConnection] = {}
         self._is_waiting_told = False
         self._tries = 0
         self._is_closed = False
@@ -86,11 +86,11 @@ class Lender:
         commit what the database says, or DatabaseUnavailable."""
         if asyncio.get_running_loop() is not self.loop:
             raise ConfigError("This is not the worker's event loop. Use `with` here, or give a connection of your own.")
-        turn = self._places.ask(run)
+        ticket = self._lines.ask(run)
         try:
-            conn = await self._begun(turn)
+            conn = await self._begun(ticket)
             try:
-                self._places.hold(turn)
+                self._lines.hold(ticket)
                 yield conn
                 await conn.end(commits=True)
             except BaseException as error:
@@ -100,18 +100,18 @@ class Lender:
             finally:
                 self._keep(conn, is_usable=await conn.reset())
         finally:
-            self._places.leave(turn)
+            self._lines.leave(ticket)
 
     @contextmanager
     def blocking_transaction(self, run: Borrower) -> Iterator[LentConnection]:
         """As `transaction`, in a thread. That of a run which is stopped is cut: a thread that was given up must keep
         neither it nor what it has locked."""
-        turn = self._places.ask(run)
+        ticket = self._lines.ask(run)
         try:
-            conn = self._begun_blocking(turn)
+            conn = self._begun_blocking(ticket)
             try:
-                self._lent[turn] = conn
-                self._places.hold(turn)
+                self._lent[ticket] = conn
+                self._lines.hold(ticket)
                 # `stop` may have come just before.
                 _check_is_ours(run)
                 yield conn
@@ -121,18 +121,18 @@ class Lender:
                 if not _was_asked_for(error):
                     raise
             finally:
-                self._lent.pop(turn, None)
+                self._lent.pop(ticket, None)
                 self._keep(conn, is_usable=conn.reset())
         finally:
-            self._places.leave(turn)
+            self._lines.leave(ticket)
 
     def stop(self, claim: tuple[int, int]) -> None:
         """The run of this claim was stopped, and is marked so: it waits no longer, and a thread that has a connection loses
         it, unless it may be committing. May be called from any thread."""
-        for turn in self._places.stop(claim):
-            conn = self._lent.get(turn)
+        for ticket in self._lines.stop(claim):
+            conn = self._lent.get(ticket)
             if conn is not None and conn.cut():
-                self._places.leave(turn)
+                self._lines.leave(ticket)
 
     def close(self) -> None:
         """Close what nobody has; the others are closed as they come back."""
@@ -143,14 +143,14 @@ class Lender:
 
     # Waiting
 
-    async def _begun(self, turn: Turn) -> LentAsyncConnection:
-        if not turn.granted.done():
-            granted = asyncio.wrap_future(turn.granted)
+    async def _begun(self, ticket: Ticket) -> LentAsyncConnection:
+        if not ticket.granted.done():
+            granted = asyncio.wrap_future(ticket.granted)
             done, _ = await asyncio.wait([granted], timeout=LONG)
             if not done:
-                self._tell_of_waiting(turn, None)
+                self._tell_of_waiting(ticket, None)
                 await granted
-        pauses = self._granted(turn)
+        pauses = self._granted(ticket)
         while True:
             kept, conn = self._taken(), None
             try:
@@ -161,17 +161,17 @@ class Lender:
                 await conn.begin(self._pid_of(conn))
                 return self._ready(conn, kept)
             except BaseException as lost:  # noqa: BLE001 - raised again if it is not that the database is not there
-                self._failed(turn, conn, lost)
+                self._failed(ticket, conn, lost)
             if kept is None:
                 await asyncio.sleep(pauses.next())
 
-    def _begun_blocking(self, turn: Turn) -> LentConnection:
+    def _begun_blocking(self, ticket: Ticket) -> LentConnection:
         try:
-            turn.granted.result(timeout=LONG)
+            ticket.granted.result(timeout=LONG)
         except TimeoutError:
-            self._tell_of_waiting(turn, None)
-            turn.granted.result()
-        pauses = self._granted(turn)
+            self._tell_of_waiting(ticket, None)
+            ticket.granted.result()
+        pauses = self._granted(ticket)
         while True:
             kept, conn = self._taken(), None
             try:
@@ -179,17 +179,17 @@ class Lender:
                 conn.begin(self._pid_of(conn))
                 return self._ready(conn, kept)
             except BaseException as lost:  # noqa: BLE001 - as above
-                self._failed(turn, conn, lost)
+                self._failed(ticket, conn, lost)
             if kept is None:
-                turn.stopped.wait(pauses.next())
+                ticket.stopped.wait(pauses.next())
 
-    def _granted(self, turn: Turn) -> Pauses:
+    def _granted(self, ticket: Ticket) -> Pauses:
         """Between tries to connect."""
-        if not turn.granted.result():
-            raise ClaimLost(*turn.claim)
+        if not ticket.granted.result():
+            raise ClaimLost(*ticket.claim)
         return Pauses(FIRST_PAUSE, LAST_PAUSE, jitter=random.random)
 
-    def _failed(self, turn: Turn, conn: LentAsyncConnection | LentConnection | None, lost: BaseException) -> None:
+    def _failed(self, ticket: Ticket, conn: LentAsyncConnection | LentConnection | None, lost: BaseException) -> None:
         """Raises it, unless waiting may help."""
         if conn is not None:
             conn.hang_up()
@@ -199,20 +199,20 @@ class Lender:
         if isinstance(lost, (DatabaseUnavailable, Unfit)):
             # A server that says nothing, or takes no writes: the others that are kept will be no better.
             self._close_idle(0.0)
-        _check_is_ours(turn.run)
+        _check_is_ours(ticket.run)
         if self._is_closed:
             raise DatabaseUnavailable("The connections of this worker were closed.") from None
-        if time.monotonic() - turn.since > LONG:
-            self._tell_of_waiting(turn, why)
+        if time.monotonic() - ticket.since > LONG:
+            self._tell_of_waiting(ticket, why)
 
-    def _tell_of_waiting(self, turn: Turn, why: Exception | None) -> None:
+    def _tell_of_waiting(self, ticket: Ticket, why: Exception | None) -> None:
         with self._changing:
             was_told, self._is_waiting_told = self._is_waiting_told, True
         if not was_told:
-            lent, waiting = self._places.count()
+            lent, waiting = self._lines.count()
             log.warning(
                 "runs wait for a connection, and their time stands still meanwhile",
-                run_id=turn.run.id, task=turn.run.task, queue=turn.run.queue, lent=lent, waiting=waiting,
+                run_id=ticket.run.id, task=ticket.run.task, queue=ticket.run.queue, lent=lent, waiting=waiting,
                 why="all are lent" if why is None else str(why),
             )  # fmt: skip
 
@@ -232,7 +232,7 @@ class Lender:
     def _ready(self, conn: C, kept: _Kept | None) -> C:
         conn.silence = self._silence
         conn.ends_at = time.monotonic() + LIFE * (1 - 0.2 * random.random()) if kept is None else kept.ends_at  # noqa: S311
-        if self._is_waiting_told and not self._places.count()[1]:
+        if self._is_waiting_told and not self._lines.count()[1]:
             self._is_waiting_told = False
             log.info("runs get connections again")
         return conn

@@ -685,9 +685,9 @@ def counting_failures(lender: Lender) -> list[BaseException]:
     met: list[BaseException] = []
     failed = lender._failed
 
-    def noted(turn: Any, conn: Any, lost: BaseException) -> None:
+    def noted(ticket: Any, conn: Any, lost: BaseException) -> None:
         met.append(lost)
-        failed(turn, conn, lost)
+        failed(ticket, conn, lost)
 
     lender._failed = noted  # type: ignore[method-assign]
     return met

@@ -25,7 +25,7 @@ import msgspec
 from queue_service import logs
 from queue_service.app import App
 from queue_service.db.lending import Lender
-from queue_service.db.places import Borrower
+from queue_service.db.lines import Borrower
 from queue_service.db.session import Address
 from queue_service.db.url import Server
 from queue_service.errors import ConfigError

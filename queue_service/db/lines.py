@@ -45,8 +45,9 @@ class Stage(Enum):
     OVER = auto()
 
 
-class Turn:
-    """Of one block. `granted` is done once it is served; or with False, once its run is not its handler's any more."""
+class Ticket:
+    """The place of one block in its line. `granted` is done once it is served; or with False, once its run is not its
+    handler's any more."""
 
     __slots__ = ("granted", "line", "run", "since", "stage", "stopped")
 
@@ -70,14 +71,14 @@ class _Line:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.served = 0
-        self.waiting: deque[Turn] = deque()
+        self.waiting: deque[Ticket] = deque()
 
 
 # The blocks that this code is inside of.
-_inside: contextvars.ContextVar[tuple[Turn, ...]] = contextvars.ContextVar("queue_service_inside", default=())
+_inside: contextvars.ContextVar[tuple[Ticket, ...]] = contextvars.ContextVar("queue_service_inside", default=())
 
 
-class Places:
+class Lines:
     """May be used from any thread. `limit_of` says how many of a queue are served at once. `on_wait` is called, from any
     thread and without waiting for anything, when a run begins to wait for others, or for the database, and when it no
     longer does. It does not wait for others while it has a connection itself."""
@@ -87,71 +88,71 @@ class Places:
         self._on_wait = on_wait
         self._changing = threading.Lock()
         self._lines: dict[Hashable, _Line] = {}
-        self._turns: dict[Claim, list[Turn]] = {}
+        self._tickets: dict[Claim, list[Ticket]] = {}
         self._are_waiting: set[Claim] = set()
 
-    def ask(self, run: Borrower) -> Turn:
+    def ask(self, run: Borrower) -> Ticket:
         """Begin to wait. Raises ClaimLost for a run that is not its handler's any more."""
         with self._changing:
-            # Under the lock, since `stop` looks for turns only once the run is marked.
+            # Under the lock, since `stop` looks for tickets only once the run is marked.
             if run.cancelled:
                 raise ClaimLost(run.id, run.attempt)
             line = self._line(run)
-            turn = Turn(run, line)
-            self._turns.setdefault(turn.claim, []).append(turn)
-            line.waiting.append(turn)
-            self._note(turn)
+            ticket = Ticket(run, line)
+            self._tickets.setdefault(ticket.claim, []).append(ticket)
+            line.waiting.append(ticket)
+            self._note(ticket)
             self._serve(line)
-        return turn
+        return ticket
 
-    def hold(self, turn: Turn) -> None:
+    def hold(self, ticket: Ticket) -> None:
         """Its connection is ready, and used by the code that calls this."""
         with self._changing:
-            if turn.stage is Stage.OPENING:
-                turn.stage = Stage.HOLDING
-                self._note(turn)
-        _inside.set((*(each for each in _inside.get() if each.stage is Stage.HOLDING), turn))
+            if ticket.stage is Stage.OPENING:
+                ticket.stage = Stage.HOLDING
+                self._note(ticket)
+        _inside.set((*(each for each in _inside.get() if each.stage is Stage.HOLDING), ticket))
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, ticket: Ticket) -> None:
         """It needs nothing any more, or never got it. Any number of times."""
         with self._changing:
-            if turn.stage is Stage.OVER:
+            if ticket.stage is Stage.OVER:
                 return
-            if turn.stage is not Stage.WAITING:
-                turn.line.served -= 1
-            elif turn in turn.line.waiting:
-                turn.line.waiting.remove(turn)
-            turn.stage = Stage.OVER
-            turns = self._turns[turn.claim]
-            turns.remove(turn)
-            self._note(turn)
-            self._serve(turn.line)
-            if not turns:
-                del self._turns[turn.claim]
+            if ticket.stage is not Stage.WAITING:
+                ticket.line.served -= 1
+            elif ticket in ticket.line.waiting:
+                ticket.line.waiting.remove(ticket)
+            ticket.stage = Stage.OVER
+            tickets = self._tickets[ticket.claim]
+            tickets.remove(ticket)
+            self._note(ticket)
+            self._serve(ticket.line)
+            if not tickets:
+                del self._tickets[ticket.claim]
             self._lines = {key: line for key, line in self._lines.items() if line.served or line.waiting}
 
-    def stop(self, claim: Claim) -> list[Turn]:
+    def stop(self, claim: Claim) -> list[Ticket]:
         """The run of this claim is not its handler's any more: nothing of it waits from now on. Returns what it has."""
         with self._changing:
-            turns = list(self._turns.get(claim, ()))
-            for turn in turns:
-                turn.stopped.set()
-                if turn.stage is Stage.WAITING:
-                    if turn in turn.line.waiting:
-                        turn.line.waiting.remove(turn)
-                    if turn.granted.set_running_or_notify_cancel():
-                        turn.granted.set_result(False)
-            return [turn for turn in turns if turn.stage is Stage.HOLDING]
+            tickets = list(self._tickets.get(claim, ()))
+            for ticket in tickets:
+                ticket.stopped.set()
+                if ticket.stage is Stage.WAITING:
+                    if ticket in ticket.line.waiting:
+                        ticket.line.waiting.remove(ticket)
+                    if ticket.granted.set_running_or_notify_cancel():
+                        ticket.granted.set_result(False)
+            return [ticket for ticket in tickets if ticket.stage is Stage.HOLDING]
 
     def count(self) -> tuple[int, int]:
         """How many have a connection, or are getting it, and how many wait for their turn."""
         with self._changing:
-            turns = [turn for turns in self._turns.values() for turn in turns]
-        waiting = sum(turn.stage is Stage.WAITING for turn in turns)
-        return len(turns) - waiting, waiting
+            tickets = [ticket for tickets in self._tickets.values() for ticket in tickets]
+        waiting = sum(ticket.stage is Stage.WAITING for ticket in tickets)
+        return len(tickets) - waiting, waiting
 
     def _line(self, run: Borrower) -> _Line:
-        depth = sum(turn.stage is Stage.HOLDING for turn in _inside.get())
+        depth = sum(ticket.stage is Stage.HOLDING for ticket in _inside.get())
         if not depth and running.get() is not cast("object", run) and self._has_one(run):
             # A thread that a handler has started does not know which blocks it is inside of.
             depth = 1
@@ -161,21 +162,21 @@ class Places:
         return self._lines[key]
 
     def _has_one(self, run: Borrower) -> bool:
-        return any(turn.stage is Stage.HOLDING for turn in self._turns.get((run.id, run.attempt), ()))
+        return any(ticket.stage is Stage.HOLDING for ticket in self._tickets.get((run.id, run.attempt), ()))
 
     def _serve(self, line: _Line) -> None:
         while line.waiting and line.served < line.limit:
-            turn = line.waiting.popleft()
+            ticket = line.waiting.popleft()
             # One whose waiter was cancelled at this moment leaves by itself.
-            if turn.granted.set_running_or_notify_cancel():
+            if ticket.granted.set_running_or_notify_cancel():
                 line.served += 1
-                turn.stage = Stage.OPENING
-                self._note(turn)
-                turn.granted.set_result(True)
+                ticket.stage = Stage.OPENING
+                self._note(ticket)
+                ticket.granted.set_result(True)
 
-    def _note(self, turn: Turn) -> None:
-        stages = {each.stage for each in self._turns.get(turn.claim, ())}
+    def _note(self, ticket: Ticket) -> None:
+        stages = {each.stage for each in self._tickets.get(ticket.claim, ())}
         waits = Stage.OPENING in stages or (Stage.WAITING in stages and Stage.HOLDING not in stages)
-        if waits != (turn.claim in self._are_waiting):
-            (self._are_waiting.add if waits else self._are_waiting.discard)(turn.claim)
-            self._on_wait(turn.run, waits)
+        if waits != (ticket.claim in self._are_waiting):
+            (self._are_waiting.add if waits else self._are_waiting.discard)(ticket.claim)
+            self._on_wait(ticket.run, waits)
