@@ -32,6 +32,8 @@ from queue_service.errors import DatabaseRefused, DatabaseUnavailable, SchemaMis
 T = TypeVar("T")
 
 DEADLINE = 30.0
+# How often a statement that may be repeated is sent in all, before the caller hears that it failed.
+_TRIES = 3
 # How often a wait looks whether it was interrupted, in seconds; psycopg's own number.
 WAIT_INTERVAL = 0.1
 # How long the request to cancel a statement may take to arrive, in seconds.
@@ -102,6 +104,20 @@ async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline
             if isinstance(conn, Connection):
                 conn.only_reads = False
     return query.decode(rows)
+
+
+async def persistently(conn: Connection, query: Query[T], deadline: float) -> T:
+    """As `fetch`, and sent again where it lost a fight and changed nothing."""
+    for attempt in range(_TRIES):
+        try:
+            return await fetch(conn, query, deadline=deadline)
+        except psycopg.Error as lost:
+            if not may_repeat(lost):
+                raise
+            if attempt == _TRIES - 1 or conn.info.transaction_status is not TransactionStatus.IDLE:
+                raise DatabaseUnavailable(f"The database kept refusing a statement: {lost}") from lost
+            await asyncio.sleep(0.01 * (attempt + 1))
+    raise AssertionError("unreachable")
 
 
 def unanswered(deadline: float) -> DatabaseUnavailable:

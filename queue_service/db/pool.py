@@ -18,10 +18,9 @@ from typing import Any, Protocol, TypeVar
 
 import psycopg
 from psycopg import errors as pg
-from psycopg.pq import TransactionStatus
 
 from queue_service.backoff import Pauses
-from queue_service.db.execute import DEADLINE, fetch, may_repeat, translated, unanswered
+from queue_service.db.execute import DEADLINE, persistently, translated, unanswered
 from queue_service.db.meaning import took_too_much
 from queue_service.db.query import Query
 from queue_service.db.session import Address, Limits, Session, connect
@@ -32,8 +31,6 @@ T = TypeVar("T")
 
 log = get_logger(__name__)
 
-# How often a statement that may be repeated is sent in all, before the caller hears that it failed.
-_TRIES = 3
 # Between two tries to connect.
 FIRST_PAUSE, MAX_PAUSE = 0.05, 1.0
 # All but one of the connections are closed where they were not used for so many seconds.
@@ -388,19 +385,6 @@ class OwnConnection:
         conn, self._conn = self._conn, None
         if conn is not None:
             conn.pgconn.finish()
-
-
-async def persistently(conn: Session, query: Query[T], deadline: float) -> T:
-    for attempt in range(_TRIES):
-        try:
-            return await fetch(conn, query, deadline=deadline)
-        except psycopg.Error as lost:
-            if not may_repeat(lost):
-                raise
-            if attempt == _TRIES - 1 or conn.info.transaction_status is not TransactionStatus.IDLE:
-                raise DatabaseUnavailable(f"The database kept refusing a statement: {lost}") from lost
-            await asyncio.sleep(0.01 * (attempt + 1))
-    raise AssertionError("unreachable")
 
 
 def _was_not_executed(query: Query[Any], lost: BaseException | None) -> bool:
