@@ -329,6 +329,15 @@ def slow(conn: Conn, tag: str, seconds: float) -> Iterator[None]:
 
 
 def migrating(conninfo: str) -> subprocess.Popen[str]:
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and whatever they start inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return started(conninfo)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def started(conninfo: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "queue_service", "db", "migrate", "--database-url", conninfo],
         stdout=subprocess.PIPE,
