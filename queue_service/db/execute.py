@@ -69,7 +69,8 @@ class Connection(psycopg.AsyncConnection[Any]):
         # psycopg 3.2 has no `timeout`, and gives none.
         bounds: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         try:
-            return await wait_async(gen, self.pgconn.socket, interval=interval, **bounds)
+            with cancellable():
+                return await wait_async(gen, self.pgconn.socket, interval=interval, **bounds)
         except (asyncio.CancelledError, KeyboardInterrupt):
             if self.pgconn.transaction_status is not TransactionStatus.IDLE:
                 if self.only_reads:
