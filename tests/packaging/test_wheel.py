@@ -51,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of `python` and `queue-service` where only our dependencies come from elsewhere."""
     place = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(place, with_pip=False, symlinks=True)
@@ -112,12 +112,12 @@ def test_the_metadata_names_the_script_the_licence_and_the_dependencies(wheel: P
 
 
 def test_an_installed_wheel_migrates_enqueues_and_works_from_an_empty_directory(
-    programs: Path, empty_database: str, tmp_path: Path
+    installed: Path, empty_database: str, tmp_path: Path
 ) -> None:
-    script = programs / "queue-service"
+    script = installed / "queue-service"
     on = {"QUEUE_SERVICE_DATABASE_URL": empty_database}
-    where = run(programs / "python", "-c", "import queue_service; print(queue_service.__file__)", cwd=tmp_path).strip()
-    assert Path(where).is_relative_to(programs.parent)
+    where = run(installed / "python", "-c", "import queue_service; print(queue_service.__file__)", cwd=tmp_path).strip()
+    assert Path(where).is_relative_to(installed.parent)
 
     shown = json.loads(run(script, "version", "--json", cwd=tmp_path))
     assert shown == {"version": __version__, "schema": revision.HEAD}
@@ -146,11 +146,11 @@ def test_an_installed_wheel_migrates_enqueues_and_works_from_an_empty_directory(
     assert finished == [("succeeded", ["hello", where])]
 
 
-def test_an_installed_wheel_prints_its_migrations(programs: Path, tmp_path: Path) -> None:
-    assert "create table queue_service.runs" in run(programs / "queue-service", "db", "sql", cwd=tmp_path)
+def test_an_installed_wheel_prints_its_migrations(installed: Path, tmp_path: Path) -> None:
+    assert "create table queue_service.runs" in run(installed / "queue-service", "db", "sql", cwd=tmp_path)
 
 
-def test_types_are_seen_from_outside(programs: Path, tmp_path: Path) -> None:
+def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(
         textwrap.dedent(
             """
@@ -175,7 +175,7 @@ def test_types_are_seen_from_outside(programs: Path, tmp_path: Path) -> None:
         )
     )
     checked = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(programs / "python"), "user.py"],
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(installed / "python"), "user.py"],
         cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     errors = [line for line in checked.stdout.splitlines() if ": error:" in line]
