@@ -37,6 +37,8 @@ log = get_logger(__name__)
 
 # How often we look whether the embedded server is there.
 SERVER_LOOK = timedelta(seconds=1)
+# So long, in seconds, a wait goes on before this process sweeps for it.
+FIRST_SWEEP = 0.020
 
 
 class Opened:
@@ -78,7 +80,8 @@ class Opened:
         self._sweeper = Sweeper(
             self.pool.fetch, self.notifier.send, max_losses=settings.max_losses, grace=settings.lease / 3
         )
-        self._sweeping = every(settings.sweep_interval, self._sweeper.once)
+        # A wait that is over sooner needs none, and a sweep would be in its way.
+        self._sweeping = every(settings.sweep_interval, self._sweeper.once, after=FIRST_SWEEP)
         self._waiters = 0
         self._cluster = cluster
         self._pid = os.getpid()

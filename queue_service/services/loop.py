@@ -154,10 +154,12 @@ class Services:
             del self._running[service.name]
 
 
-def every(interval: timedelta, once: Callable[[], Awaitable[object]]) -> Work:
-    """Work that calls `once` for ever, with up to a tenth of the interval as jitter, so that replicas drift apart."""
+def every(interval: timedelta, once: Callable[[], Awaitable[object]], *, after: float = 0.0) -> Work:
+    """Work that calls `once` for ever, first `after` so many seconds, and with up to a tenth of the interval as jitter, so
+    that replicas drift apart."""
 
     async def work(service: Service) -> None:
+        await asyncio.sleep(after)
         while True:
             try:
                 with cancellable():
