@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import errors as pg
-from psycopg import waiting
+from psycopg import sql, waiting
 from psycopg.pq import TransactionStatus
 
 from queue_service.backoff import Pauses, spread
@@ -209,7 +209,8 @@ class Migration:
         begun = time.monotonic()
         wait, until = min(self._deadlock_timeout, LONGEST_LOOK) + FIRST_WAIT, None
         for table in tables:
-            name = f'{SCHEMA}."{table}"'
+            # Whatever somebody has called a table of their own in there.
+            name = sql.Identifier(SCHEMA, table).as_string(None)
             take = f"set local lock_timeout = {wait}; lock table only {name} in access exclusive mode"
             try:
                 self._driver.execute(take.encode())

@@ -422,3 +422,11 @@ async def test_a_commit_that_waits_for_a_standby_is_not_cancelled(tmp_path: Path
     finally:
         cluster.stop()
         cluster.leave()
+
+
+def test_a_table_of_any_name_in_our_schema_is_taken_like_the_others(empty_database: str, look: Conn) -> None:
+    schema.upgrade(empty_database, "0020")
+    look.execute('create table queue_service."a ""quoted"" name; drop table queue_service.runs" ()')
+    schema.upgrade(empty_database)
+    assert have(empty_database) == revision.HEAD
+    assert ask(look, "select to_regclass('queue_service.runs') is not null")
