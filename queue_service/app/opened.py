@@ -48,7 +48,7 @@ class Opened:
         self.address = address
         self.pool = Pool(address, size=settings.pool_size)
         self.services = Services()
-        self.notifier = Notifier(self.pool.fetch)
+        self.notifier = Notifier(self.pool.fetch_on_any)
         self.listener = Listener(
             address, send=self.pool.fetch, begin=lambda: self.services.ensure("listener", self._listen)
         )

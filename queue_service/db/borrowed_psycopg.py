@@ -24,7 +24,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 from queue_service.db.adapters import AsyncCursor, Cursor
-from queue_service.db.execute import shut
+from queue_service.db.hangup import shut
 from queue_service.db.meaning import meaning
 from queue_service.db.query import Query, Rows
 from queue_service.db.rows import salvaged

@@ -8,22 +8,18 @@ on with what it was sent, and a repeat waits behind its locks. Only what writes 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors as pg
-from psycopg import generators
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
-from psycopg.pq.abc import PGcancelConn, PGconn
 from psycopg.rows import tuple_row
-from psycopg.waiting import wait_async, wait_conn_async
+from psycopg.waiting import wait_async
 
+from queue_service.db.hangup import HangUp, cancel_there
 from queue_service.db.meaning import meaning
 from queue_service.db.query import Query, Rows
 from queue_service.db.rows import salvaged
@@ -36,8 +32,6 @@ DEADLINE = 30.0
 _TRIES = 3
 # How often a wait looks whether it was interrupted, in seconds; psycopg's own number.
 WAIT_INTERVAL = 0.1
-# How long the request to cancel a statement may take to arrive, in seconds.
-CANCEL_SECONDS = 5.0
 
 # What the database raises when it has answered, and said no: another statement may go through.
 REFUSED = (DatabaseRefused, psycopg.Error)
@@ -74,7 +68,7 @@ class Connection(psycopg.AsyncConnection[Any]):
         except (asyncio.CancelledError, KeyboardInterrupt):
             if self.pgconn.transaction_status is not TransactionStatus.IDLE:
                 if self.only_reads:
-                    _cancel_there(self.pgconn)
+                    cancel_there(self.pgconn)
                 self.pgconn.finish()
             raise
 
@@ -82,7 +76,7 @@ class Connection(psycopg.AsyncConnection[Any]):
 async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline: float = DEADLINE) -> T:
     """Run the query and decode its rows. On DatabaseUnavailable from a passed deadline the connection is closed. Whether a
     statement that writes was executed is then not known: it may still be, and a repeat waits behind its locks."""
-    deadline_timer = _Deadline(conn, deadline, may_cancel=not query.writes)
+    line = HangUp(conn, deadline, may_cancel=not query.writes)
     with translated(), cancellable():
         try:
             if isinstance(conn, Connection):
@@ -95,13 +89,13 @@ async def fetch(conn: psycopg.AsyncConnection[Any], query: Query[T], *, deadline
             except Exception:  # noqa: BLE001 - each type has its own errors
                 rows = salvaged(cursor)
         except psycopg.OperationalError:
-            if not deadline_timer.has_passed:
+            if not line.has_hung_up:
                 raise
             # The connection's state is not known. It must not be used again.
             await conn.close()
             raise unanswered(deadline) from None
         finally:
-            deadline_timer.cancel()
+            line.cancel()
             if isinstance(conn, Connection):
                 conn.only_reads = False
     return query.decode(rows)
@@ -123,58 +117,6 @@ async def persistently(conn: Connection, query: Query[T], deadline: float) -> T:
 
 def unanswered(deadline: float) -> DatabaseUnavailable:
     return DatabaseUnavailable(f"The database did not answer within {deadline:.3g} s.")
-
-
-class _Deadline:
-    """Hangs up when it passes: whoever waits on the connection then hears that it has ended. To be cancelled would take
-    longer: psycopg then has the statement cancelled on the server, and waits 5 s for one that does not answer."""
-
-    def __init__(self, conn: psycopg.AsyncConnection[Any], seconds: float, *, may_cancel: bool) -> None:
-        self.has_passed = False
-        self._conn = conn
-        self._may_cancel = may_cancel
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._hang_up)
-
-    def cancel(self) -> None:
-        self._timer.cancel()
-
-    def _hang_up(self) -> None:
-        self.has_passed = True
-        with contextlib.suppress(OSError, psycopg.Error):
-            if self._may_cancel:
-                _cancel_there(self._conn.pgconn)
-            shut(self._conn.pgconn.socket)
-
-
-def shut(descriptor: int) -> None:
-    """Let whoever uses this socket hear that it has ended."""
-    with socket.socket(fileno=os.dup(descriptor)) as line:
-        line.shutdown(socket.SHUT_RDWR)
-
-
-# The tasks that do so, kept from being forgotten.
-_cancelling: set[asyncio.Task[None]] = set()
-
-
-def _cancel_there(pgconn: PGconn) -> None:
-    """Have the server end the statement: it does not look who listens, and would go on with it. Nobody waits for this.
-
-    Not by `PGcancel`, in a thread or not: the driver keeps the interpreter's lock while it waits for a server that may
-    never answer, so all threads stand still, also the one that keeps leases. With libpq 16 and older there is nothing else,
-    and the statement is left to the server's `statement_timeout`."""
-    if psycopg.capabilities.has_cancel_safe():
-        with contextlib.suppress(psycopg.Error):
-            cancel = pgconn.cancel_conn()
-            cancel.start()
-            task = asyncio.get_running_loop().create_task(_cancelled_there(cancel), name="cancelling a statement")
-            _cancelling.add(task)
-            task.add_done_callback(_cancelling.discard)
-
-
-async def _cancelled_there(cancel: PGcancelConn) -> None:
-    with contextlib.suppress(OSError, psycopg.Error, TimeoutError):
-        async with asyncio.timeout(CANCEL_SECONDS):
-            await wait_conn_async(generators.cancel(cancel), interval=WAIT_INTERVAL)
 
 
 def fetch_sync(conn: psycopg.Connection[Any], query: Query[T]) -> T:

@@ -18,7 +18,6 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -29,7 +28,8 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg.waiting import Ready, wait_async, wait_selector
 
-from queue_service.db.execute import WAIT_INTERVAL, shut
+from queue_service.db.execute import WAIT_INTERVAL, cancellable
+from queue_service.db.hangup import cancel_there, shut
 from queue_service.errors import ConfigError, DatabaseUnavailable
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class _Lent:
         """Close it, as whoever uses it."""
         with self._cutting:
             if self.is_cancellable:
-                _cancel_there(self.pgconn)
+                cancel_there(self.pgconn)
             self.pgconn.finish()
 
     def cut(self) -> bool:
@@ -99,7 +99,7 @@ class _Lent:
                 return False
             with contextlib.suppress(OSError, psycopg.Error):
                 if self.is_cancellable:
-                    _cancel_there(self.pgconn)
+                    cancel_there(self.pgconn)
                 shut(self.pgconn.socket)
             return True
 
@@ -135,7 +135,8 @@ class LentAsyncConnection(_Lent, psycopg.AsyncConnection[Any]):
         self._begins_to_wait()
         bounded = _bounded(gen, self.silence)
         try:
-            return await wait_async(bounded, self.pgconn.socket, interval=interval, **_bounds(timeout))
+            with cancellable():
+                return await wait_async(bounded, self.pgconn.socket, interval=interval, **_bounds(timeout))
         except _Silence:
             self.hang_up()
             raise _cut_off(self.silence) from None
@@ -148,7 +149,7 @@ class LentAsyncConnection(_Lent, psycopg.AsyncConnection[Any]):
 
     async def _has_ended(self, statement: PQGen[Any]) -> bool:
         """Whether the statement could be cancelled, so that the connection can be used again."""
-        if not self.is_cancellable:
+        if not (self.is_cancellable and psycopg.capabilities.has_cancel_safe()):
             return False
         try:
             async with asyncio.timeout(CANCEL_SECONDS):
@@ -274,24 +275,6 @@ class _Cursor(psycopg.Cursor[Any]):
             _is_ordinary.reset(token)
 
 
-class HangUp:
-    """Hangs up on a connection of the caller's after so many seconds: whoever waits on it then hears that it has ended, and
-    nothing is cancelled on the server."""
-
-    def __init__(self, conn: psycopg.AsyncConnection[Any], seconds: float) -> None:
-        self.has_hung_up = False
-        self._conn = conn
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._hang_up)
-
-    def cancel(self) -> None:
-        self._timer.cancel()
-
-    def _hang_up(self) -> None:
-        self.has_hung_up = True
-        with contextlib.suppress(OSError, psycopg.Error):
-            shut(self._conn.pgconn.socket)
-
-
 class _Silence(Exception):
     pass
 
@@ -325,20 +308,6 @@ def _commits_nothing(query: Any, conn: Any) -> bool:
 def _bounds(timeout: float | None) -> dict[str, Any]:
     # psycopg 3.2 has no `timeout`, and gives none.
     return {} if timeout is None else {"timeout": timeout}
-
-
-def _cancel_there(pgconn: pq.abc.PGconn) -> None:
-    """Have the statement cancelled that is under way, and wait for nothing."""
-    with contextlib.suppress(psycopg.Error):
-        cancel: Callable[[], None]
-        # Of a newer libpq: encrypted as the connection is, and bounded by `connect_timeout`.
-        cancel = pgconn.cancel_conn().blocking if pq.version() >= 170_000 else pgconn.get_cancel().cancel
-        threading.Thread(target=_called, args=[cancel], name="queue_service cancel", daemon=True).start()
-
-
-def _called(cancel: Callable[[], None]) -> None:
-    with contextlib.suppress(psycopg.Error):
-        cancel()
 
 
 @functools.cache

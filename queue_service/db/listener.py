@@ -13,6 +13,7 @@ different databases.
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import secrets
 import time
@@ -113,6 +114,7 @@ class Listener:
         # Who is subscribed to what has changed, or the connection has ended.
         self._changed = asyncio.Event()
         self._ended: psycopg.Error | None = None
+        self._reading: _Reading | None = None
         # Comes back to us alone, where both addresses lead to one database.
         self._echo = Notice(f"{ECHO}_{secrets.token_hex(8)}", "")
         self._echoed = asyncio.Event()
@@ -149,6 +151,13 @@ class Listener:
                 if not self._subscribers[name]:
                     del self._subscribers[name]
             self._changed.set()
+
+    def rest(self, notices: Notices, seconds: float) -> None:
+        """A subscriber can do without what comes for so many seconds. If there is no other, nothing is read meanwhile: to
+        read costs many processes more than all else where most notices are not for them."""
+        is_alone = all(each is notices for some in self._subscribers.values() for each in some)
+        if is_alone and self._reading is not None:
+            self._reading.rest(seconds)
 
     async def run(self, well: Callable[[], object], failed: Callable[[Exception], object]) -> None:
         """Listen while somebody is subscribed, through all outages, until cancelled. What becomes of it is said to `well`
@@ -212,7 +221,7 @@ class Listener:
                 self.why_polling, is_new = None, False
                 pauses.reset()
                 well()
-            with self._reading(conn):
+            with self._taking(conn):
                 has_changed = await _is_set(self._changed, PING_INTERVAL if self._subscribers else LINGER)
             if self._ended is not None:
                 raise self._ended
@@ -254,7 +263,7 @@ class Listener:
         except (TimeoutError, *NOT_EXECUTED):
             # There is no telling.
             return
-        with self._reading(conn):
+        with self._taking(conn):
             if not await _is_set(self._echoed, PING_DEADLINE):
                 raise Misdirected(
                     "QUEUE_SERVICE_LISTEN_URL leads to another database: what is sent by way of the database URL is not "
@@ -264,26 +273,30 @@ class Listener:
     # What comes
 
     @contextmanager
-    def _reading(self, conn: Session) -> Iterator[None]:
+    def _taking(self, conn: Session) -> Iterator[None]:
         """Take what comes while no statement is executed. Without a generator of psycopg's: that would cost each of many
         idle processes three times as much for each notice."""
-        loop, line = asyncio.get_running_loop(), conn.pgconn.socket
-        loop.add_reader(line, self._read, conn, line)
+        self._reading = _Reading(conn.pgconn.socket, functools.partial(self._read, conn))
         try:
             # What came together with the answer to a statement.
-            self._read(conn, line)
+            self._read(conn)
             yield
         finally:
-            loop.remove_reader(line)
+            self._stop_reading()
 
-    def _read(self, conn: Session, line: int) -> None:
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.end()
+            self._reading = None
+
+    def _read(self, conn: Session) -> None:
         try:
             conn.pgconn.consume_input()
             while (notice := conn.pgconn.notifies()) is not None:
                 self._take(Notice(notice.relname.decode(), notice.extra.decode(errors="replace")))
         except psycopg.Error as lost:
-            # libpq has closed it, and forgotten its number, which the next socket of this process gets.
-            asyncio.get_running_loop().remove_reader(line)
+            # libpq has closed its socket, and the next one of this process gets the same number.
+            self._stop_reading()
             self._ended = lost
             self._changed.set()
             self._echoed.set()
@@ -294,6 +307,29 @@ class Listener:
             self._echoed.set()
         for notices in self._subscribers.get(notice.channel, ()):
             notices.put(notice)
+
+
+class _Reading:
+    """Calls `read` when something has come on this socket, or once it has rested."""
+
+    def __init__(self, line: int, read: Callable[[], None]) -> None:
+        self._line = line
+        self._read = read
+        self._loop = asyncio.get_running_loop()
+        self._resting: asyncio.TimerHandle | None = None
+        self._begin()
+
+    def rest(self, seconds: float) -> None:
+        self.end()
+        self._resting = self._loop.call_later(seconds, self._begin)
+
+    def end(self) -> None:
+        self._loop.remove_reader(self._line)
+        if self._resting is not None:
+            self._resting.cancel()
+
+    def _begin(self) -> None:
+        self._loop.add_reader(self._line, self._read)
 
 
 async def _execute(conn: Session, statement: sql.Composed | sql.SQL) -> None:

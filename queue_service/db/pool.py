@@ -129,12 +129,16 @@ class Pool:
         """Within `deadline` seconds, or DatabaseUnavailable is raised."""
         return await self._fetch(query, self.limits, deadline, is_reserved=False)
 
-    def reserved(self, limits: Limits = OURS) -> Place:
-        """A place for one coroutine, which never waits behind others."""
+    async def fetch_on_any(self, query: Query[T]) -> T:
+        """As `fetch`, within whatever limits the next connection has. To change them would take a round trip."""
+        return await self._fetch(query, None, DEADLINE, is_reserved=False)
+
+    def reserved(self, limits: Limits | None = OURS) -> Place:
+        """A place for one coroutine, which never waits behind others. None: within any limits, as `fetch_on_any`."""
         self._places += 1
         return Place(self, limits)
 
-    async def _fetch(self, query: Query[T], limits: Limits, deadline: float, *, is_reserved: bool) -> T:
+    async def _fetch(self, query: Query[T], limits: Limits | None, deadline: float, *, is_reserved: bool) -> T:
         until = time.monotonic() + deadline
         while True:
             conn = await self._take(limits, until - time.monotonic(), is_reserved=is_reserved)
@@ -149,8 +153,8 @@ class Pool:
             finally:
                 self._give(conn, is_reserved=is_reserved)
 
-    async def _run(self, conn: Session, query: Query[T], limits: Limits, deadline: float) -> T:
-        if conn.limits == limits:
+    async def _run(self, conn: Session, query: Query[T], limits: Limits | None, deadline: float) -> T:
+        if limits is None or conn.limits == limits:
             return await persistently(conn, query, deadline)
         # Behind a pooler, whose sessions are not ours.
         try:
@@ -164,7 +168,7 @@ class Pool:
 
     # Lending
 
-    async def _take(self, limits: Limits, deadline: float, *, is_reserved: bool) -> Session:
+    async def _take(self, limits: Limits | None, deadline: float, *, is_reserved: bool) -> Session:
         while not self.is_closed:
             if self._idle and (is_reserved or self._lent < self._size):
                 conn = self._pick(limits)
@@ -182,21 +186,20 @@ class Pool:
                 return conn
         raise _closed()
 
-    def _pick(self, limits: Limits) -> Session:
+    def _pick(self, limits: Limits | None) -> Session:
         for conn in reversed(self._idle):
-            if conn.limits == limits or conn.is_pooled:
+            if limits is None or conn.limits == limits or conn.is_pooled:
                 self._idle.remove(conn)
                 return conn
-        # To change the limits takes a round trip: next time there is another one.
-        self._connect(READY - len(self._open) - len(self._connecting))
+        # Another connection would have to plan every statement anew.
         return self._idle.pop()
 
-    async def _is_good(self, conn: Session, limits: Limits) -> bool:
+    async def _is_good(self, conn: Session, limits: Limits | None) -> bool:
         if not conn.is_usable:
             return False
         if (not conn.is_quiet or conn.known_at < self._doubted_at) and not await conn.is_writable():
             return False
-        if conn.limits != limits and not conn.is_pooled:
+        if limits is not None and conn.limits != limits and not conn.is_pooled:
             try:
                 async with asyncio.timeout(LOOK):
                     await conn.limit(limits)
@@ -343,10 +346,10 @@ class Pool:
 
 
 class Place:
-    """In a pool: for one coroutine, whose statements have limits of their own. Where there is no connection
-    at all, and a try to connect fails, so does what it fetches: it has to try again itself."""
+    """In a pool: for one coroutine, whose statements may have limits of their own. Where there is no connection at all, and
+    a try to connect fails, so does what it fetches: it has to try again itself."""
 
-    def __init__(self, pool: Pool, limits: Limits) -> None:
+    def __init__(self, pool: Pool, limits: Limits | None) -> None:
         self._pool = pool
         self._limits = limits
 

@@ -60,16 +60,17 @@ class Claimer:
         """There is room for more, or another reason to look."""
         self._alarm.wake()
 
-    def enqueued(self, queue: str, priority: int, *, at_once: bool = False) -> None:
+    def enqueued(self, queue: str, priority: int, *, at_once: bool = False) -> float:
         """A notice: something was enqueued there. It is no suspect yet. With `at_once` each worker is to look, and
-        otherwise the one whose turn it is."""
-        if queue in self.states and not self._only_suspects:
-            # What is reserved for one of them says nothing of it in its notice.
-            self._looks.enqueued(self.states[queue], priority, at_once=at_once or queue == DELIVERIES)
+        otherwise the one whose turn it is. Returns for how many seconds the next ones need not be read."""
+        if queue not in self.states or self._only_suspects:
+            return 0.0
+        # What is reserved for one of them says nothing of it in its notice.
+        return self._looks.enqueued(self.states[queue], priority, at_once=at_once or queue == DELIVERIES)
 
-    def learn(self, fleet: Fleet, at: float) -> None:
-        """Those that share their work with this worker, as it was at that moment (monotonic)."""
-        self._looks.learn(fleet, at)
+    def learn(self, fleet: Fleet, asked_at: float, at: float) -> None:
+        """Those that share their work with this worker, as it was between these two moments (monotonic)."""
+        self._looks.learn(fleet, asked_at, at)
 
     def ended(self, laned: Collection[str], limited: Collection[str]) -> None:
         """A run that stood in a lane of these queues, or counted in the limit of those, is not running any more."""

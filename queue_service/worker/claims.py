@@ -15,7 +15,7 @@ from queue_service.worker.executor import Executor
 from queue_service.worker.finisher import Finisher
 from queue_service.worker.handlers import results
 from queue_service.worker.leases import Held, Leases
-from queue_service.worker.pace import Alarm, Pace
+from queue_service.worker.pace import SOON, Alarm, Pace
 from queue_service.worker.queue_state import Asked, QueueState, Source
 
 log = get_logger(__name__)
@@ -87,7 +87,7 @@ class Claims:
                 state.may_give.add(source)
             elif source is Source.QUEUE and not limited and state.rank == 0:
                 # Short: the queue is empty, or what is left stands behind the floor.
-                self._pace.scan_soon()
+                self._pace.scan_soon(time.monotonic() + SOON if got else 0.0)
             self._offer(state.executor, got)
 
     async def _take(self, source: Source, asked: Sequence[Asked], *, limited: bool) -> list[tuple[Run, int]]:

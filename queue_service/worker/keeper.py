@@ -30,8 +30,8 @@ log = get_logger(__name__)
 
 class Keeper:
     """Calls, on the worker's loop, `on_lost` with swept leases, `on_cancel` with runs that someone wants cancelled, and
-    `on_fleet` with what a beat has found and when (monotonic). `failing` is asked, from the keeper's thread, for the
-    services that are."""
+    `on_fleet` with what a beat has found, and the moments (monotonic) between which it looked. `failing` is asked, from the
+    keeper's thread, for the services that are."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Keeper:
         poll_interval: timedelta,
         on_lost: Callable[[Collection[int]], None],
         on_cancel: Callable[[Collection[int]], None],
-        on_fleet: Callable[[roster.Fleet, float], None],
+        on_fleet: Callable[[roster.Fleet, float, float], None],
         failing: Callable[[], list[str]],
     ) -> None:
         self._connection = OwnConnection(address, application="queue_service keeper")
@@ -122,6 +122,7 @@ class Keeper:
     async def _beat(self, worker: _Worker) -> None:
         """Say in the roster that this worker lives, if that can be said at once."""
         try:
+            asked_at = time.monotonic()
             beat = roster.beat(self._worker_id, self._failing(), silence=self._lease / 2)
             fleet = await self._connection.fetch(beat, deadline=self._lease.total_seconds() / 12)
         except Exception as refused:  # noqa: BLE001 - as above
@@ -131,7 +132,7 @@ class Keeper:
             self._unsaid = why
         else:
             self._unsaid = None
-            worker.call(self._on_fleet, fleet, time.monotonic())
+            worker.call(self._on_fleet, fleet, asked_at, time.monotonic())
 
     async def _cancel_requests(self) -> list[int]:
         ids = [lease.id for lease in self._leases.due(0)]

@@ -32,12 +32,12 @@ class Looks:
         self._full: list[QueueState] = []
         self._next_call = 0.0
 
-    def learn(self, fleet: Fleet, at: float) -> None:
-        """Those that share their work with this worker, as it was at that moment (monotonic)."""
-        self.precedence.learn(fleet.ids, fleet.time, at)
+    def learn(self, fleet: Fleet, asked_at: float, at: float) -> None:
+        """Those that share their work with this worker, as it was between these two moments (monotonic)."""
+        self.precedence.learn(fleet.ids, fleet.time, asked_at, at)
 
-    def enqueued(self, state: QueueState, priority: int, *, at_once: bool) -> None:
-        """A notice. With `at_once` every worker is to look."""
+    def enqueued(self, state: QueueState, priority: int, *, at_once: bool) -> float:
+        """A notice. With `at_once` every worker is to look. Returns for how many seconds the next ones need not be read."""
         state.enqueued(priority)
         now = time.monotonic()
         rank = 0 if at_once else self.precedence.rank(now)
@@ -46,9 +46,8 @@ class Looks:
         if delay == 0.0:
             self._begin(state, rank)
         elif delay < self._poll and (state.look is None or state.look.when() > loop.time() + delay):
-            if state.look is not None:
-                state.look.cancel()
-            state.look = loop.call_later(delay, self._begin, state, rank)
+            self._look_later(state, delay, rank)
+        return 0.0 if at_once else self.precedence.rest(now)
 
     def note_what_came(self, now: float) -> bool:
         """After the claims. Whether there may be something for which there is no room here, so that the others are to be
@@ -61,7 +60,11 @@ class Looks:
             if state.leaves_some and (state.rank or state.has_got):
                 self._full.append(state)
             state.rank = 0
-        return bool(self._full) and now >= self._next_call
+        if now < self._next_call:
+            for state in self._full:
+                self._look_later(state, self._next_call - now)
+            self._full = []
+        return bool(self._full)
 
     def call_others(self, now: float) -> None:
         """Where there still may be something."""
@@ -69,6 +72,12 @@ class Looks:
             if state.leaves_some:
                 self._next_call = now + CALL_PAUSE
                 self._call_others(state.name, max(state.floors.by_priority, default=0))
+
+    def _look_later(self, state: QueueState, delay: float, rank: int = 1) -> None:
+        """In place of the look that was to come."""
+        if state.look is not None:
+            state.look.cancel()
+        state.look = asyncio.get_running_loop().call_later(delay, self._begin, state, rank)
 
     def _begin(self, state: QueueState, rank: int) -> None:
         if state.look is not None:

@@ -33,9 +33,9 @@ class Pace:
         """Whether the cost of the last one allows another."""
         return now >= self._earliest_scan
 
-    def scan_soon(self) -> None:
-        """Let the next scan come as soon as the cost of the last one allows."""
-        self._next_scan = min(self._next_scan, self._earliest_scan)
+    def scan_soon(self, not_before: float = 0.0) -> None:
+        """Let the next scan come as soon as the cost of the last one allows, but not earlier than that."""
+        self._next_scan = min(self._next_scan, max(self._earliest_scan, not_before))
 
     def scan_now(self) -> None:
         """Let the next scan come at once, whatever the last one has cost."""

@@ -78,7 +78,7 @@ class Parts:
         self._processes = Processes(processes, address=app.address, worker_id=worker_id, settings=settings)
         # The claimer reads it at each claim; tasks that cannot be begun now are not in it.
         self._claimable = sorted(app.tasks)
-        self._claiming = app.pool.reserved()
+        self._claiming = app.pool.reserved(None)
         self._finishing = app.pool.reserved(_for_endings(settings.lease))
         leases = Leases()
         self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free)
@@ -264,7 +264,9 @@ class Parts:
                 elif heard.channel == channels.CANCEL:
                     self._cancel(channels.read_run_ids(heard.payload) or ())
                 elif (where := channels.read_enqueued(heard.payload)) is not None:
-                    self.claimer.enqueued(*where, at_once=heard.channel == channels.EVERY)
+                    rest = self.claimer.enqueued(*where, at_once=heard.channel == channels.EVERY)
+                    if rest:
+                        self._listener.rest(notices, rest)
 
     def _wake_claimer(self) -> None:
         self.claimer.wake()

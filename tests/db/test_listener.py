@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
@@ -116,6 +117,36 @@ async def test_a_subscriber_that_comes_later_is_told_of_a_gap_and_the_others_are
         for channel in ("two", "one"):
             await notify(conn, channel, "y")
         assert await following(first) == Notice("one", "y")
+
+
+async def test_one_alone_that_rests_hears_later_what_came_meanwhile(listener: Listening, conn: Connection) -> None:
+    with listener.subscribed("one") as notices:
+        await following(notices)
+        listener.rest(notices, 0.5)
+        began = time.monotonic()
+        for number in range(3):
+            await notify(conn, "one", number)
+        assert [await following(notices) for _ in range(3)] == [Notice("one", str(number)) for number in range(3)]
+        assert time.monotonic() - began > 0.4
+        # It rests no longer than that, and again from when it says so.
+        await notify(conn, "one", "at once")
+        assert await following(notices) == Notice("one", "at once")
+
+
+async def test_one_that_rests_costs_the_others_nothing(listener: Listening, conn: Connection) -> None:
+    with listener.subscribed("one") as resting, listener.subscribed("two") as other:
+        assert [await following(each) for each in (resting, other)] == [NoticesMissed()] * 2
+        listener.rest(resting, 3600)
+        await notify(conn, "two", "x")
+        assert await following(other) == Notice("two", "x")
+    with listener.subscribed("one") as resting:
+        await following(resting)
+        listener.rest(resting, 3600)
+        # Who comes later does not wait, either.
+        with listener.subscribed("two") as other:
+            assert await following(other) == NoticesMissed()
+            await notify(conn, "two", "y")
+            assert await following(other) == Notice("two", "y")
 
 
 async def test_who_subscribes_while_others_come_and_go_misses_nothing(listener: Listening, conn: Connection) -> None:

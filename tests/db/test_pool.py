@@ -347,6 +347,14 @@ class TestLending:
         for _ in range(3):
             assert await place.fetch(shown) == "50ms 80ms"
             assert await pool.fetch(shown) == "10s 30s"
+        assert len(pool._open) == 1
+
+    @pytest.mark.direct("a session has no settings of ours there")
+    async def test_what_is_as_good_in_any_limits_takes_the_next_connection_as_it_is(self, pool: Pool) -> None:
+        place = pool.reserved(Limits(timedelta(milliseconds=50), timedelta(milliseconds=80)))
+        shown = Query("select current_setting('lock_timeout') || ' ' || current_setting('statement_timeout')", scalar)
+        assert await place.fetch(shown) == "50ms 80ms"
+        assert await pool.fetch_on_any(shown) == await pool.reserved(None).fetch(shown) == "50ms 80ms"
 
     async def test_behind_a_pooler_they_are_those_of_one_transaction(self, database: str) -> None:
         pool = Pool(Address(database, pooler="transaction"), size=1)

@@ -10,18 +10,20 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
 from queue_service import App
 from queue_service.db.execute import Connection
+from queue_service.db.hangup import CANCEL_SECONDS
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable
 from queue_service.settings import load
 from tests.servers.pair import Pair
 from tests.support import eventually, one, rows
+from tests.worker.test_lent import Borrower, lending_from
 
 DEADLINE, ANSWERED = 1.0, 1.5
 READ: Query[int] = Query("select pg_backend_pid()", scalar, writes=False)
@@ -112,11 +114,7 @@ async def test_nothing_else_stands_still_where_the_whole_server_is_stopped(pair:
     """What ends a read that is given up is a connection too, and is answered by nobody."""
     async with narrow_app(pair.primary.conninfo) as app:
         await app.pool.fetch(READ)
-        postmaster = psutil.Process(pair.primary.postmaster)
-        pids = [each.pid for each in (postmaster, *postmaster.children())]
-        gaps = [time.monotonic()]
-        ticking = asyncio.create_task(tick(gaps))
-        with stopped(*pids):
+        async with stopped_whole(pair):
             begun = time.monotonic()
             with pytest.raises(DatabaseUnavailable):
                 await app.pool.fetch(query, deadline=DEADLINE)
@@ -125,9 +123,50 @@ async def test_nothing_else_stands_still_where_the_whole_server_is_stopped(pair:
             with pytest.raises(DatabaseUnavailable):
                 await app.pool.fetch(query, deadline=DEADLINE)
             assert time.monotonic() - begun < 2 * ANSWERED
-        ticking.cancel()
-        assert max(later - earlier for earlier, later in itertools.pairwise(gaps)) < 0.5
         assert await app.pool.fetch(READ)
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "thread"])
+async def test_nor_where_a_handlers_statement_is_given_up_there(pair: Pair, kind: str) -> None:
+    run = Borrower()
+    async with (
+        lending_from(pair.primary.conninfo) as lender,
+        await Connection.connect(pair.primary.conninfo, autocommit=True) as conn,
+    ):
+
+        async def sleep() -> None:
+            async with lender.transaction(run) as lent:
+                await lent.execute(LONG_READ.text)
+
+        def sleep_in_thread() -> None:
+            with lender.blocking_transaction(run) as lent:
+                lent.execute(LONG_READ.text)
+
+        sleeping = asyncio.create_task(sleep() if kind == "coroutine" else asyncio.to_thread(sleep_in_thread))
+        await eventually(lambda: one(conn, ASLEEP, LONG_READ.text))
+        async with stopped_whole(pair):
+            begun = time.monotonic()
+            run.cancelled = True
+            lender.stop((run.id, run.attempt))
+            if kind == "coroutine":
+                sleeping.cancel()
+            await asyncio.wait([sleeping], timeout=10)
+            assert sleeping.done()
+            assert time.monotonic() - begun < 2 * ANSWERED
+            # By now a request to cancel it has given up, too.
+            await asyncio.sleep(CANCEL_SECONDS + 0.5)  # what must not happen
+
+
+@asynccontextmanager
+async def stopped_whole(pair: Pair) -> AsyncIterator[None]:
+    """The primary, with all of its processes. Fails where this process, too, stood still meanwhile."""
+    postmaster = psutil.Process(pair.primary.postmaster)
+    gaps = [time.monotonic()]
+    ticking = asyncio.create_task(tick(gaps))
+    with stopped(*(each.pid for each in (postmaster, *postmaster.children()))):
+        yield
+    ticking.cancel()
+    assert max(later - earlier for earlier, later in itertools.pairwise(gaps)) < 0.5
 
 
 async def tick(at: list[float]) -> None:

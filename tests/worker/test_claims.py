@@ -19,7 +19,7 @@ from queue_service.runs import lost, queries
 from queue_service.services.lost_runs import LostRuns
 from queue_service.services.sweeper import Sweeper
 from queue_service.settings import load
-from queue_service.worker.pace import LONGEST_POLLS, SCAN_SHARE, Pace
+from queue_service.worker.pace import LONGEST_POLLS, SCAN_SHARE, SOON, Pace
 from tests.support import claimed, enqueued, eventually, lapse, one, refusing, rows, working
 
 LEFT = "select id, state, attempt, failures, losses from queue_service.runs order by id"
@@ -102,6 +102,14 @@ class TestThePace:
         pace.scanned(100.0, cost=0.02)
         pace.scan_soon()
         assert pace.scan_at == pytest.approx(100.0 + 0.02 * SCAN_SHARE)
+
+    def test_leaves_a_moment_to_what_was_just_claimed(self) -> None:
+        pace = Pace(1.0)
+        pace.scanned(100.0, cost=0.0)
+        pace.scan_soon(100.5)
+        assert pace.scan_at == 100.5
+        pace.scan_soon()
+        assert pace.scan_at == pytest.approx(100.0 + SOON)
 
     def test_has_a_ceiling(self) -> None:
         pace = Pace(1.0)

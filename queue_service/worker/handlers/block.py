@@ -18,8 +18,9 @@ from typing import Any, Generic, TypeVar
 from queue_service.backoff import Pauses
 from queue_service.db.borrowed import AsyncBorrowed, SyncBorrowed, borrow
 from queue_service.db.execute import DEADLINE, translated
+from queue_service.db.hangup import HangUp
 from queue_service.db.lending import Lender
-from queue_service.db.lent import HangUp, LentAsyncConnection, LentConnection
+from queue_service.db.lent import LentAsyncConnection, LentConnection
 from queue_service.db.steps import Steps, drive, drive_sync
 from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
