@@ -9,7 +9,7 @@ from datetime import timedelta
 from benchmarks import pgbench
 from benchmarks.scenario import scenario
 from queue_service import App, Worker
-from queue_service.db.pool import OwnConnection
+from queue_service.db.own_connection import OwnConnection
 from queue_service.runs import queries, settling
 from queue_service.runs.model import Ending, Floor, RunState
 from queue_service.runs.queries import Claimant, Wanted

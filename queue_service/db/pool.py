@@ -1,4 +1,4 @@
-"""A pool of sessions, and a single one that is reopened when it breaks.
+"""A pool of sessions.
 
 Nobody meets a connection that has died while it was idle, or that takes no writes any more: it is looked at before it is
 lent. In an outage one task tries to connect, at its own pace, however many wait; once it succeeds, all that is wanted is
@@ -8,7 +8,6 @@ opened. Giving a connection back never waits, so that whoever is cancelled loses
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
 import time
 from collections import deque
@@ -359,35 +358,6 @@ class Place:
     def leave(self) -> None:
         """Once."""
         self._pool._places -= 1  # noqa: SLF001
-
-
-class OwnConnection:
-    """One connection of its own for one coroutine: never shared, so it never waits in a queue behind anyone's work.
-
-    A broken one is replaced at the next `fetch`; the failed call itself raises DatabaseUnavailable, because only the
-    caller knows whether repeating it is right.
-    """
-
-    def __init__(self, where: str | Address, *, application: str, limits: Limits = OURS) -> None:
-        self._connect = functools.partial(connect, Address.of(where), application=application, limits=limits)
-        self._conn: Session | None = None
-
-    async def fetch(self, query: Query[T], *, deadline: float = DEADLINE) -> T:
-        conn = self._conn
-        if conn is not None and not (conn.is_usable and (conn.is_quiet or await conn.is_writable())):
-            await self.close()
-        if self._conn is None:
-            self._conn = await self._connect()
-        try:
-            return await persistently(self._conn, query, deadline)
-        except DatabaseUnavailable:
-            await self.close()
-            raise
-
-    async def close(self) -> None:
-        conn, self._conn = self._conn, None
-        if conn is not None:
-            conn.pgconn.finish()
 
 
 def _was_not_executed(query: Query[Any], lost: BaseException | None) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import NamedTuple
 
-from queue_service.db.pool import OwnConnection
+from queue_service.db.own_connection import OwnConnection
 from queue_service.db.session import Address
 from queue_service.exceptions import message
 from queue_service.logs import get_logger

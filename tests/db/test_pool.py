@@ -12,7 +12,8 @@ from psycopg.pq import TransactionStatus
 from queue_service import App
 from queue_service.db import pool as pools
 from queue_service.db.execute import Connection, fetch
-from queue_service.db.pool import OwnConnection, Pool
+from queue_service.db.own_connection import OwnConnection
+from queue_service.db.pool import Pool
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.db.session import Address, Limits, Session, connect
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch

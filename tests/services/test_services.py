@@ -9,7 +9,8 @@ from queue_service import App, RunState, Turn
 from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.execute import Connection, fetch
-from queue_service.db.pool import OwnConnection, Pool
+from queue_service.db.own_connection import OwnConnection
+from queue_service.db.pool import Pool
 from queue_service.db.query import Query, nothing, scalar
 from queue_service.errors import DatabaseUnavailable, RunUnknown
 from queue_service.runs import queries
