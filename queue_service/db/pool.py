@@ -41,6 +41,7 @@ READY, GROW = 2, 0.020
 LOOK = 1.0
 
 IDLE_SESSION_TIMEOUT = "57P05"
+SHORT_OF_TIME = (pg.QueryCanceled, pg.LockNotAvailable)
 
 OURS = Limits()
 
@@ -129,7 +130,8 @@ class Pool:
         return await self._fetch(query, self.limits, deadline, is_reserved=False)
 
     async def fetch_on_any(self, query: Query[T]) -> T:
-        """As `fetch`, within whatever limits the next connection has. To change them would take a round trip."""
+        """As `fetch`, within whatever limits the next connection has, and only where they are too narrow within our own: to
+        change them takes a round trip."""
         return await self._fetch(query, None, DEADLINE, is_reserved=False)
 
     def reserved(self, limits: Limits | None = OURS) -> Place:
@@ -147,7 +149,10 @@ class Pool:
                 cause = lost.__cause__
                 if isinstance(cause, pg.ReadOnlySqlTransaction):
                     self._doubt(conn)
-                if not conn.closed or not _was_not_executed(query, cause):
+                if limits is None and conn.limits != self.limits and isinstance(cause, SHORT_OF_TIME):
+                    # It has changed nothing within the limits of others: again, within ours.
+                    limits = self.limits
+                elif not conn.closed or not _was_not_executed(query, cause):
                     raise
             finally:
                 self._give(conn, is_reserved=is_reserved)

@@ -115,6 +115,22 @@ select id from queue_service.runs
  where expires_at < (select clock_timestamp()) and state = 'queued'
  order by expires_at limit %(limit)s
 
+-- define: stored_again
+-- Makes `stored`: of `taken` from history those whose singleton key no live run holds are runs again.
+stored as (
+    insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
+                                    ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
+    select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
+           organization_id, retry_delay, timeout, metadata, error,
+           case when claimed_at is null then attempts else (
+               select {attempts_and_this}
+                 from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
+      from taken
+     order by queue, ordering_key, id
+        on conflict (queue, singleton_key) where singleton_key is not null do nothing
+    returning id, queue, priority
+)
+
 -- name: retry
 -- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on
 -- counting, so that no old claim fits it; the last one, which its own columns described, joins those kept with the run.
@@ -126,18 +142,7 @@ with taken as materialized (
     select * from queue_service.finished_runs
      where id = %(run_id)s and state in ('failed', 'cancelled', 'expired')
        for update
-), stored as (
-    insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
-                                    ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
-    select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
-           organization_id, retry_delay, timeout, metadata, error,
-           case when claimed_at is null then attempts else (
-               select {attempts_and_this}
-                 from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
-      from taken
-        on conflict (queue, singleton_key) where singleton_key is not null do nothing
-    returning id
-), gone as (
+), {stored_again}, gone as (
     delete from queue_service.finished_runs
      where id = (select stored.id from stored) and finished_at = (select taken.finished_at from taken)
     returning id
@@ -174,19 +179,7 @@ with {stretch}, taken as materialized (
        and (%(queue)s::text is null or queue = %(queue)s) and (%(task)s::text is null or task = %(task)s)
      order by id limit %(limit)s
        for update skip locked
-), stored as (
-    insert into queue_service.runs (id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key,
-                                    ordering_key, organization_id, retry_delay, timeout, metadata, error, attempts)
-    select id, created_at, attempt, max_attempts, priority, queue, task, payload, singleton_key, ordering_key,
-           organization_id, retry_delay, timeout, metadata, error,
-           case when claimed_at is null then attempts else (
-               select {attempts_and_this}
-                 from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
-      from taken
-     order by queue, ordering_key, id
-        on conflict (queue, singleton_key) where singleton_key is not null do nothing
-    returning id, queue, priority
-), gone as (
+), {stored_again}, gone as (
     delete from queue_service.finished_runs
      where id = any(array(select stored.id from stored))
        and finished_at >= (select min(taken.finished_at) from taken)

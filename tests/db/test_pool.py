@@ -23,6 +23,7 @@ from tests.chaos.proxy import Proxy
 from tests.support import blocked, claimed, enqueued, eventually, free_port, lapse, one
 
 PID: Query[int] = Query("select pg_backend_pid()", scalar, writes=False)
+SLEEPING: Query[int] = Query("select pg_backend_pid() from pg_sleep(0.3)", scalar)
 SLEEP: Query[None] = Query("select pg_sleep(60)", nothing, writes=False)
 
 
@@ -356,6 +357,13 @@ class TestLending:
         shown = Query("select current_setting('lock_timeout') || ' ' || current_setting('statement_timeout')", scalar)
         assert await place.fetch(shown) == "50ms 80ms"
         assert await pool.fetch_on_any(shown) == await pool.reserved(None).fetch(shown) == "50ms 80ms"
+
+    @pytest.mark.direct("a session has no settings of ours there")
+    async def test_what_they_are_too_narrow_for_is_done_within_the_pools(self, pool: Pool) -> None:
+        place = pool.reserved(Limits(timedelta(milliseconds=50), timedelta(milliseconds=80)))
+        assert await place.fetch(PID) == await pool.fetch_on_any(SLEEPING)
+        with pytest.raises(DatabaseUnavailable):
+            await place.fetch(SLEEPING)
 
     async def test_behind_a_pooler_they_are_those_of_one_transaction(self, database: str) -> None:
         pool = Pool(Address(database, pooler="transaction"), size=1)

@@ -67,6 +67,19 @@ async def opened(database: str, **settings: str) -> AsyncIterator[App]:
         yield app
 
 
+def holding(app: App, *, queue: str = "default") -> tuple[asyncio.Event, asyncio.Event]:
+    """A task `hold`, which is inside of a transaction until it may go on."""
+    inside, go_on = asyncio.Event(), asyncio.Event()
+
+    @app.task(queue=queue)
+    async def hold(run: Run) -> None:
+        async with run.transaction():
+            inside.set()
+            await go_on.wait()
+
+    return inside, go_on
+
+
 @asynccontextmanager
 async def lending_from(where: str | Address, *, at_once: int = 5, seconds: float = 30.0) -> AsyncIterator[Lender]:
     lender = Lender(
@@ -166,15 +179,8 @@ class TestHowMany:
             assert await one(conn, LENT) <= at_once
 
     async def test_the_blocks_of_one_queue_keep_nobody_waiting_in_another(self, database: str) -> None:
-        go_on, inside = asyncio.Event(), asyncio.Event()
         async with opened(database, LENT_CONNECTIONS="1") as app:
-
-            @app.task(queue="slow")
-            async def hold(run: Run) -> None:
-                async with run.transaction():
-                    inside.set()
-                    await go_on.wait()
-
+            inside, go_on = holding(app, queue="slow")
             spending(app, "coroutine")
             async with working(app, {"slow": 2, "default": 2}):
                 held = await app.enqueue("hold", {})
@@ -235,14 +241,8 @@ class TestHowMany:
 class TestWaiting:
     @pytest.mark.parametrize("kind", ["coroutine", "thread", "batch"])
     async def test_costs_nothing_of_a_runs_time(self, database: str, conn: Connection, kind: str) -> None:
-        go_on, inside = asyncio.Event(), asyncio.Event()
         async with opened(database, LENT_CONNECTIONS="1") as app:
-
-            @app.task
-            async def hold(run: Run) -> None:
-                async with run.transaction():
-                    inside.set()
-                    await go_on.wait()
+            inside, go_on = holding(app)
 
             if kind == "batch":
 
@@ -365,14 +365,8 @@ class TestWaiting:
         self, database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(lending, "LONG", 0.2)
-        go_on, inside = asyncio.Event(), asyncio.Event()
         async with opened(database, LENT_CONNECTIONS="1") as app:
-
-            @app.task
-            async def hold(run: Run) -> None:
-                async with run.transaction():
-                    inside.set()
-                    await go_on.wait()
+            inside, go_on = holding(app)
 
             spending(app, "thread")
             async with working(app, {"default": 5}) as worker:
