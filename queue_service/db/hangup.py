@@ -71,10 +71,8 @@ def _deliver(cancel: PGcancelConn) -> None:
 def _bounded(request: PQGenConn[None]) -> PQGenConn[None]:
     """Psycopg 3.2 has no bound, but comes back empty-handed once in each interval."""
     ends_at = time.monotonic() + CANCEL_SECONDS
-    wanted = next(request)
-    while time.monotonic() < ends_at:
-        if ready := (yield wanted):
-            try:
+    with contextlib.suppress(StopIteration):
+        wanted = next(request)
+        while time.monotonic() < ends_at:
+            if ready := (yield wanted):
                 wanted = request.send(ready)
-            except StopIteration:
-                return

@@ -121,7 +121,8 @@ class Sweeper:
         except (DatabaseUnavailable, *REFUSED) as together:
             if not is_about_a_row(together):
                 raise
-            log.error("a batch of turns cannot be ended; trying each", why=message(together))
+            # What each of those that are refused is refused for is logged once, and this would be with each sweep.
+            log.debug("a batch of turns cannot be ended; trying each", why=message(together))
             return await self._sweep_singly(refused)
         return swept
 

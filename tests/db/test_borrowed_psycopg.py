@@ -396,6 +396,7 @@ async def test_a_lane_is_made_for_a_run_that_was_stored_while_triggers_did_not_f
         assert await eventually(lambda: one(conn, "select count(*) from queue_service.lanes")) == 1
 
 
+@pytest.mark.direct("who waits is told by the process of its session")
 @pytest.mark.parametrize("autocommit", [True, False], ids=["committed by itself", "in a transaction"])
 async def test_a_write_that_is_given_up_is_not_cancelled_where_it_may_be_committing(
     database: str, app: App, conn: Connection, session: Callable[[], Awaitable[Connection]], autocommit: bool

@@ -131,6 +131,7 @@ async def test_closing_from_another_thread_wakes_who_waits_in_a_thread(database:
             await asyncio.wrap_future(waiting)
 
 
+@pytest.mark.direct("its connections to the server are the pooler's")
 async def test_a_close_that_is_cancelled_closes_and_is_cancelled(database: str, conn: Connection) -> None:
     before = await one(conn, OURS)
     app = App(database)
