@@ -225,6 +225,9 @@ async def connect(
         for each in tries:
             each.add_done_callback(_close_late)
             each.cancel()
+        if tries:
+            # They end at once, and before a loop that is about to end: but one may be late, see `cancellable`.
+            await asyncio.wait(tries, timeout=NEXT_TRY)
 
 
 def _close_late(late: asyncio.Task[Session]) -> None:
