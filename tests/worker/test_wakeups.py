@@ -12,8 +12,12 @@ import pytest
 from queue_service import App, Worker
 from queue_service.db.execute import Connection
 from queue_service.db.query import Query, scalar
+from queue_service.roster.queries import Fleet
 from queue_service.settings import load
 from queue_service.worker.claims import Claims
+from queue_service.worker.looks import CALL_PAUSE, Looks
+from queue_service.worker.pace import Alarm
+from queue_service.worker.queue_state import QueueState
 from tests.support import eventually, listening, one, working
 
 SETTINGS = {"POLL_INTERVAL": "1h", "SWEEP_INTERVAL": "1h", "LEASE": "3s"}
@@ -212,3 +216,36 @@ async def test_workers_that_come_and_go_leave_no_run_behind(patient: App) -> Non
 async def running(app: App, number: int) -> bool:
     count: Query[int] = Query("select count(*) from queue_service.runs where state = 'running'", scalar)
     return await app.fetch(count) == number
+
+
+async def test_one_that_is_full_and_may_not_call_yet_looks_again_when_it_may() -> None:
+    called: list[str] = []
+    looks = Looks(1, Alarm(), poll=3600.0, call_others=lambda queue, _: called.append(queue))
+    looks.learn(Fleet([1, 2], 0.0), 0.0, 0.0)
+    state = QueueState(Full())  # type: ignore[arg-type]
+    for number in (1, 2):
+        looks._begin(state, 1)
+        now = time.monotonic()
+        if looks.note_what_came(now):
+            looks.call_others(now)
+        # Just after a call the second one has to wait.
+        assert called == ["default"]
+        assert (state.look is not None) is (number == 2)
+    assert state.look is not None
+    assert state.look.when() - asyncio.get_running_loop().time() <= CALL_PAUSE
+    await eventually(lambda: state.look is None)
+    now = time.monotonic()
+    assert looks.note_what_came(now)
+    looks.call_others(now)
+    assert called == ["default"] * 2
+
+
+class Full:
+    """An executor without room."""
+
+    queue = "default"
+    is_idle = False
+
+    def wants(self, *, ahead: bool = True) -> int:
+        del ahead
+        return 0
