@@ -7,9 +7,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from time import monotonic, sleep
 
 import psycopg
@@ -23,10 +24,16 @@ _START_TIMEOUT = 10
 
 
 class Pooler:
-    """A pgbouncer that runs. `log` is what it has written so far."""
+    """A pgbouncer that runs, and is started again when it ends, as systemd does it: version 1.18, which is Debian's, can end
+    when a client breaks off or cancels (pgbouncer#801, #822). `log` is what it has written so far."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, command: Callable[[], subprocess.Popen[bytes]]) -> None:
         self._directory = directory
+        self._command = command
+        self._process = command()
+        self._is_wanted = True
+        self._keeper = Thread(target=self._keep, daemon=True)
+        self._keeper.start()
 
     def before(self, conninfo: str) -> str:
         """How to reach through the pooler what this reaches directly."""
@@ -35,6 +42,28 @@ class Pooler:
     @property
     def log(self) -> str:
         return (self._directory / "log").read_text()
+
+    def end(self) -> None:
+        self._is_wanted = False
+        while self._keeper.is_alive():
+            self._process.kill()  # or one that is being started at this moment
+            self._keeper.join(0.1)
+
+    def until_it_answers(self) -> None:
+        until = monotonic() + _START_TIMEOUT
+        while True:
+            with closing(socket.socket(socket.AF_UNIX)) as line, suppress(OSError):
+                line.connect(str(self._directory / f".s.PGSQL.{_PORT}"))
+                return
+            log = self._directory / "log"
+            assert monotonic() < until, (
+                f"pgbouncer did not listen in time: {log.read_text() if log.exists() else 'no log'}"
+            )
+            sleep(0.01)  # until it listens
+
+    def _keep(self) -> None:
+        while self._process.wait() is not None and self._is_wanted:
+            self._process = self._command()
 
 
 @contextmanager
@@ -62,33 +91,20 @@ def pooling(server: str, *, mode: str = "transaction", size: int = 6, users: tup
         "server_login_retry = 1\n"
     )
     with watched(directory):
-        started = subprocess.Popen(
-            [program, "-q", str(directory / "ini")],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            user=owner.st_uid or None, group=owner.st_gid or None, extra_groups=[] if owner.st_uid else None,
+        running = Pooler(
+            directory,
+            lambda: subprocess.Popen(
+                [program, "-q", str(directory / "ini")],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                user=owner.st_uid or None, group=owner.st_gid or None, extra_groups=[] if owner.st_uid else None,
+            ),
         )  # fmt: skip
         try:
-            _until_it_answers(started, directory)
-            yield Pooler(directory)
+            running.until_it_answers()
+            yield running
         finally:
-            started.kill()
-            started.wait()
+            running.end()
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def _until_it_answers(process: subprocess.Popen[bytes], directory: Path) -> None:
-    until = monotonic() + _START_TIMEOUT
-    while True:
-        with closing(socket.socket(socket.AF_UNIX)) as line:
-            try:
-                line.connect(str(directory / f".s.PGSQL.{_PORT}"))
-                return
-            except OSError:
-                pass
-        log = directory / "log"
-        assert process.poll() is None, f"pgbouncer ended: {log.read_text() if log.exists() else 'no log'}"
-        assert monotonic() < until, "pgbouncer did not listen in time"
-        sleep(0.01)  # until it listens
 
 
 def _quoted(text: str) -> str:
