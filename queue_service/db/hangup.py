@@ -55,9 +55,9 @@ def cancel_there(pgconn: PGconn) -> None:
 
     Not by libpq's blocking calls, in a thread or not: the driver keeps the interpreter's lock while it waits for a server
     that may never answer, so all threads stand still, also the one that keeps leases. With libpq 16 and older there is
-    nothing else, and the statement is left to the server's `statement_timeout`."""
+    nothing else, and the statement is left to the server's `statement_timeout`; as it is where no thread can be started."""
     if psycopg.capabilities.has_cancel_safe():
-        with contextlib.suppress(psycopg.Error):
+        with contextlib.suppress(psycopg.Error, RuntimeError):
             cancel = pgconn.cancel_conn()
             cancel.start()
             threading.Thread(target=_deliver, args=[cancel], name="queue_service cancel", daemon=True).start()

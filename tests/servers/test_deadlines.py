@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -152,6 +153,22 @@ async def test_nor_where_a_handlers_statement_is_given_up_there(pair: Pair, kind
             async with asyncio.timeout(10):
                 await asyncio.gather(sleeping, return_exceptions=True)
             assert time.monotonic() - begun < 2 * ANSWERED
+
+
+async def test_it_holds_where_no_thread_can_be_started_to_cancel_the_statement(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at the end of the interpreter."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    await app.pool.fetch(READ)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    begun = time.monotonic()
+    with pytest.raises(DatabaseUnavailable):
+        await app.pool.fetch(LONG_READ, deadline=DEADLINE)
+    assert time.monotonic() - begun < ANSWERED
 
 
 @asynccontextmanager
