@@ -24,8 +24,8 @@ _START_TIMEOUT = 10
 
 
 class Pooler:
-    """A pgbouncer that runs, and is started again when it ends, as systemd does it: version 1.18, which is Debian's, can end
-    when a client breaks off or cancels (pgbouncer#801, #822). `log` is what it has written so far."""
+    """A pgbouncer that runs, and is started again when it ends, as systemd does it: version 1.18, which is Debian's, can crash
+    when a client cancels or goes away (pgbouncer#801, #822). `log` is what it has written so far."""
 
     def __init__(self, directory: Path, command: Callable[[], subprocess.Popen[bytes]]) -> None:
         self._directory = directory
@@ -62,7 +62,10 @@ class Pooler:
             sleep(0.01)  # until it listens
 
     def _keep(self) -> None:
-        while self._process.wait() is not None and self._is_wanted:
+        while True:
+            self._process.wait()
+            if not self._is_wanted:
+                return
             self._process = self._command()
 
 

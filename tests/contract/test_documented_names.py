@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,8 +39,10 @@ def names_in(page: str) -> set[str]:
     return found
 
 
-def defined(paths: Iterator[Path]) -> set[str]:
-    """The classes of these modules, and the names of types."""
+@functools.cache
+def defined() -> set[str]:
+    """The classes of all our modules, and the names of types."""
+    paths = (ROOT / "queue_service").rglob("*.py")
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
     return classes | {
@@ -56,7 +58,7 @@ def known(page: Path) -> set[str]:
     modules = [importlib.import_module(queue_service.__name__ + name) for name in PUBLIC]
     ours = {name for module in modules for name in getattr(module, "__all__", dir(module))}
     if page.name in INSIDE or page.parent.name == "decisions":
-        ours |= defined((ROOT / "queue_service").rglob("*.py"))
+        ours |= defined()
     return ours | OUTSIDE | set(dir(builtins))
 
 

@@ -520,6 +520,34 @@ class TestCancelled:
             await conn.execute("select pg_advisory_unlock(7)")
             await eventually(lambda: written(conn))
 
+    async def test_a_cancellation_that_the_driver_loses_is_raised(
+        self, database: str, conn: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As one that comes at the same moment as the answer, before Python 3.12."""
+        wait = waiting.wait_async
+
+        async def losing(*args: Any, **options: Any) -> Any:
+            answer = asyncio.ensure_future(wait(*args, **options))
+            while not answer.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(answer)
+            return answer.result()
+
+        async with lending_from(database) as lender:
+
+            async def sleep() -> None:
+                async with lender.transaction(Borrower()) as mine:
+                    monkeypatch.setattr(lent, "wait_async", losing)
+                    await mine.execute("select pg_sleep(0.5)")
+
+            sleeping = asyncio.create_task(sleep())
+            await eventually(
+                lambda: one(conn, "select count(*) = 1 from pg_stat_activity where wait_event = 'PgSleep'")
+            )
+            sleeping.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await sleeping
+
     async def test_a_thread_that_was_given_up_has_lost_its_connection(self, database: str, conn: Connection) -> None:
         go_on = threading.Event()
         raised: list[BaseException] = []
@@ -693,30 +721,3 @@ async def settings_of(conn: psycopg.AsyncConnection[Any]) -> list[Any]:
         f"select name, setting from pg_settings where name not in {changing} order by name".encode()
     )
     return await cursor.fetchall()
-
-
-async def test_a_cancellation_that_the_driver_loses_is_raised(
-    database: str, conn: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one that comes at the same moment as the answer, before Python 3.12."""
-    wait = waiting.wait_async
-
-    async def losing(*args: Any, **options: Any) -> Any:
-        answer = asyncio.ensure_future(wait(*args, **options))
-        while not answer.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.shield(answer)
-        return answer.result()
-
-    async with lending_from(database) as lender:
-
-        async def sleep() -> None:
-            async with lender.transaction(Borrower()) as mine:
-                monkeypatch.setattr(lent, "wait_async", losing)
-                await mine.execute("select pg_sleep(0.5)")
-
-        sleeping = asyncio.create_task(sleep())
-        await eventually(lambda: one(conn, "select count(*) = 1 from pg_stat_activity where wait_event = 'PgSleep'"))
-        sleeping.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await sleeping

@@ -205,7 +205,7 @@ async def test_workers_that_come_and_go_leave_no_run_behind(patient: App) -> Non
         async def come_and_go() -> None:
             for _ in range(6):
                 async with working(patient):
-                    await asyncio.sleep(0.1)
+                    await asyncio.sleep(0.1)  # each lives so long
 
         coming = [asyncio.create_task(come_and_go()) for _ in range(2)]
         while not all(each.done() for each in coming):
