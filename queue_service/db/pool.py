@@ -46,9 +46,9 @@ SHORT_OF_TIME = (pg.QueryCanceled, pg.LockNotAvailable)
 OURS = Limits()
 
 
-def none_free() -> DatabaseUnavailable:
+def none_free(seconds: float) -> DatabaseUnavailable:
     return DatabaseUnavailable(
-        f"No connection became free within {DEADLINE:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE too small "
+        f"No connection became free within {seconds:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE too small "
         "for what this process does at once."
     )
 
@@ -219,7 +219,7 @@ class Pool:
                 return await client.future
         except TimeoutError:
             self._withdraw(client)
-            raise (DatabaseUnavailable(str(self._lost)) if self._lost is not None else none_free()) from None
+            raise (DatabaseUnavailable(str(self._lost)) if self._lost is not None else none_free(deadline)) from None
         except BaseException:
             self._withdraw(client)
             raise

@@ -193,10 +193,12 @@ async def test_a_stop_before_the_first_step_is_a_stop(app: App) -> None:
         await later
 
 
+# What a shell runs in the background ignores Ctrl-C, and so does what that starts.
 PROGRAM = """
-import asyncio, sys
+import asyncio, signal, sys
 from queue_service import App, Worker
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 app = App(sys.argv[1])
 
 @app.task
