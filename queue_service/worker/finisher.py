@@ -85,8 +85,9 @@ class _Aside:
 
 
 class Finisher:
-    """`put` never waits. `run` writes until `close` was called and nothing is left. `announce` is given the ids of runs
-    that ended, and `free` the queues of which a lane was left, and those with a limit, once that is committed.
+    """`put` never waits. `run` writes until `close` was called and nothing is left. Once something is committed, `announce`
+    is given the ids of runs that ended, `free` the queues of which a lane was left, and those with a limit, and
+    `handed_back` each queue to which runs went back that are due, with the highest priority of these.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Finisher:
         *,
         announce: Callable[[list[int]], None] = lambda _ids: None,
         free: Callable[[set[str], set[str]], None] = lambda _laned, _limited: None,
+        handed_back: Callable[[str, int], None] = lambda _queue, _priority: None,
     ) -> None:
         self.tally = Tally()
         self._connection = connection
@@ -104,6 +106,7 @@ class Finisher:
         self._worker_id = worker_id
         self._announce = announce
         self._free = free
+        self._handed_back = handed_back
         # Without an outcome, only the lease is still to be let go of.
         self._pending: list[Entry] = []
         # What is being written.
@@ -301,6 +304,8 @@ class Finisher:
             limited = {held.run.queue for held, _ in group.entries if held.lease.limited}
         if laned or limited:
             self._free(laned, limited)
+        for queue, priority in group.handed_back().items():
+            self._handed_back(queue, priority)
 
     def _prepare_next(self) -> None:
         """While the database writes one group, make the statement for a full one behind it: otherwise it would have nothing

@@ -41,6 +41,16 @@ class Group:
         self.outcomes = [outcome for _, outcome in entries if outcome is not None]
         self.prepared = None
 
+    def handed_back(self) -> dict[str, int]:
+        """The queues to which runs go back that are due, with the highest priority of these."""
+        priorities: dict[str, int] = {}
+        if self.outcomes and isinstance(self.outcomes[0], Return):
+            for held, outcome in self.entries:
+                if isinstance(outcome, Return) and outcome.delay is None:
+                    queue, priority = held.run.queue, held.run.priority
+                    priorities[queue] = max(priority, priorities.get(queue, priority))
+        return priorities
+
     def query(self, worker_id: int, freed: Collection[int]) -> Query[set[settling.Done]]:
         """The statement, which also lets go of these leases: those are not known before it is sent."""
         if self.prepared is None:

@@ -81,7 +81,9 @@ class Parts:
         self._claiming = app.pool.reserved(None)
         self._finishing = app.pool.reserved(_for_endings(settings.lease))
         leases = Leases()
-        self.finisher = Finisher(self._finishing, leases, worker_id, announce=self._announce, free=self._free)
+        self.finisher = Finisher(
+            self._finishing, leases, worker_id, announce=self._announce, free=self._free, handed_back=self._handed_back
+        )
         self._app = app
         self._leases = leases
         self.executors = {queue: self._executor(queue, concurrency) for queue, concurrency in queues.items()}
@@ -200,7 +202,7 @@ class Parts:
             poll_interval=self._settings.poll_interval,
             only_suspects=only_suspects,
             suspects_elsewhere=self._suspect_process.need if self._suspect_process.is_possible else None,
-            call_others=lambda queue, priority: self._app.notify([Notice(channels.EVERY, f"{priority} {queue}")]),
+            call_others=self._call_others,
         )
 
     async def _drain(self, stop_now: asyncio.Event) -> None:
@@ -285,6 +287,14 @@ class Parts:
 
     def _free(self, laned: set[str], limited: set[str]) -> None:
         self.claimer.ended(laned, limited)
+
+    def _handed_back(self, queue: str, priority: int) -> None:
+        # One that goes on leaves it to the poll: it may have been slow because all are.
+        if self.claimer.is_stopping:
+            self._call_others(queue, priority)
+
+    def _call_others(self, queue: str, priority: int) -> None:
+        self._app.notify([Notice(channels.EVERY, f"{priority} {queue}")])
 
     def _announce(self, ended: list[int]) -> None:
         self._app.notify([channels.about_runs(channels.FINISHED, ended)])

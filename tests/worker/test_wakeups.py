@@ -203,6 +203,25 @@ async def test_a_run_that_only_one_of_the_workers_of_a_queue_knows_is_begun_ther
                 assert run.result == "done"
 
 
+async def test_what_a_worker_hands_back_when_it_stops_is_begun_by_another_at_once(patient: App) -> None:
+    begun = asyncio.Event()
+
+    @patient.task
+    async def hold_once() -> None:
+        if not begun.is_set():
+            begun.set()
+            await asyncio.Event().wait()
+
+    async with fleet(patient, 1) as (first,):
+        run_id = await patient.enqueue("hold_once", {})
+        await begun.wait()
+        async with working(patient) as second:
+            await eventually(lambda: size(first) == size(second) == 2)
+            first.stop(now=True)
+            await patient.wait(run_id, timeout=20)
+            assert second.tally.succeeded == 1
+
+
 async def test_workers_that_come_and_go_leave_no_run_behind(patient: App) -> None:
     async with fleet(patient, 2):
 
