@@ -48,8 +48,8 @@ OURS = Limits()
 
 def none_free(seconds: float) -> DatabaseUnavailable:
     return DatabaseUnavailable(
-        f"No connection became free within {seconds:g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE too small "
-        "for what this process does at once."
+        f"No connection became free within {max(seconds, 0):.3g} s. The server may be down, or QUEUE_SERVICE_POOL_SIZE too "
+        "small for what this process does at once."
     )
 
 

@@ -310,6 +310,15 @@ async def taken(pool: Pool) -> Session:
 
 
 class TestLending:
+    @pytest.mark.parametrize(("seconds", "told"), [(0.1234, "0.123"), (-0.00001, "0")])
+    async def test_who_waits_in_vain_is_told_for_how_long(self, pool: Pool, seconds: float, told: str) -> None:
+        """What is left of a deadline may be nothing, where an earlier try has used it up."""
+        held = [await taken(pool) for _ in range(2)]
+        with pytest.raises(DatabaseUnavailable, match=f"No connection became free within {told} s"):
+            await pool.fetch(PID, deadline=seconds)
+        for conn in held:
+            pool._give(conn, is_reserved=False)
+
     async def test_who_comes_first_is_served_first(self, pool: Pool) -> None:
         held = [await taken(pool) for _ in range(2)]
         served: list[int] = []
