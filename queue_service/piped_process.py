@@ -106,11 +106,21 @@ class PipedProcess:
 
     def signal(self, number: signal.Signals) -> None:
         """Raises OSError; ProcessLookupError if it has ended."""
-        self._process.send_signal(number)
+        send_signal(self._process, number)
 
     def close(self) -> None:
         self._input.abort()
         self._output.transport.close()
+
+
+def send_signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Raises OSError; ProcessLookupError if it has ended.
+
+    asyncio's own looks first whether the child has ended (before Python 3.12.3), and takes the exit status from the thread
+    that waits for it: that thread then reports 255 (https://github.com/python/cpython/issues/87744)."""
+    if process.returncode is not None:
+        raise ProcessLookupError
+    os.kill(process.pid, number)
 
 
 def _how(code: int) -> str:

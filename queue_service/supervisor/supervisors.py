@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TypedDict
 
 from queue_service.app import App
-from queue_service.errors import ConfigError, DeploymentDown, DeploymentHeld
+from queue_service.errors import ConfigError, DeploymentDown, DeploymentHeld, TurnUnknown
 from queue_service.logs import get_logger
 from queue_service.runs.model import Run
 from queue_service.supervisor.supervisor import Supervisor
@@ -82,7 +82,7 @@ class Supervisors:
         turn = run.turn
         if turn is None:
             raise ConfigError(f"Run {run.id} works on no turn. Enqueue it with app.turns.dispatch or send.")
-        if not await self._app.turns.is_live(turn.deployment, turn.message_id):
+        if await self._is_over(turn):
             return None
         if self._is_stopped:
             return Snooze(LATER)
@@ -113,6 +113,22 @@ class Supervisors:
         return start.result()
 
     # Inside
+
+    async def _is_over(self, turn: Turn) -> bool:
+        """Whether it has ended. One that has lapsed ends now: a run that returned before would end it as one without an
+        answer."""
+        turns = self._app.turns
+        while not await turns.is_live(turn.deployment, turn.message_id):
+            try:
+                await turns.wait(turn.deployment, turn.message_id, timeout=LATER)
+            except TimeoutError:
+                # A sign of life that came late has made it live again.
+                continue
+            except TurnUnknown:
+                # It ended so long ago that it was forgotten.
+                pass
+            return True
+        return False
 
     def _wait(self, run: Run) -> float:
         """How long to wait for the deployment, and ask for it. One that came back again and again was not claimed by the

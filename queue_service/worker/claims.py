@@ -85,10 +85,20 @@ class Claims:
                 state.floors.claimed([each.run for each in got])
             if len(got) == count:
                 state.may_give.add(source)
-            elif source is Source.QUEUE and not limited and state.rank == 0:
-                # Short: the queue is empty, or what is left stands behind the floor.
-                self._pace.scan_soon(time.monotonic() + SOON if got else 0.0)
+            elif state.rank == 0:
+                self._came_short(state, source, got_some=bool(got), limited=limited)
             self._offer(state.executor, got)
+
+    def _came_short(self, state: QueueState, source: Source, *, got_some: bool, limited: bool) -> None:
+        now = time.monotonic()
+        if source is Source.LANES:
+            # There are no more, or somebody holds them.
+            if got_some:
+                state.missed.reset()
+            self._pace.scan_soon(now + state.missed.next())
+        elif not limited:
+            # The queue is empty, or what is left stands behind the floor.
+            self._pace.scan_soon(now + SOON if got_some else 0.0)
 
     async def _take(self, source: Source, asked: Sequence[Asked], *, limited: bool) -> list[tuple[Run, int]]:
         """Claim of lanes, or within limits."""

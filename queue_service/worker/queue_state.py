@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from queue_service.backoff import Pauses
 from queue_service.runs.queries import DuePriority, Scan, Taken
 from queue_service.worker.executor import Executor
 from queue_service.worker.floors import Floors
@@ -19,6 +20,9 @@ CONTENDED = 0.010
 # Where a rate says to wait longer, its queue is asked again after so many seconds all the same: nobody reports that a limit
 # was raised or taken away.
 LONGEST_WAIT = 1.0
+# A claim steps over lanes that another session holds, as a sweep does for a moment. After one that came back short, a scan
+# looks for what it has missed: after so many seconds at first, and at longest.
+MISSED, MISSED_LONGEST = 0.050, 1.0
 # Runs that one statement claims of several queues: the sweep can take a lease of so many.
 MAX_CLAIM = 1_000
 
@@ -35,8 +39,9 @@ class QueueState:
     """`may_give` are the sources from which a claim may get something. `has_lanes` is whether it ever had some (only a scan
     looks for lanes where none were seen), and `has_limit` whether it had one when last seen. `not_before` (monotonic) is
     when a claim within the limit makes sense again, and `was_freed` whether a run of the queue has ended since the last
-    such claim began. `look` is one that is to come, since a notice came; `rank` is how many workers came before in
-    the one under way, and `has_got` whether it found something."""
+    such claim began. `missed` are the pauses before a scan looks for lanes that claims stepped over. `look` is one that is
+    to come, since a notice came; `rank` is how many workers came before in the one under way, and `has_got` whether that
+    found something."""
 
     executor: Executor
     floors: Floors = field(default_factory=Floors)
@@ -45,6 +50,7 @@ class QueueState:
     has_limit: bool = False
     not_before: float = 0.0
     was_freed: bool = False
+    missed: Pauses = field(default_factory=lambda: Pauses(MISSED, MISSED_LONGEST))
     look: asyncio.TimerHandle | None = None
     rank: int = 0
     has_got: bool = False
@@ -97,6 +103,8 @@ class QueueState:
             self.may_give.add(Source.QUEUE)
         if self.name in scan.laned:
             self.lane_freed()
+        else:
+            self.missed.reset()
         if due or self.name in scan.laned:
             self.has_limit = self.name in scan.limited
 

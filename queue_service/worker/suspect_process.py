@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from queue_service.backoff import Pauses
 from queue_service.logs import get_logger
+from queue_service.piped_process import send_signal
 from queue_service.services.loop import Service
 
 log = get_logger(__name__)
@@ -93,7 +94,7 @@ class SuspectProcess:
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+                send_signal(self._process, number)
 
 
 def _how(code: int) -> str:

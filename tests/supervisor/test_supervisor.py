@@ -22,6 +22,7 @@ from queue_service.db.cluster import Cluster
 from queue_service.db.execute import Connection, fetch
 from queue_service.db.session import connect
 from queue_service.errors import ConfigError, DeploymentDown
+from queue_service.piped_process import PipedProcess
 from queue_service.settings import load
 from queue_service.supervisor import Supervisor, process, supervisor
 from queue_service.turns import queries
@@ -260,7 +261,7 @@ async def test_a_failing_kill_after_the_spawn_neither_clears_the_mark_nor_signal
         raise PermissionError("not yours")
 
     with monkeypatch.context() as patched:
-        patched.setattr(asyncio.subprocess.Process, "send_signal", refuse)
+        patched.setattr(PipedProcess, "signal", refuse)
         stopping = asyncio.create_task(child.stop())
         await eventually(lambda: process_of(child).is_stopping)
         assert await app.turns.is_live("d", "m")
@@ -279,7 +280,7 @@ async def test_a_failing_kill_of_a_running_child_signals_nothing(app: App, monke
             raise PermissionError("not yours")
 
         with monkeypatch.context() as patched:
-            patched.setattr(asyncio.subprocess.Process, "send_signal", refuse)
+            patched.setattr(PipedProcess, "signal", refuse)
             process_of(child)._signal(signal.SIGTERM)
         assert not process_of(child).is_stopping
         await given(app, child, ["reply", {}], message_id="next")
@@ -573,6 +574,23 @@ async def test_a_cancelled_supervisor_takes_its_child_along_and_ends_no_turn(app
     assert await app.turns.is_live("d", "m")
 
 
+async def test_whoever_signals_a_child_leaves_its_exit_status_to_whom_waits_for_it(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Supervisor(app, "d", CHILD)
+    await child.start()
+
+    def taken(_: subprocess.Popen[bytes]) -> None:
+        raise AssertionError("a status that is taken here is missing there")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess.Popen, "poll", taken)
+        process_of(child)._pipes.signal(signal.SIGKILL)
+        assert (await child.wait()).reason == "killed by SIGKILL"
+        with pytest.raises(ProcessLookupError):
+            process_of(child)._pipes.signal(signal.SIGKILL)
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["cancelled once", "cancelled again"])
 async def test_a_cancelled_supervisor_lets_go_of_a_child_that_it_cannot_kill(
     app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, again: bool
@@ -588,7 +606,7 @@ async def test_a_cancelled_supervisor_lets_go_of_a_child_that_it_cannot_kill(
         refused.set()
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", refuse)
+    monkeypatch.setattr(PipedProcess, "signal", refuse)
     monkeypatch.setattr(process, "EXIT_SECONDS", 3_600.0 if again else 0.01)
     life.cancel()
     await refused.wait()

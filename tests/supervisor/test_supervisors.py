@@ -118,6 +118,23 @@ async def test_a_run_goes_on_for_as_long_as_its_turn_is_owed_an_ending(app: App,
         await eventually(lambda: _equal(state_of(app, run_id), "succeeded"))
 
 
+async def test_a_turn_that_has_lapsed_when_it_is_taken_ends_as_one_and_not_as_one_without_an_answer(
+    app: App, conn: Connection
+) -> None:
+    supervisors = Supervisors(app, AGENTS["python"])
+    lapse = "update queue_service.turn_markers set deadline = clock_timestamp() - interval '1 s'"
+
+    @app.task(queue="agent")
+    async def agent_turn(run: Run, words: str) -> Any:
+        await conn.execute(lapse)
+        return await supervisors.take(run, words)
+
+    async with working(app, {"agent": 4}):
+        run_id = await dispatched(app, "m", "reply")
+        await eventually(lambda: _equal(state_of(app, run_id), "succeeded"))
+    assert await rows(conn, ENDINGS) == [("m", "error", "worker_unresponsive")]
+
+
 async def test_a_crash_ends_the_turn_that_was_given_and_the_lane_goes_on_with_the_next_child(
     app: App, other: App, conn: Connection
 ) -> None:

@@ -112,6 +112,29 @@ async def test_a_notice_alone_leads_to_a_lane(app: App, database: str, conn: Con
             await eventually(lambda: begun == [0, 1])
 
 
+@pytest.mark.parametrize("limit", [None, 5])
+async def test_a_lane_that_somebody_holds_when_it_is_looked_at_is_taken_soon_after(
+    database: str, conn: Connection, limit: int | None
+) -> None:
+    begun: list[int] = []
+    async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as app:
+        await app.queues.limit("default", max_running=limit)
+
+        @app.task
+        async def note(n: int) -> None:
+            begun.append(n)
+
+        for n in range(2):
+            await app.enqueue("note", {"n": n}, ordering_key=f"k{n}")
+        # As a sweep does for a moment.
+        async with AsyncExitStack() as stack:
+            async with conn.transaction():
+                await conn.execute("select from queue_service.lanes where ordering_key = 'k0' for update")
+                await stack.enter_async_context(working(app))
+                await eventually(lambda: begun == [1])
+            await eventually(lambda: begun == [1, 0], within=5)
+
+
 async def nothing_is_held(app: App) -> bool:
     async with app.pool.connection() as conn:
         return await nothing_is_left(conn)
