@@ -39,6 +39,7 @@ class Service:
         self.name = name
         self.task: asyncio.Task[None] | None = None
         self._work = work
+        self._is_stopped = False
         #: Set once the work has returned.
         self.has_returned = asyncio.Event()
         #: (monotonic) When it said last that all is well, or began.
@@ -65,6 +66,14 @@ class Service:
             if time.monotonic() - began > STEADY:
                 pauses.reset()
             await asyncio.sleep(_outage_pause() if is_outage else pauses.next())
+
+    def stop(self) -> None:
+        """Cancel its task, once: psycopg has a statement cancelled on the server, and a second time leaves that undone."""
+        # `task.cancelling()` does not tell: it also counts an `asyncio.timeout` of the work's own that has just passed, and
+        # that one takes its cancellation back.
+        if self.task is not None and not self._is_stopped:
+            self._is_stopped = True
+            self.task.cancel()
 
     @property
     def condition(self) -> Condition:
@@ -107,8 +116,8 @@ class Services:
 
     def __init__(self) -> None:
         self._running: dict[str, Service] = {}
-        # Also those that were told to stop and have not ended yet.
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Those of which a task runs, also where it was told to stop and has not ended yet.
+        self._alive: set[Service] = set()
 
     def __iter__(self) -> Iterator[Service]:
         return iter(list(self._running.values()))
@@ -123,28 +132,26 @@ class Services:
     def stop(self, name: str) -> None:
         """Cancel it, if it runs. Returns before it has ended."""
         service = self._running.pop(name, None)
-        if service is not None and service.task is not None:
-            service.task.cancel()
+        if service is not None:
+            service.stop()
 
     async def close(self) -> None:
         """Cancel them all, and wait for their end."""
         self._running.clear()
-        for task in self._tasks:
-            # Once: psycopg has a statement cancelled on the server, and a second time leaves that undone.
-            if not task.cancelling():
-                task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        for service in self._alive:
+            service.stop()
+        if self._alive:
+            await asyncio.wait([service.task for service in self._alive if service.task is not None])
 
     def _begin(self, service: Service) -> None:
         if self._running.get(service.name) is not service:
             return
         service.task = asyncio.create_task(service.run(), name=service.name)
-        self._tasks.add(service.task)
+        self._alive.add(service)
         service.task.add_done_callback(lambda task: self._ended(service, task))
 
     def _ended(self, service: Service, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._alive.discard(service)
         if self._running.get(service.name) is not service:
             return
         if task.cancelled():

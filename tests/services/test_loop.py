@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 
 import pytest
+import uvloop
 
 from queue_service.errors import DatabaseUnavailable
 from queue_service.services import loop
@@ -168,3 +171,24 @@ async def test_one_whose_work_is_done_is_not_begun_again(services: Services) -> 
     await asyncio.wait_for(service.has_returned.wait(), 5)
     await eventually(lambda: list(services) == [])
     assert begun == 1
+
+
+@pytest.mark.parametrize("on_loop", [asyncio.run, uvloop.run])
+def test_closing_ends_work_of_which_a_timeout_passes_at_that_moment(on_loop: Callable[..., None]) -> None:
+    async def patient(_: Service) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await asyncio.Event().wait()
+
+    async def closed() -> None:
+        services = Services()
+        services.ensure("patient", patient)
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(services.close())
+        # The loop comes back when both are due.
+        time.sleep(0.02)  # noqa: ASYNC251
+        async with asyncio.timeout(10):
+            await closing
+
+    on_loop(closed())
