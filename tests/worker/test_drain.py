@@ -389,7 +389,7 @@ async def test_once_exits_with_five_when_runs_failed(start: Start, conn: Connect
     assert await one(conn, "select count(*) from queue_service.finished_runs") == 2
 
 
-async def test_a_worker_needs_six_connections_at_any_concurrency(
+async def test_a_worker_has_at_most_eight_connections_at_any_concurrency(
     start: Start, conn: Connection, tmp_path: Path
 ) -> None:
     connected = (
@@ -427,4 +427,5 @@ async def test_a_worker_needs_six_connections_at_any_concurrency(
     await eventually(all_ended, within=40)
     process.terminate()
     assert await exit_code(process) == 0
-    assert 4 <= most <= 6
+    # The pool's four, and those that claim, finish, keep leases and hear notices.
+    assert 4 <= most <= 8

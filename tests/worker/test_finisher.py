@@ -189,7 +189,7 @@ async def test_a_run_that_is_refused_holds_up_no_other_and_keeps_its_lease(
 ) -> None:
     monkeypatch.setattr(finisher, "REST", 0.0)
     held = await desk.held(8)
-    bad = held[5]
+    bad, begun = held[5], time.monotonic()
     table, what = ("finished_runs", "") if how == "ends" else ("runs", "and state = 'queued'")
     async with refusing(conn, table, f"id = {bad.run.id} {what}"):
         for each in held:
@@ -202,7 +202,8 @@ async def test_a_run_that_is_refused_holds_up_no_other_and_keeps_its_lease(
         desk.end(*await desk.held(3))
         await desk.written(10)
         said = [record for record in caplog.records if getattr(record, "run_id", None) == bad.run.id]
-        assert len(said) == 1
+        # Each time it is tried, which is no more than once in so long.
+        assert 1 <= len(said) <= 1 + (time.monotonic() - begun) / finisher.AGAIN
     await eventually(lambda: desk.finisher.is_idle)
     assert desk.finisher.tally.lost == 0
     assert await one(conn, "select count(*) from queue_service.runs where state = 'running'") == 0
