@@ -64,7 +64,9 @@ async def test_nothing_deadlocks_and_each_turn_ends_once_whatever_meets_in_a_con
     assert await one(conn, DEADLOCKS) == before
     ended = Counter(await rows(conn, "select kind, code from queue_service.turn_outcomes"))
     assert sum(ended.values()) == MESSAGES
-    assert {code for _, code in ended} <= {None, "internal_error", "no_answer", "cancelled", "rejected"}
+    # The last one: it was extended, and a busy machine came to it only after its deadline.
+    codes = {None, "internal_error", "no_answer", "cancelled", "rejected", "worker_unresponsive"}
+    assert {code for _, code in ended} <= codes
     assert await one(conn, "select count(*) from queue_service.events where terminal") == MESSAGES
     for stream, head, count, last in await rows(
         conn,
