@@ -117,6 +117,19 @@ async def listening(conn: Connection) -> None:
     )
 
 
+async def resting(conn: Connection) -> None:
+    """A patient worker is through with its first looks, and only a notice makes it look again."""
+    await eventually(
+        lambda: one(
+            conn,
+            "select exists (select from pg_stat_activity where datname = current_database() and state = 'idle' "
+            "and application_name = 'queue_service listener' and query ilike 'listen%%cancel%%') and not exists ("
+            "select from pg_stat_activity where datname = current_database() and application_name = 'queue_service' "
+            "and pid <> pg_backend_pid() and state_change > clock_timestamp() - interval '500 ms')",
+        )
+    )
+
+
 def is_heard(app: App, channel: str) -> bool:
     """Whether notices of this channel are heard in this process, or can never be."""
     return app.opened.listener.hears(channel) or app.opened.listener.polls_by_design

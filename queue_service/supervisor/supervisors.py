@@ -122,7 +122,7 @@ class Supervisors:
             try:
                 await turns.wait(turn.deployment, turn.message_id, timeout=LATER)
             except TimeoutError:
-                # A sign of life that came late has made it live again.
+                # Live again, by a sign of life that came late; or left to live a little longer, after an outage.
                 continue
             except TurnUnknown:
                 # It ended so long ago that it was forgotten.

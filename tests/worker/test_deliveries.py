@@ -21,15 +21,13 @@ from queue_service.deliveries import MAX_ATTEMPTS, NOT_MINE, RETRY_DELAY, Delive
 from queue_service.errors import ConfigError
 from queue_service.services.loop import Services, every
 from queue_service.settings import load
-from tests.support import eventually, one, rows, working
+from tests.support import eventually, one, resting, rows, working
 
 QUEUE = {"thread_response": 5}
 QUICK = {"LEASE": "3s", "POLL_INTERVAL": "100ms", "SWEEP_INTERVAL": "100ms"}
 PATIENT = {"LEASE": "1h", "POLL_INTERVAL": "1h", "SWEEP_INTERVAL": "1h"}
 CHAT = Turn(deployment="dep-1", message_id="m1", stream="conv-1", platform="chat", channel_id="c1", user_id="u1")
 LIVE = "select state, attempt, failures, reserved_for, extract(epoch from run_at - clock_timestamp())::float8 from queue_service.runs"
-# Ends the pooled connections of an App, and waits up to 5 s until they are gone. Its listener is left alone: it connects
-# again by itself.
 CLAIMED_BY_OTHERS_TOO_SOON = (
     "select id from queue_service.finished_runs where attempt > 1 and claimed_at - created_at < interval '1 s'"
 )
@@ -133,19 +131,6 @@ async def make_due(conn: Connection, attempt: int | None = None) -> None:
     )
 
 
-async def listening(conn: Connection) -> None:
-    """A patient worker is through with its first looks, and only a notice makes it look again."""
-    await eventually(
-        lambda: one(
-            conn,
-            "select exists (select from pg_stat_activity where datname = current_database() and state = 'idle' "
-            "and application_name = 'queue_service listener' and query ilike 'listen%%cancel%%') and not exists ("
-            "select from pg_stat_activity where datname = current_database() and application_name = 'queue_service' "
-            "and pid <> pg_backend_pid() and state_change > clock_timestamp() - interval '500 ms')",
-        )
-    )
-
-
 async def only_run(app: App, conn: Connection) -> Run:
     run_id = await one(conn, "select id from queue_service.runs union all select id from queue_service.finished_runs")
     run = await app.get(run_id)
@@ -226,7 +211,7 @@ async def test_a_deferred_delivery_is_for_its_owner_to_claim_first(replica: Make
 async def test_the_owner_hears_at_once_of_a_deferred_delivery(replica: Make, conn: Connection) -> None:
     here, there = await replica(PATIENT), await replica(PATIENT)
     async with working(there.app, QUEUE):
-        await listening(conn)
+        await resting(conn)
         # As if it had been claimed by the other one before the connection was made.
         await here.app.turns.arm(CHAT)
         await here.app.queues.pause("thread_response")
@@ -475,7 +460,7 @@ async def test_what_is_sent_is_reserved_for_the_owner_and_announced_at_once(repl
     await there.deliveries.connect("chat", "c1")
     seq = await here.app.events.append("conv-1", "delta", {})
     async with working(there.app, QUEUE):
-        await listening(conn)
+        await resting(conn)
         await here.deliveries.send(CHAT, Event(stream="conv-1", seq=seq, kind="delta", body={}))
         await eventually(lambda: there.screen.ids == ["m1"])
     assert await rows(conn, ENDED) == [("succeeded", 1, 0)]

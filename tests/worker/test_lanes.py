@@ -14,7 +14,7 @@ from queue_service.db.execute import Connection, fetch
 from queue_service.services import sweeper
 from queue_service.settings import load
 from queue_service.worker import pace
-from tests.support import claim, eventually, listening, one, working
+from tests.support import claim, eventually, listening, one, resting, working
 
 
 class Witness:
@@ -112,9 +112,10 @@ async def test_a_notice_alone_leads_to_a_lane(app: App, database: str, conn: Con
             await eventually(lambda: begun == [0, 1])
 
 
+@pytest.mark.direct("that a worker rests is seen by its own sessions")
 @pytest.mark.parametrize("limit", [None, 5])
 async def test_a_lane_that_somebody_holds_when_it_is_looked_at_is_taken_soon_after(
-    database: str, conn: Connection, limit: int | None
+    database: str, conn: Connection, session: Callable[[], Awaitable[Connection]], limit: int | None
 ) -> None:
     begun: list[int] = []
     async with App(database, settings=load({"QUEUE_SERVICE_POLL_INTERVAL": "1h"})) as app:
@@ -126,12 +127,14 @@ async def test_a_lane_that_somebody_holds_when_it_is_looked_at_is_taken_soon_aft
 
         for n in range(2):
             await app.enqueue("note", {"n": n}, ordering_key=f"k{n}")
-        # As a sweep does for a moment.
+        holder = await session()
         async with AsyncExitStack() as stack:
-            async with conn.transaction():
-                await conn.execute("select from queue_service.lanes where ordering_key = 'k0' for update")
+            # As a sweep does, but until the worker has nothing to do any more.
+            async with holder.transaction():
+                await holder.execute("select from queue_service.lanes where ordering_key = 'k0' for update")
                 await stack.enter_async_context(working(app))
                 await eventually(lambda: begun == [1])
+                await resting(conn)
             await eventually(lambda: begun == [1, 0], within=5)
 
 
