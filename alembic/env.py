@@ -6,7 +6,7 @@ import sqlalchemy
 
 from alembic import context
 from queue_service import settings
-from queue_service.db import migration, tables, url
+from queue_service.db import migration, phases, tables, url
 from queue_service.db.migration import SCHEMA
 
 
@@ -24,6 +24,7 @@ def configure(**how: object) -> None:
         include_schemas=True,
         include_name=ours,
         compare_server_default=False,
+        on_version_apply=phases.note_oldest_code,
         **how,
     )
 

@@ -18,16 +18,14 @@ from typing import Any
 
 import psycopg
 
-from benchmarks import floor, gateway, outages, peers, pooler, report, scenario, turns, wakeups
+from benchmarks import floor, gateway, outages, peers, pooler, report, row_security, scenario, turns, wakeups
 from benchmarks.arena import Arena, Figures
 from benchmarks.contests import CONTESTS, LONG, TASTE, Sizes
 from benchmarks.scenario import SCENARIOS
 from queue_service import logs
 from queue_service.db import embedded, schema, url
 
-assert turns.CALLERS + floor.BATCH + gateway.RATE + pooler.PAIRS + outages.SHORT_REPEATS + wakeups.HOLD, (
-    "importing them lists their scenarios"
-)
+assert all((turns, floor, gateway, pooler, outages, wakeups, row_security)), "importing them lists their scenarios"
 CONTENDERS = [peers.OURS, "procrastinate", "pgqueuer", "graphile-worker", "pg-boss"]
 
 

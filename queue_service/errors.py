@@ -7,7 +7,7 @@
     ├── DatabaseRefused          the database said no to a statement, and would again; its own words say why
     ├── TransactionConflict      the caller's transaction got in the way of another one, and is to be begun again
     │   └── Deadlock             they waited for each other, and the database ended the caller's
-    ├── SchemaMismatch           the database has another revision than this code was built for
+    ├── SchemaMismatch           the database has a revision that this code does not work on
     ├── EmbeddedUnavailable      the bundled Postgres is not installed, or did not start
     ├── TaskUnknown              no task of that name is registered here
     ├── RunUnknown               no run has this id: it never existed, or its history was pruned
@@ -91,18 +91,19 @@ class EmbeddedUnavailable(QueueServiceError):
 class SchemaMismatch(QueueServiceError):
     exit_code = 4
 
-    def __init__(self, have: str | None, want: str, *, newer: bool = False) -> None:
+    def __init__(self, have: str | None, want: str, *, newer: bool = False, oldest_code: str | None = None) -> None:
         self.have = have
         self.want = want
         found = f"at revision {have}" if have else "not there yet"
+        if oldest_code is not None:
+            found += f" and takes what was built for revision {oldest_code} or a later one"
         fix = (
             "install the version of pg-queue-service that made it"
             if newer
             else "run `queue-service db migrate` against the same database"
         )
-        super().__init__(
-            f"The schema queue_service is {found}, and this version needs revision {want}. To go on: {fix}."
-        )
+        needs = f"this version was built for revision {want}" if newer else f"this version needs revision {want}"
+        super().__init__(f"The schema queue_service is {found}, and {needs}. To go on: {fix}.")
 
 
 class TaskUnknown(QueueServiceError, LookupError):

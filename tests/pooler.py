@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -79,9 +80,8 @@ def pooling(server: str, *, mode: str = "transaction", size: int = 6, users: tup
     given = conninfo_to_dict(server)
     host = str(given["host"])
     directory = Path(tempfile.mkdtemp(prefix="qs-pooler-"))
-    # It does not run as root. The owner of the server's socket can pass to it, where no other user can.
-    owner = Path(host if host.startswith("/") else directory).stat()
-    os.chown(directory, owner.st_uid, owner.st_gid)
+    uid, gid = _user(host)
+    os.chown(directory, uid, gid)
     directory.chmod(0o755)
     known = [(str(given["user"]), str(given.get("password") or "")), *((user, "") for user in users)]
     (directory / "users").write_text("".join(f"{_quoted(user)} {_quoted(password)}\n" for user, password in known))
@@ -99,7 +99,8 @@ def pooling(server: str, *, mode: str = "transaction", size: int = 6, users: tup
             lambda: subprocess.Popen(
                 [program, "-q", str(directory / "ini")],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                user=owner.st_uid or None, group=owner.st_gid or None, extra_groups=[] if owner.st_uid else None,
+                user=uid if os.geteuid() == 0 else None, group=gid if os.geteuid() == 0 else None,
+                extra_groups=[] if os.geteuid() == 0 else None,
             ),
         )  # fmt: skip
         try:
@@ -108,6 +109,17 @@ def pooling(server: str, *, mode: str = "transaction", size: int = 6, users: tup
         finally:
             running.end()
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _user(host: str) -> tuple[int, int]:
+    """As whom it runs: never as root. The owner of a server's socket can pass to it, where no other user can."""
+    if host.startswith("/"):
+        owner = Path(host).stat()
+        return owner.st_uid, owner.st_gid
+    if os.geteuid() != 0:
+        return os.getuid(), os.getgid()
+    nobody = pwd.getpwnam("nobody")
+    return nobody.pw_uid, nobody.pw_gid
 
 
 def _quoted(text: str) -> str:

@@ -10,9 +10,17 @@ from queue_service import codec
 from queue_service.db import channels
 from queue_service.db.query import interval_literal
 from queue_service.db.steps import MAX_TRIES, Copy, Steps
-from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, nearest
+from queue_service.errors import (
+    ConfigError,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    DuplicateRun,
+    QueueServiceError,
+    nearest,
+)
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun
+from queue_service.runs.queries import Reserved
 from queue_service.tasks import Tasks, duration
 from queue_service.turn import Turn
 from queue_service.words import check_word
@@ -150,40 +158,67 @@ def enqueue(new: NewRun, on_conflict: OnConflict, notice: channels.Notice | None
         run_id = yield store(new, notice)
         if run_id is not None:
             return int(run_id)
-        assert new.singleton_key is not None
-        holder = yield queries.singleton_holder(new.queue, new.singleton_key)
-        # None: it ended since the insert met it. The key is free, and the insert may be tried again.
-        if holder is not None:
-            if on_conflict == "return":
-                return int(holder)
-            why = "and on_conflict is 'raise'" if on_conflict == "raise" else "and it is running: it cannot be replaced"
-            raise DuplicateRun(holder, new.singleton_key, why=why)
-    raise DatabaseUnavailable(
-        f"Singleton key {new.singleton_key!r} changed hands {MAX_TRIES} times while we looked at it."
-    )
+        if new.singleton_key is None:
+            # Each try takes the next id: where ids were restored, and what gives them was not, some are in use.
+            continue
+        holder = yield queries.singleton_holder(new.queue, new.singleton_key, new.organization_id)
+        # None: it ended since the insert met it. The key is free, and the insert may be tried again. One that is queued was
+        # stored since `replace` looked for it.
+        if holder is None or (on_conflict == "replace" and holder.is_queued):
+            continue
+        if on_conflict == "return":
+            return int(holder.run_id)
+        why = "and on_conflict is 'raise'" if on_conflict == "raise" else "and it is running: it cannot be replaced"
+        raise DuplicateRun(holder.run_id, new.singleton_key, why=why)
+    if new.singleton_key is None:
+        raise DatabaseRefused(
+            f"The database gave a new run {MAX_TRIES} ids in a row that other runs have. The sequence "
+            "queue_service.runs_id_seq is behind, as after a restore of data alone: set it to the greatest id there is."
+        )
+    raise never_free(f"Singleton key {new.singleton_key!r}", are_shared=(yield queries.are_keys_shared()))
+
+
+def never_free(key: str, *, are_shared: bool) -> QueueServiceError:
+    """A key could not be had, and whoever has it was not to be seen."""
+    if are_shared:
+        return DatabaseRefused(
+            f"{key} is that of another organization's live run. Each organization has keys of its own from revision 0026 "
+            "on: migrate (queue-service db migrate), once no process of an older version is left."
+        )
+    return DatabaseUnavailable(f"{key} changed hands {MAX_TRIES} times while we looked at it.")
 
 
 def enqueue_many(first: NewRun, payloads: Sequence[str], notice: channels.Notice | None) -> Steps[list[int]]:
-    """Copy many runs in, all alike but for their payloads; their ids, in order. One statement, so all or none."""
+    """Store many runs, all alike but for their payloads; their ids, in order. One statement, so all or none."""
     if not payloads:
         return []
-    due, expires, ids = yield queries.reserve(len(payloads), first.delay, first.run_at, first.expires_in)
+    reserved: Reserved = yield queries.reserve(len(payloads), first.delay, first.run_at, first.expires_in)
     is_now = first.delay is None and first.run_at is None and first.expires_in is None
     shared = {
-        "queue": first.queue, "task": first.task, "run_at": None if is_now else due.isoformat(),
-        "expires_at": expires and expires.isoformat(), "priority": first.priority or None,
+        "queue": first.queue, "task": first.task, "run_at": None if is_now else reserved.due.isoformat(),
+        "expires_at": reserved.expires and reserved.expires.isoformat(), "priority": first.priority,
         "ordering_key": first.ordering_key, "max_attempts": first.max_attempts,
         "retry_delay": _interval(first.retry_delay), "timeout": _interval(first.timeout), "metadata": first.metadata,
-        "organization_id": first.organization_id,
+        "organization_id": first.organization_id or reserved.organization_id,
     }  # fmt: skip
-    # What the table would default to is left out: each column that a row does not have saves the server 1 %.
-    said = {column: value for column, value in shared.items() if value is not None}
-    middle = "\t".join(_escaped(str(value)) for value in said.values())
-    rows = [f"{run_id}\t{middle}\t{_escaped(payload)}\n" for run_id, payload in zip(ids, payloads, strict=True)]
-    yield Copy(f"copy queue_service.runs (id, {', '.join(said)}, payload) from stdin", "".join(rows))
+    if reserved.is_secured:
+        # Where there is row security, Postgres refuses every COPY.
+        yield queries.store_reserved(reserved.ids, payloads, shared)
+    else:
+        yield _copy(reserved.ids, payloads, shared)
     if notice is not None:
         yield channels.notify([notice], alone=False)
-    return list(ids)
+    return list(reserved.ids)
+
+
+def _copy(ids: Sequence[int], payloads: Sequence[str], shared: Mapping[str, object]) -> Copy:
+    # What the table would default to is left out: each column that a row does not have saves the server 1 %.
+    said = {
+        column: value for column, value in shared.items() if value is not None and (column, value) != ("priority", 0)
+    }
+    middle = "\t".join(_escaped(str(value)) for value in said.values())
+    rows = [f"{run_id}\t{middle}\t{_escaped(payload)}\n" for run_id, payload in zip(ids, payloads, strict=True)]
+    return Copy(f"copy queue_service.runs (id, {', '.join(said)}, payload) from stdin", "".join(rows))
 
 
 def _escaped(text: str) -> str:

@@ -18,10 +18,18 @@ from queue_service.db import channels
 from queue_service.db.channels import Notice
 from queue_service.db.query import Query
 from queue_service.db.steps import MAX_TRIES
-from queue_service.errors import ConfigError, DatabaseUnavailable, MessageConflict, StreamEnded, nearest
+from queue_service.errors import (
+    ConfigError,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    MessageConflict,
+    QueueServiceError,
+    StreamEnded,
+    nearest,
+)
 from queue_service.events import queries as events
 from queue_service.events.model import Event
-from queue_service.runs.queries import take_back
+from queue_service.runs.queries import hidden_from, take_back
 from queue_service.turn import Input, Turn
 from queue_service.turns import queries
 from queue_service.turns.model import Receipt
@@ -101,7 +109,7 @@ class Messages:
                 deployment=turn.deployment, message_id=turn.message_id, stream=turn.stream, seq=sent.seq,
                 new=sent.word == "sent",
             )  # fmt: skip
-        raise contested(turn)
+        raise await contested(self._core, turn, conn)
 
     async def _interrupt(self, turn: Turn, conn: Any) -> None:
         """The handlers at work are cancelled once their turns have ended: what they still do comes too late."""
@@ -154,8 +162,13 @@ def _steering(event: Event) -> Input | None:
     )
 
 
-def contested(turn: Turn) -> DatabaseUnavailable:
-    """The turn changed each time it was looked at."""
+async def contested(core: Core, turn: Turn, conn: Any) -> QueueServiceError:
+    """The turn changed each time it was looked at, or there is one that is not to be seen."""
+    if await core.fetch(hidden_from(), conn):
+        return DatabaseRefused(
+            f"Deployment {turn.deployment!r} has a turn {turn.message_id!r} already, which is another organization's and "
+            "hidden from this role. Give the message an id of its own."
+        )
     return DatabaseUnavailable(
         f"Turn {turn.message_id!r} was armed and forgotten {MAX_TRIES} times while we looked at it."
     )

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from queue_service.db import embedded, revision, schema, url
 from queue_service.db.cluster import Cluster
-from queue_service.db.execute import DEADLINE, translated, unanswered
+from queue_service.db.execute import DEADLINE, copying, translated, unanswered
 from queue_service.db.listener import Listener
 from queue_service.db.pool import Pool
 from queue_service.db.query import Query
@@ -98,7 +98,8 @@ class Opened:
             try:
                 if cluster is not None and await revision.current(conn) is None:
                     await asyncio.to_thread(schema.upgrade, conninfo)
-                await revision.require(conn)
+                with translated():
+                    await revision.require(conn)
             finally:
                 await conn.close()
             try:
@@ -167,7 +168,7 @@ class Opened:
         """Send rows in the text format of COPY, all or none, within DEADLINE seconds."""
         async with self.pool.connection() as conn:
             try:
-                with translated():
+                with translated(), copying(conn.pgconn):
                     async with (
                         asyncio.timeout(DEADLINE),
                         conn.cursor() as cursor,

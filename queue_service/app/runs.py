@@ -18,7 +18,7 @@ from queue_service.db import channels
 from queue_service.db.borrowed import borrow
 from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.steps import MAX_TRIES, Steps, can_copy, drive, drive_any
-from queue_service.errors import ConfigError, DatabaseUnavailable, DuplicateRun, RunUnknown
+from queue_service.errors import ConfigError, DuplicateRun, RunUnknown
 from queue_service.logs import get_logger
 from queue_service.runs import queries
 from queue_service.runs.model import NewRun, Progress, Run
@@ -68,8 +68,9 @@ class Runs:
 
         `delay` (or `run_at`, with a time zone) says when it is due, `expires_in` how long after that it may still start.
         Higher `priority` goes first, -32768 to 32767. Durations are `timedelta` or seconds. A `singleton_key` is unique
-        among the queue's live runs; `on_conflict` says what a second enqueue does: `return` the live run's id, `replace`
-        what is still queued, or `raise` DuplicateRun (as `replace` does when the run is already running).
+        among the queue's live runs of one organization, or of none; `on_conflict` says what a second enqueue does: `return`
+        the live run's id, `replace` what is still queued, or `raise` DuplicateRun (as `replace` does when that run is
+        running). Without an `organization_id` the run is of that of the database session, if it has one.
         With `conn`, a psycopg or SQLAlchemy connection or session, the run is part of the caller's transaction; nothing
         that happens here aborts it. Raises PayloadRefused and ConfigError before anything is sent.
         """
@@ -168,13 +169,13 @@ class Runs:
             if moved.has_moved:
                 await self._core.announce([channels.enqueued(moved.queue, moved.priority)], conn)
                 return True
-            holder = await self._core.fetch(queries.singleton_holder(moved.queue, moved.singleton_key or ""), conn)
+            looking = queries.singleton_holder(moved.queue, moved.singleton_key or "", moved.organization_id)
+            holder = await self._core.fetch(looking, conn)
             # None: it has ended since.
             if holder is not None:
-                raise DuplicateRun(holder, moved.singleton_key or "", why="so this one was not queued again")
-        raise DatabaseUnavailable(
-            f"The singleton key of run {run_id} changed hands {MAX_TRIES} times while we looked at it."
-        )
+                raise DuplicateRun(holder.run_id, moved.singleton_key or "", why="so this one was not queued again")
+        are_shared = await self._core.fetch(queries.are_keys_shared(), conn)
+        raise enqueueing.never_free(f"The singleton key of run {run_id}", are_shared=are_shared)
 
     async def retry_many(
         self,

@@ -87,7 +87,7 @@ class Turns:
                 return True
             if armed is False and await self._stands(owed.key, conn):
                 return False
-        raise contested(turn)
+        raise await contested(self._core, turn, conn)
 
     async def dispatch(
         self,
@@ -124,7 +124,7 @@ class Turns:
                 return int(found.run_id)
             if found.kind is not None:
                 await self._stands(owed.key, conn)
-        raise contested(turn)
+        raise await contested(self._core, turn, conn)
 
     async def send(
         self,

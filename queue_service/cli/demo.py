@@ -21,7 +21,7 @@ import click
 from queue_service.app import App
 from queue_service.cli import demo_turns, render
 from queue_service.cli.options import command, run
-from queue_service.db import embedded, revision, schema, url
+from queue_service.db import embedded, schema, url
 from queue_service.errors import QueueServiceError
 from queue_service.roster import queries as roster
 from queue_service.runs import queries
@@ -67,8 +67,8 @@ def demo(directory: Path | None, database_url: str | None) -> None:
         render.echo(f"database: {target}")
         conninfo, cluster = embedded.reach(target)
         try:
-            schema.upgrade(conninfo)
-            render.echo(f"schema at revision {revision.HEAD} ({time.monotonic() - begun:.1f} s)")
+            upgraded = schema.upgrade(conninfo)
+            render.echo(f"schema at revision {upgraded.revision} ({time.monotonic() - begun:.1f} s)")
             verdict = run(_demo(conninfo, files))
             _report(files, verdict, time.monotonic() - begun)
             run(_conversations(conninfo))

@@ -24,6 +24,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 from queue_service.db.adapters import AsyncCursor, Cursor
+from queue_service.db.execute import copying
 from queue_service.db.hangup import shut
 from queue_service.db.meaning import meaning
 from queue_service.db.query import Query, Rows
@@ -67,7 +68,7 @@ class Psycopg:
         return query.decode(rows)
 
     def copy(self, statement: str, data: str) -> None:
-        with self._alone(), told(self._conn):
+        with self._alone(), told(self._conn), copying(self._conn.pgconn):
             check_usable(self._conn, writes=True)
             with Cursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
                 copy.write(data)
@@ -141,7 +142,7 @@ class AsyncPsycopg:
 
     async def _copy(self, statement: str, data: str) -> None:
         async with self._alone():
-            with told(self._conn):
+            with told(self._conn), copying(self._conn.pgconn):
                 check_usable(self._conn, writes=True)
                 async with AsyncCursor(self._conn) as cursor, cursor.copy(statement.encode()) as copy:
                     await copy.write(data)

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import errors as pg
 from psycopg.abc import PQGen
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ConnStatus, TransactionStatus
+from psycopg.pq.abc import PGconn
 from psycopg.rows import tuple_row
 from psycopg.waiting import wait_async
 
@@ -151,3 +152,17 @@ def translated() -> Iterator[None]:
         if ours is None:
             raise
         raise ours from error
+
+
+@contextmanager
+def copying(pgconn: PGconn) -> Iterator[None]:
+    """For a COPY. Where its connection ends in the middle, there may be two answers: what a pooler says, and the end.
+    The driver, which expects one, takes that for a mistake of whoever calls it."""
+    try:
+        yield
+    except (psycopg.ProgrammingError, ValueError) as twice:
+        if pgconn.status is ConnStatus.OK:
+            raise
+        raise DatabaseUnavailable(
+            "The connection to the database ended while rows were copied into it. Another one is opened for the next call."
+        ) from twice

@@ -25,10 +25,11 @@ import psycopg
 from psycopg import pq
 
 from queue_service.backoff import Pauses
+from queue_service.db.hosts import each_host
 from queue_service.db.lent import LentAsyncConnection, LentConnection, Unfit
 from queue_service.db.lines import Borrower, Lines, Ticket
 from queue_service.db.meaning import meaning
-from queue_service.db.session import LIFE, Address, options
+from queue_service.db.session import LIFE, Address
 from queue_service.errors import ClaimLost, ConfigError, DatabaseUnavailable
 from queue_service.logs import get_logger
 
@@ -75,7 +76,7 @@ class Lender:
         # What handlers in threads have.
         self._lent: dict[Ticket, LentConnection] = {}
         self._is_waiting_told = False
-        self._tries = 0
+        self._host = 0
         self._is_closed = False
 
     @asynccontextmanager
@@ -191,6 +192,7 @@ class Lender:
 
     def _failed(self, ticket: Ticket, conn: LentAsyncConnection | LentConnection | None, lost: BaseException) -> None:
         """Raises it, unless waiting may help."""
+        self._host += 1
         if conn is not None:
             conn.hang_up()
         why = (meaning(lost) or lost) if isinstance(lost, psycopg.Error) else lost
@@ -219,8 +221,8 @@ class Lender:
     # Connections
 
     def _conninfo(self) -> str:
-        self._tries += 1
-        return options(self._address.conninfo, "queue_service handler", first_host=self._tries - 1)
+        """The host that was good the last time, or the one after those that were not."""
+        return each_host(self._address.conninfo, "queue_service handler", first=self._host)[0]
 
     def _pid_of(self, conn: LentAsyncConnection | LentConnection) -> int | None:
         return {"auto": conn.info.backend_pid, "transaction": 0}.get(self._address.pooler)

@@ -12,12 +12,13 @@ from collections.abc import Callable
 import psycopg
 from psycopg import errors as pg
 
-from queue_service.db.revision import HEAD
+from queue_service.db.revision import OLDEST
 from queue_service.errors import DatabaseRefused, DatabaseUnavailable, QueueServiceError, SchemaMismatch, ValueRefused
 
 _Ours = Callable[[str], QueueServiceError | None]
 
 QUERY_CANCELED, OUT_OF_MEMORY, TRANSACTION_TIMEOUT = "57014", "53200", "25P04"
+FORBIDDEN = "42501"
 _PROTOCOL_VIOLATION = "08P01"
 
 
@@ -99,9 +100,10 @@ _BY_STATE: dict[str, _Ours] = {
     "3D000": _unavailable("There is no such database: {}. Create it, or correct the database URL."),
     "26000": _BEHIND_A_POOLER,
     "42P05": _BEHIND_A_POOLER,
-    "42501": _refused(
-        "The database does not allow it: {}. Connect as the user that migrated it, who owns the schema queue_service; to "
-        "migrate, as one that may create a schema."
+    FORBIDDEN: _refused(
+        "The database does not allow it: {}. `queue-service db grants --role KIND NAME` prints what a role needs, for the "
+        "owner of the schema queue_service to execute. To migrate, connect as that owner or a member of it, or as one that "
+        "may create the schema where there is none; `--role owner` is for what is in the schema and not its owner's."
     ),
     "54000": _value,
     "54001": _value,
@@ -133,6 +135,14 @@ _BY_KIND: list[tuple[type[psycopg.Error], _Ours]] = [
     (psycopg.InterfaceError, _UNREACHABLE),
 ]
 
+# In any language, it says from where in its code it refuses a row for the sake of a policy.
+_OF_A_POLICY = "ExecWithCheckOptions"
+_OF_ANOTHER = _refused(
+    "Row security does not allow it: {}. A session stores and changes what is of the organization that its setting "
+    "queue_service.organization_id names, and nothing else. A role that works for all of them is exempt: queue-service db "
+    "rls enable --exempt ROLE."
+)
+
 # A schema, a table, a column, a function.
 _MISSING = {"3F000", "42P01", "42703", "42883"}
 # What somebody's trigger raises counts among the errors of programming.
@@ -145,7 +155,14 @@ def is_about_a_row(refused: Exception) -> bool:
     cause = refused.__cause__ or refused
     if is_outage(refused):
         return False
+    if isinstance(cause, psycopg.Error) and is_of_another(cause):
+        return True
     return isinstance(cause, OF_A_TRIGGER) or not isinstance(cause, psycopg.ProgrammingError)
+
+
+def is_of_another(error: psycopg.Error) -> bool:
+    """Whether row security refused a row, as another organization's."""
+    return error.sqlstate == "42501" and error.diag.source_function == _OF_A_POLICY
 
 
 # What servers and poolers answer who have no connection left. While one connects, libpq gives no SQLSTATE.
@@ -161,6 +178,11 @@ def is_full(lost: DatabaseUnavailable) -> bool:
 def is_outage(refused: Exception) -> bool:
     """Whether nothing else would go through now, either."""
     return isinstance(refused, DatabaseUnavailable) and not took_too_much(refused)
+
+
+def is_forbidden(refused: Exception) -> bool:
+    """Whether the role lacks a right. To try again is no use until somebody grants it."""
+    return getattr(refused.__cause__ or refused, "sqlstate", None) == FORBIDDEN
 
 
 def took_too_much(refused: Exception) -> bool:
@@ -181,7 +203,7 @@ def meaning(error: psycopg.Error) -> QueueServiceError | None:
     state = error.sqlstate or ""
     if state in _MISSING:
         return _missing(error, said)
-    ours = _on_the_way(error, state) or _BY_STATE.get(state)
+    ours = _OF_ANOTHER if is_of_another(error) else _on_the_way(error, state) or _BY_STATE.get(state)
     if ours is None and error.diag.severity_nonlocalized in {"FATAL", "PANIC"}:
         ours = _ENDED
     ours = ours or _OF_A_STATEMENT.get(state) or _OF_A_STATEMENT.get(state[:2])
@@ -213,4 +235,4 @@ def _missing(error: psycopg.Error, said: str) -> QueueServiceError:
             "the search_path pg_catalog alone: qualify its names, or give it a search_path of its own, by "
             "alter function … set search_path = …."
         )
-    return SchemaMismatch(None, HEAD)
+    return SchemaMismatch(None, OLDEST)

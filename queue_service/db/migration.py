@@ -22,8 +22,10 @@ from psycopg import sql, waiting
 from psycopg.pq import TransactionStatus
 
 from queue_service.backoff import Pauses, spread
+from queue_service.db.hosts import connect_to_writable
 from queue_service.db.meaning import meaning
-from queue_service.db.session import MEANING, PLANNER, check_encoding, options
+from queue_service.db.owner import BE_OWNER
+from queue_service.db.session import MEANING, PLANNER, check_encoding
 from queue_service.errors import DatabaseRefused, DatabaseUnavailable
 from queue_service.logs import get_logger
 from queue_service.printable import printable
@@ -172,9 +174,11 @@ class Migration:
         self._first = ["runs"]
 
     def begin(self) -> None:
-        """Raises ConfigError where the database cannot hold what we store, and DatabaseUnavailable on a standby."""
+        """In the name of the schema's owner, where we may. Raises ConfigError where the database cannot hold what we store,
+        and DatabaseUnavailable on a standby."""
         self.connection.begin()
         self._driver.begin()
+        self._rows(BE_OWNER)
         (encoding, self._has_version, self._deadlock_timeout), *_ = self._rows(_LOOK)
         check_encoding(encoding)
 
@@ -313,8 +317,10 @@ def connected(conninfo: str) -> Iterator[Migration]:
 
     def connect() -> _Connection:
         nonlocal driver
-        driver = _Connection.connect(
-            options(conninfo, "queue_service migrate"), autocommit=True, prepare_threshold=None
+        driver = connect_to_writable(
+            conninfo,
+            "queue_service migrate",
+            lambda host: _Connection.connect(host, autocommit=True, prepare_threshold=None),
         )
         # What SQLAlchemy asks to begin with is asked under our settings; then it rolls this back.
         driver.begin()

@@ -31,7 +31,7 @@ T = TypeVar("T")
 log = get_logger(__name__)
 
 # Between two tries to connect.
-FIRST_PAUSE, MAX_PAUSE = 0.05, 1.0
+FIRST_PAUSE, MAX_PAUSE = 0.05, 0.5
 # All but one of the connections are closed where they were not used for so many seconds.
 IDLE = 3.0
 # So many are opened as soon as they are wanted, and more only where somebody has waited for so many seconds: what comes at
@@ -147,7 +147,7 @@ class Pool:
                 return await self._run(conn, query, limits, until - time.monotonic())
             except DatabaseUnavailable as lost:
                 cause = lost.__cause__
-                if isinstance(cause, pg.ReadOnlySqlTransaction):
+                if conn.closed or isinstance(cause, pg.ReadOnlySqlTransaction):
                     self._doubt(conn)
                 if limits is None and conn.limits != self.limits and isinstance(cause, SHORT_OF_TIME):
                     # It has changed nothing within the limits of others: again, within ours.
@@ -321,7 +321,8 @@ class Pool:
             await asyncio.sleep(pauses.next())
 
     def _doubt(self, conn: Session) -> None:
-        """It takes no writes: this one is closed, and the others are looked at before they are lent again."""
+        """It takes no writes, or has ended under a statement, as where the server says nothing any more. It is closed, and
+        the others are looked at before they are lent again."""
         self._doubted_at = time.monotonic()
         conn.pgconn.finish()
 

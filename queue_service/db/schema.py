@@ -2,64 +2,111 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from queue_service.db import phases, revision
 from queue_service.db.migration import Migration, Tell, changed
+from queue_service.db.phases import Caution, Plan
 from queue_service.db.revision import HEAD
 from queue_service.errors import ConfigError, SchemaMismatch
 
 if TYPE_CHECKING:
     # It is imported where it is used, since most commands migrate nothing.
     import sqlalchemy
+    from alembic.script import ScriptDirectory
 
 # Alembic keeps its context in globals of the process; across processes the lock in the database decides.
 _ALEMBIC = threading.Lock()
+# Of whoever says nothing else.
+CAUTION = Caution()
 _PACKAGED = Path(__file__).parent / "_alembic"
 _REPOSITORY = Path(__file__).parent.parent.parent / "alembic"
 
 
-def upgrade(conninfo: str, revision: str = "head", *, tell: Tell | None = None) -> None:
-    """Migrate to `revision`, in one transaction. Any number of processes may call this at once: one works, the others find
-    it done. `tell` is given a sentence, now and then, about whom it waits for; without it that is logged.
+class Upgraded(NamedTuple):
+    """The revision that the schema has now, and why it went no further; `works` is whether this code works on it."""
 
-    Raises SchemaMismatch where the schema is newer than this version, ConfigError for a revision that is not there, and
-    what `migration.changed` raises.
+    revision: str | None
+    held: str | None
+    works: bool
+
+
+def upgrade(conninfo: str, to: str | None = None, *, caution: Caution = CAUTION, tell: Tell | None = None) -> Upgraded:
+    """Migrate to revision `to`; without it, to the newest that leaves everybody at work. In one transaction. Any number of
+    processes may call this at once: one works, the others find it done. `tell` is given a sentence, now and then, about
+    whom it waits for; without it that is logged.
+
+    Raises SchemaMismatch where the schema is newer than this version, and not one to work on; ConfigError for a revision
+    that is not there, and where somebody who is at work stands against `to`; and what `migration.changed` raises.
     """
-    wanted = _known(revision)
+    wanted = None if to is None else _known(to)
+    migrations = phases.steps(_scripts())
+
+    def planned(migration: Migration) -> tuple[revision.Schema, Plan]:
+        found = _found(migration)
+        if found.revision is not None and found.revision > HEAD:
+            if to not in {None, "head"} or not found.works:
+                raise SchemaMismatch(found.revision, HEAD, newer=True, oldest_code=found.oldest_code)
+            return found, Plan(found.revision)
+        if to is not None and wanted is None:
+            return found, Plan(found.revision)
+        return found, phases.plan(migration.connection, migrations, found.revision, wanted, caution)
+
+    def change(migration: Migration) -> Upgraded:
+        # Nobody is held up before there is something to do. Who stands against it is looked for again when nobody can enter
+        # the roster any more.
+        found, plan = planned(migration)
+        if plan.to != found.revision:
+            migration.exclude_others()
+            found, plan = planned(migration)
+        if plan.to != found.revision:
+            migration.take_tables()
+            found, plan = planned(migration)
+        if plan.to is not None and plan.to != found.revision:
+            migration.make_schema()
+            _run(migration.connection, "upgrade", plan.to)
+            found = _found(migration)
+        return Upgraded(found.revision, plan.held, found.works)
+
+    return changed(conninfo, change, tell=tell)
+
+
+def _found(migration: Migration) -> revision.Schema:
+    if migration.revision() is None:
+        return revision.Schema()
+    return revision.SCHEMA.decode(migration.connection.exec_driver_sql(revision.SCHEMA.text).all())
+
+
+def downgrade(where: str | sqlalchemy.Connection, to: str) -> None:
+    """Migrate back to revision `to`, which drops what came after it; on a connection that is given, in its transaction."""
 
     def change(migration: Migration) -> None:
-        if _is_done(migration.revision(), wanted):
-            return
-        migration.exclude_others()
-        if _is_done(migration.revision(), wanted):
-            return
-        migration.take_tables()
-        migration.make_schema()
-        _run(migration.connection, "upgrade", revision)
-
-    changed(conninfo, change, tell=tell)
-
-
-def downgrade(where: str | sqlalchemy.Connection, revision: str) -> None:
-    """Migrate back to `revision`, which drops what came after it; on a connection that is given, in its transaction."""
-
-    def change(migration: Migration) -> None:
         migration.exclude_others()
         migration.take_tables()
-        _run(migration.connection, "downgrade", revision)
+        _run(migration.connection, "downgrade", to)
 
     if isinstance(where, str):
         changed(where, change)
     else:
-        _run(where, "downgrade", revision)
+        _run(where, "downgrade", to)
 
 
 def check(conninfo: str) -> None:
-    """Raise alembic's CommandError where the database and `db/tables.py` disagree."""
-    changed(conninfo, lambda migration: _run(migration.connection, "check"), commit=False)
+    """Raise alembic's CommandError where the database and `db/tables/` disagree, and SchemaMismatch where it is at another
+    revision, which has other tables."""
+
+    def compare(migration: Migration) -> None:
+        found = _found(migration)
+        if found.revision != HEAD:
+            raise SchemaMismatch(found.revision, HEAD, newer=found.revision is not None and found.revision > HEAD)
+        _run(migration.connection, "check")
+
+    changed(conninfo, compare, commit=False)
 
 
 def sql() -> None:
@@ -69,22 +116,21 @@ def sql() -> None:
     command.upgrade(_config(None), "head", sql=True)
 
 
-def _is_done(have: str | None, wanted: str | None) -> bool:
-    if have is not None and have > HEAD:
-        raise SchemaMismatch(have, HEAD, newer=True)
-    return wanted is None or (have is not None and have >= wanted)
-
-
-def _known(revision: str) -> str | None:
+def _known(to: str) -> str | None:
     """Its number; None for that of no schema. Raises ConfigError where there is no such revision."""
-    from alembic.script import ScriptDirectory
     from alembic.util import CommandError
 
     try:
-        script = ScriptDirectory.from_config(_config(None)).get_revision(revision)
+        script = _scripts().get_revision(to)
     except CommandError:
-        raise ConfigError(f"There is no revision {revision!r}. This version goes up to {HEAD}.") from None
+        raise ConfigError(f"There is no revision {to!r}. This version goes up to {HEAD}.") from None
     return None if script is None else str(script.revision)
+
+
+def _scripts() -> ScriptDirectory:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_config(None))
 
 
 def _run(connection: sqlalchemy.Connection, verb: str, *arguments: str) -> None:
@@ -106,7 +152,8 @@ def _run(connection: sqlalchemy.Connection, verb: str, *arguments: str) -> None:
 def _config(connection: sqlalchemy.Connection | None) -> Any:
     from alembic.config import Config
 
-    config = Config()
+    # What it says itself is for nobody: it would stand before the JSON of a command. What it prints offline is asked for.
+    config = Config(stdout=io.StringIO(), output_buffer=sys.stdout)
     scripts = _PACKAGED if _PACKAGED.is_dir() else _REPOSITORY
     config.set_main_option("script_location", str(scripts).replace("%", "%%"))
     if connection is not None:

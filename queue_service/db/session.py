@@ -21,22 +21,14 @@ from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import errors as pg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import Conninfo, TransactionStatus
+from psycopg.conninfo import make_conninfo
+from psycopg.pq import TransactionStatus
 
 from queue_service.db.execute import DEADLINE, Connection, translated, unanswered
+from queue_service.db.hosts import connect_to_writable, each_host, given_by, options, place
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.settings import Pooler
 
-# A half-open connection is noticed within about 25 s idle, 15 s with data in flight.
-_TCP: Mapping[str, Any] = {
-    "connect_timeout": 10,
-    "keepalives": 1,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15_000,
-}
 # While one try to connect has not ended, another begins after so many seconds, this many go on at once, and none begins
 # later than this: a try that began in an outage may still hang when others would succeed.
 NEXT_TRY, MOST_TRIES, LAST_TRY = 1.0, 3, 10.0
@@ -236,7 +228,24 @@ def _close_late(late: asyncio.Task[Session]) -> None:
 
 
 async def _open(address: Address, application: str, limits: Limits, *, writable: bool, first_host: int) -> Session:
-    conninfo = options(address.conninfo, application, writable=writable, first_host=first_host)
+    if not writable:
+        return await _open_one(address, options(address.conninfo, application), limits, writable=False)
+    refused: dict[str, DatabaseUnavailable] = {}
+    for conninfo in each_host(address.conninfo, application, first=first_host):
+        try:
+            return await _open_one(address, conninfo, limits, writable=True)
+        except DatabaseUnavailable as lost:
+            refused[place(conninfo)] = lost
+    *_, last = refused.values()
+    if len(refused) == 1:
+        raise last
+    said = " ".join(f"{host}: {lost}" for host, lost in refused.items())
+    raise DatabaseUnavailable(
+        f"None of the {len(refused)} hosts of the database takes writes. {said}"
+    ) from last.__cause__
+
+
+async def _open_one(address: Address, conninfo: str, limits: Limits, *, writable: bool) -> Session:
     with translated():
         conn = await _shake_hands(address, conninfo, limits)
         try:
@@ -307,45 +316,21 @@ async def _be_origin(conn: Session) -> None:
 
 
 def connect_blocking(where: str | Address, *, application: str) -> psycopg.Connection[Any]:
-    """As `connect`, for a thread without a loop; one try."""
+    """As `connect`, for a thread without a loop; one try of each host."""
     address = Address.of(where)
-    conninfo = options(address.conninfo, application)
-    if address.takes_options:
-        conninfo = with_settings(conninfo, {**SETTINGS, **Limits().settings()})
-    return psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
+    settings = {**SETTINGS, **Limits().settings()} if address.takes_options else {}
 
+    def open_one(conninfo: str) -> psycopg.Connection[Any]:
+        given = with_settings(conninfo, settings) if settings else conninfo
+        return psycopg.connect(given, autocommit=True, prepare_threshold=None)
 
-def options(conninfo: str, application: str = "queue_service", *, writable: bool = True, first_host: int = 0) -> str:
-    """The same address, for connections that notice when the other side is gone; of several hosts, those that take writes,
-    beginning with the one of this number."""
-    given = _given(conninfo)
-    added: dict[str, Any] = {**_TCP, "application_name": application, "client_encoding": "UTF8"}
-    turned = _turned(given, first_host)
-    if writable and turned and given.get("target_session_attrs", "any") == "any":
-        added |= {**turned, "target_session_attrs": "read-write"}
-    return make_conninfo(conninfo, **added)
+    return connect_to_writable(address.conninfo, application, open_one)
 
 
 def with_settings(conninfo: str, settings: Mapping[str, str]) -> str:
     """The same, in a session that begins with these settings. Those that the address gives itself come before ours."""
     ours = [f"-c {name}={_escaped(value)}" for name, value in settings.items()]
-    return make_conninfo(conninfo, options=" ".join([_given(conninfo).get("options", ""), *ours]).strip())
-
-
-def _given(conninfo: str) -> dict[str, str]:
-    """What the address says, and the environment where it says nothing."""
-    defaults = {each.keyword.decode(): each.val.decode() for each in Conninfo.get_defaults() if each.val}
-    return {**defaults, **{name: str(value) for name, value in conninfo_to_dict(conninfo).items() if value is not None}}
-
-
-def _turned(given: Mapping[str, str], by: int) -> dict[str, str]:
-    """The hosts in another order, beginning with the one of this number; nothing where there is only one."""
-    lists = {name: given[name].split(",") for name in ("host", "hostaddr", "port") if "," in given.get(name, "")}
-    turned = {}
-    for name, entries in lists.items():
-        first = by % len(entries)
-        turned[name] = ",".join(entries[first:] + entries[:first])
-    return turned
+    return make_conninfo(conninfo, options=" ".join([given_by(conninfo).get("options", ""), *ours]).strip())
 
 
 def _escaped(value: str) -> str:

@@ -4,6 +4,8 @@
 -- CTEs with the same name have the same meaning: `given` are the events that the caller passes, with their places; `heads`
 -- are the streams whose head this statement has moved; `numbered` are the events of those, with their seq.
 
+-- An event is of the organization of its stream. A stream that has none is of that of the session, or of a run of its events.
+
 -- name: append
 -- Append events, in the order in which they stand in `events`, a JSON array of objects of stream, kind and body. Rows: the
 -- place in the array and the seq. An event that is missing belongs to a stream that has ended, and was not stored.
@@ -15,20 +17,27 @@ with given as materialized (
             as (stream text, kind text, body jsonb, run_id bigint, attempt integer)
       ) with ordinality as given (stream, kind, body, run_id, attempt, place)
 ), heads as (
-    insert into queue_service.streams (stream, head)
-    select stream, count(*) from given group by stream order by stream
-        on conflict (stream) do update set head = streams.head + excluded.head
+    insert into queue_service.streams (stream, head, organization_id)
+    select stream, count(*), coalesce(queue_service.organization(), (
+               select runs.organization_id from queue_service.runs where runs.id = max(given.run_id) limit 1))
+      from given group by stream order by stream
+        on conflict (stream) do update
+       set head = streams.head + excluded.head,
+           organization_id = coalesce(streams.organization_id, excluded.organization_id)
      where streams.state <> 'ended'
-    returning stream, head
+    returning stream, head, organization_id
 ), numbered as materialized (
     -- Heads are looked up in an object. A join would be a loop within a loop, since the planner expects one row of each.
-    select given.*, (ends.heads -> given.stream)::bigint - count(*) over (partition by given.stream) + given.nth as seq
-      from given cross join (select pg_catalog.jsonb_object_agg(stream, head) as heads from heads) as ends
+    select given.*, (ends.heads -> given.stream)::bigint - count(*) over (partition by given.stream) + given.nth as seq,
+           ends.owners ->> given.stream as organization_id
+      from given
+     cross join (select pg_catalog.jsonb_object_agg(stream, head) as heads,
+                        pg_catalog.jsonb_object_agg(stream, organization_id) as owners from heads) as ends
      where ends.heads ? given.stream
 ), stored as (
     -- A recordset turns the null of JSON into that of SQL.
-    insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
-    select stream, seq, kind, coalesce(body, 'null'::jsonb), run_id, attempt from numbered
+    insert into queue_service.events (stream, seq, kind, body, run_id, attempt, organization_id)
+    select stream, seq, kind, coalesce(body, 'null'::jsonb), run_id, attempt, organization_id from numbered
 )
 select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq::text || ' ' || stream)::text end
   from numbered
@@ -55,19 +64,26 @@ with given as materialized (
      where given.stream not in (select free_streams.stream from free_streams)
        and given.stream in (select known_streams.stream from known_streams)
 ), heads as (
-    insert into queue_service.streams (stream, head)
-    select stream, count(*) from given where stream not in (select busy.stream from busy) group by stream order by stream
-        on conflict (stream) do update set head = streams.head + excluded.head
+    insert into queue_service.streams (stream, head, organization_id)
+    select stream, count(*), coalesce(queue_service.organization(), (
+               select runs.organization_id from queue_service.runs where runs.id = max(given.run_id) limit 1))
+      from given where stream not in (select busy.stream from busy) group by stream order by stream
+        on conflict (stream) do update
+       set head = streams.head + excluded.head,
+           organization_id = coalesce(streams.organization_id, excluded.organization_id)
      where streams.state <> 'ended'
-    returning stream, head
+    returning stream, head, organization_id
 ), numbered as materialized (
     -- As in `append`.
-    select given.*, (ends.heads -> given.stream)::bigint - count(*) over (partition by given.stream) + given.nth as seq
-      from given cross join (select pg_catalog.jsonb_object_agg(stream, head) as heads from heads) as ends
+    select given.*, (ends.heads -> given.stream)::bigint - count(*) over (partition by given.stream) + given.nth as seq,
+           ends.owners ->> given.stream as organization_id
+      from given
+     cross join (select pg_catalog.jsonb_object_agg(stream, head) as heads,
+                        pg_catalog.jsonb_object_agg(stream, organization_id) as owners from heads) as ends
      where ends.heads ? given.stream
 ), stored as (
-    insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
-    select stream, seq, kind, coalesce(body, 'null'::jsonb), run_id, attempt from numbered
+    insert into queue_service.events (stream, seq, kind, body, run_id, attempt, organization_id)
+    select stream, seq, kind, coalesce(body, 'null'::jsonb), run_id, attempt, organization_id from numbered
 )
 select place, seq, case when %(notify)s then pg_notify('queue_service_events', seq::text || ' ' || stream)::text end
   from numbered
@@ -91,11 +107,11 @@ with left_over as materialized (
        and exists (select from left_over where left_over.kind <> 'reset')
        and exists (select from queue_service.turn_markers as m
                     where m.deployment = %(deployment)s and m.message_id = %(message_id)s)
-    returning head
+    returning head, organization_id
 )
-insert into queue_service.events (stream, seq, kind, body, run_id, attempt)
+insert into queue_service.events (stream, seq, kind, body, run_id, attempt, organization_id)
 select %(stream)s, heads.head, 'reset', pg_catalog.jsonb_build_object('message_id', %(message_id)s::text), %(run_id)s,
-       %(attempt)s
+       %(attempt)s, heads.organization_id
   from heads
 returning seq, pg_notify('queue_service_events', seq::text || ' ' || stream)::text
 

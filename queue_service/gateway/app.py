@@ -33,6 +33,7 @@ from queue_service.gateway.response import EventResponse
 from queue_service.gateway.run_options import Options, Ordering, RunOptions
 from queue_service.gateway.signals import on_signals
 from queue_service.logs import get_logger
+from queue_service.services.sight import require_sight
 
 log = get_logger(__name__)
 
@@ -102,6 +103,7 @@ class Gateway:
             raise ConfigError("This Gateway is in use already. Enter it once.")
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._app)
+            await require_sight(self._app.fetch, "gateway")
             # Before anybody is connected here: the other replicas have to find them.
             await stack.enter_async_context(self._app.opened.replica.joined())
             # Who waits for a reply gets an ending though no worker is alive.

@@ -8,6 +8,7 @@ from datetime import timedelta
 import msgspec
 
 from queue_service.db.query import Query, Rows, column, nothing
+from queue_service.db.revision import HEAD
 from queue_service.db.statements import Statements
 from queue_service.replicas.model import Done, Request
 
@@ -15,7 +16,7 @@ SQL = Statements("queue_service.replicas")
 
 
 def beat(replica: str, lease: timedelta) -> Query[None]:
-    return SQL.query("beat", nothing, id=replica, lease=lease)
+    return SQL.query("beat", nothing, id=replica, lease=lease, revision=HEAD)
 
 
 def leave(replica: str) -> Query[list[str]]:

@@ -5,8 +5,8 @@
 -- name: beat
 -- Say that this replica lives. It is entered where it is not there (any more).
 -- writes: gateways
-insert into queue_service.gateways as gateway (id, expires_at)
-values (%(id)s, clock_timestamp() + %(lease)s::interval)
+insert into queue_service.gateways as gateway (id, expires_at, revision)
+values (%(id)s, clock_timestamp() + %(lease)s::interval, %(revision)s)
     on conflict (id) do update set expires_at = excluded.expires_at
 
 -- name: leave

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from queue_service.codec import read_object
 from queue_service.db.query import Query, Rows, column, nothing, scalar
+from queue_service.db.revision import HEAD
 from queue_service.db.statements import Statements
 
 SQL = Statements("queue_service.roster")
@@ -44,7 +45,7 @@ def fleet_name(queues: Collection[str], tasks: Collection[str]) -> str:
 
 def join(name: str, version: str, queues: str, fleet: str | None = None) -> Query[int]:
     """The id of this worker, new at each start. `queues` is JSON text. Without a fleet it shares its work with nobody."""
-    return SQL.query("join", scalar, name=name, version=version, queues=queues, fleet=fleet)
+    return SQL.query("join", scalar, name=name, version=version, queues=queues, fleet=fleet, revision=HEAD)
 
 
 def beat(worker_id: int, failing: Sequence[str] = (), *, silence: timedelta = timedelta(seconds=15)) -> Query[Fleet]:

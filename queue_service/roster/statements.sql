@@ -2,10 +2,10 @@
 -- process is nobody's heir. Nothing depends on these rows: what a worker holds is written in `leases`.
 
 -- name: join
--- Enter the roster. Row: the worker's id.
+-- Enter the roster. Row: the worker's id. A trigger refuses code that is too old for this database by now.
 -- writes: workers
-insert into queue_service.workers (name, version, queues, fleet)
-values (%(name)s, %(version)s, %(queues)s::jsonb, %(fleet)s)
+insert into queue_service.workers (name, version, queues, fleet, revision)
+values (%(name)s, %(version)s, %(queues)s::jsonb, %(fleet)s, %(revision)s)
 returning id
 
 -- name: beat

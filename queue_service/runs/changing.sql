@@ -4,7 +4,7 @@
 -- A queued run ends `cancelled`; a running one is marked for its worker. One whose lease does not exist any more (`orphans`
 -- says how) has no worker, and ends, too. Row: 'cancelled' or 'requested'; none if no live run has this id. The row is
 -- locked before its state is looked at, so that a claim cannot slip between.
--- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with target as materialized (
     select case when state = 'running' and claimed_at < clock_timestamp() - interval '1 minute'
                      and lease_id not in (select leases.id from queue_service.leases)
@@ -39,7 +39,7 @@ union all select 'requested' from asked
 -- name: take_back
 -- A turn's run that was never begun ends `cancelled`, and the turn with it. Row: its id; none where it was begun, or is no
 -- more.
--- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with target as materialized (
     select runs.id from queue_service.runs
      where runs.id = (select m.run_id from queue_service.turn_markers as m
@@ -85,7 +85,7 @@ returning id
 -- name: expire
 -- End queued runs whose time to start has passed, at most `limit` of them; those of a lane that another session has locked
 -- are left for later. Rows: run ids.
--- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with late as materialized (
     select id, queue, ordering_key from queue_service.runs
      where expires_at < (select clock_timestamp()) and state = 'queued'
@@ -104,7 +104,7 @@ with late as materialized (
 
 -- name: expire_one
 -- As `expire`, this one.
--- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with passable as materialized (
     select id from queue_service.runs where id = %(run_id)s and state = 'queued' for update
 ), {end_late}
@@ -127,16 +127,16 @@ stored as (
                  from (select taken.worker_id, taken.finished_at as ended_at, taken.error) as this) end
       from taken
      order by queue, ordering_key, id
-        on conflict (queue, singleton_key) where singleton_key is not null do nothing
+        on conflict do nothing
     returning id, queue, priority
 )
 
 -- name: retry
 -- Move a run that failed, was cancelled or expired back to its queue, due now, its counters fresh. The attempt goes on
 -- counting, so that no old claim fits it; the last one, which its own columns described, joins those kept with the run.
--- Row: queue, priority, singleton key, and whether it has moved; none if there is no such run in history. It stays where it
--- is while a live run has its singleton key: to raise that as an error would end the transaction of a caller. As in
--- `retry_many`, its row is locked first, and goes once it is stored.
+-- Row: queue, priority, singleton key, organization, and whether it has moved; none if there is no such run in history. It
+-- stays where it is while a live run has its singleton key: to raise that as an error would end the transaction of a caller.
+-- As in `retry_many`, its row is locked first, and goes once it is stored.
 -- writes: runs, finished_runs
 with taken as materialized (
     select * from queue_service.finished_runs
@@ -147,7 +147,7 @@ with taken as materialized (
      where id = (select stored.id from stored) and finished_at = (select taken.finished_at from taken)
     returning id
 )
-select queue, priority, singleton_key, (select count(*) from gone) > 0 from taken
+select queue, priority, singleton_key, organization_id, (select count(*) from gone) > 0 from taken
 
 -- define: stretch
 -- Makes `moment`, the times asked for, and `stretch`, where the next `scan_limit` runs that ended like this come to an end.
@@ -206,7 +206,7 @@ select moment.until, stretch.last,
 
 -- name: delete
 -- Forget a run that is queued or finished. Row: its id; none if it is running or unknown.
--- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with gone as (
     delete from queue_service.runs where id = %(run_id)s and state = 'queued'
     returning id, queue, ordering_key, state, metadata -> 'turn'::text as turn
@@ -221,7 +221,7 @@ select id from finished
 
 -- name: purge
 -- Forget queued runs of a queue, at most `limit` of them. Row: how many went.
--- writes: runs, turn_markers, turn_outcomes, streams, events
+-- writes: runs, turn_markers, turn_outcomes, streams, events, lanes
 with gone as (
     delete from queue_service.runs
      where id = any(array(select id from queue_service.runs

@@ -19,7 +19,7 @@ runs.id = any(%(ids)s::bigint[])
 -- that was still held; a claim that is missing was lost, and nothing about its run changed.
 -- An outcome is an object of state, result and error, or null for plain success. The leases are freed first (their count
 -- makes it so): a sweep locks in that order, and the two would deadlock.
--- writes: runs, finished_runs, leases, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, leases, turn_markers, turn_outcomes, streams, events, lanes
 with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
 ), taken as (
@@ -49,7 +49,7 @@ returning id, attempt
 -- where the deployment of the turn does; either has a whole admission to take it up. A turn that was handed on to a run which has
 -- ended ends. The heirs are changed before lanes are locked, since whoever ends one takes the same order; their row's lock
 -- decides who is first, and the end of an heir finds the turn in its metadata.
--- writes: runs, finished_runs, leases, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, leases, turn_markers, turn_outcomes, streams, events, lanes
 with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
 ), taken as (
@@ -94,7 +94,7 @@ returning id, attempt
 -- cancel_requested is looked at: a request that came in between would otherwise fit neither branch. The owner of a
 -- reserved run is notified with the commit: it has a second, and a poll may come later (counting `notified` makes it
 -- happen).
--- writes: runs, finished_runs, leases, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, leases, turn_markers, turn_outcomes, streams, events, lanes
 with freed as (
     delete from queue_service.leases where id = any(%(leases)s::bigint[]) returning id
 ), held as materialized (

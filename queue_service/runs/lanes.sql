@@ -3,6 +3,7 @@
 -- name: tend_lanes
 -- Look at the lanes of these queues that claims would take from, at most `limit` of each queue and task. Row: how many were
 -- changed.
+-- writes: lanes
 select queue_service.tend_lanes(pg_catalog.array_agg(lane.queue), pg_catalog.array_agg(lane.ordering_key))
   from pg_catalog.unnest(%(queues)s::text[]) as asked (queue)
  cross join {known}
@@ -16,6 +17,7 @@ select queue_service.tend_lanes(pg_catalog.array_agg(lane.queue), pg_catalog.arr
 -- name: tend_after
 -- Look at the lanes that come after one, at most `limit`. Row: the last of them, and how many
 -- were changed; none: there are no more.
+-- writes: lanes
 select max(looked.queue), max(looked.ordering_key) filter (where looked.queue = looked.last_queue),
        queue_service.tend_lanes(pg_catalog.array_agg(looked.queue), pg_catalog.array_agg(looked.ordering_key))
   from (

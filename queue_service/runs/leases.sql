@@ -95,28 +95,30 @@ select id, state, queue, priority from ended where (select count(*) from lanes_l
 
 -- name: sweep
 -- Take the leases that have lapsed, at most `limit` of them, `excluding` these, and with them the runs they held. The guard
--- stands in the DELETE: an extend that commits first wins.
--- writes: leases, runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- stands in the DELETE: an extend that commits first wins. With a lease would go the claim on runs that are hidden from this
+-- role: whoever does not see them all takes none.
+-- writes: leases, runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with lapsed as materialized (
     delete from queue_service.leases
      where id = any(array(select id from queue_service.leases
                            where expires_at < (select clock_timestamp()) and id <> all(%(excluding)s::bigint[])
                            order by expires_at limit %(limit)s for update skip locked))
-       and expires_at < clock_timestamp()
+       and expires_at < clock_timestamp() and (select queue_service.sees_all_runs())
     returning id, worker_id, run_ids, final_tasks
 ), {take_lost}
 
 -- name: sweep_lease
 -- As `sweep`, this lease alone.
--- writes: leases, runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- writes: leases, runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with lapsed as materialized (
-    delete from queue_service.leases where id = %(lease_id)s and expires_at < clock_timestamp()
+    delete from queue_service.leases
+     where id = %(lease_id)s and expires_at < clock_timestamp() and (select queue_service.sees_all_runs())
     returning id, worker_id, run_ids, final_tasks
 ), {take_lost}
 
 -- name: sweep_run
 -- As `sweep`, one run of a lease, which stays: it holds what cannot be taken.
--- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with lapsed as materialized (
     select id, worker_id, array[%(run_id)s::bigint] as run_ids, final_tasks from queue_service.leases
      where id = %(lease_id)s and expires_at < clock_timestamp()
@@ -154,7 +156,7 @@ select (select max(looked.id) from looked),
 
 -- name: sweep_orphans
 -- As `sweep`, such runs.
--- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events
+-- writes: runs, finished_runs, turn_markers, turn_outcomes, streams, events, lanes
 with lapsed as materialized (
     select lease_id as id, null::bigint as worker_id, pg_catalog.array_agg(id) as run_ids,
            %(final_tasks)s::text[] as final_tasks

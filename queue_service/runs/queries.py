@@ -53,7 +53,26 @@ class Retriable(NamedTuple):
     queue: str
     priority: int
     singleton_key: str | None
+    organization_id: str | None
     has_moved: bool
+
+
+class Holder(NamedTuple):
+    """The live run that holds a singleton key."""
+
+    run_id: int
+    is_queued: bool
+
+
+class Reserved(NamedTuple):
+    """Ids for runs, when these are due, and when they expire. The organization of the session, and whether row security
+    holds for it."""
+
+    due: datetime
+    expires: datetime | None
+    ids: list[int]
+    organization_id: str | None
+    is_secured: bool
 
 
 class Depth(NamedTuple):
@@ -76,24 +95,41 @@ def enqueue_all(news: Sequence[NewRun]) -> Query[list[int]]:
 
 
 def replace(new: NewRun, notice: Notice | None = None) -> Query[int | None]:
-    """The id; None if the run that holds the singleton key is already running."""
+    """The id; None if the run that holds the singleton key is already running, or came or went at this moment."""
     return SQL.query("replace", scalar, **_fields(new, notice))
 
 
-def singleton_holder(queue: str, singleton_key: str) -> Query[int | None]:
-    return SQL.query("singleton_holder", scalar, queue=queue, singleton_key=singleton_key)
+def singleton_holder(queue: str, singleton_key: str, organization_id: str | None) -> Query[Holder | None]:
+    """Without an organization, that of the session."""
+
+    def decode(rows: Rows) -> Holder | None:
+        return Holder(rows[0][0], rows[0][1] == RunState.QUEUED) if rows else None
+
+    return SQL.query(
+        "singleton_holder", decode, queue=queue, singleton_key=singleton_key, organization_id=organization_id
+    )
+
+
+def are_keys_shared() -> Query[bool]:
+    return SQL.query("are_keys_shared", scalar)
 
 
 def reserve(
     count: int, delay: timedelta | None, run_at: datetime | None, expires_in: timedelta | None
-) -> Query[tuple[datetime, datetime | None, list[int]]]:
-    """When the runs are due, when they expire, and their ids."""
+) -> Query[Reserved]:
+    return SQL.query(
+        "reserve", lambda rows: Reserved(*rows[0][:-1]), count=count, delay=delay, run_at=run_at, expires_in=expires_in
+    )
 
-    def decode(rows: Rows) -> tuple[datetime, datetime | None, list[int]]:
-        due, expires, ids = rows[0]
-        return due, expires, ids
 
-    return SQL.query("reserve", decode, count=count, delay=delay, run_at=run_at, expires_in=expires_in)
+def store_reserved(ids: Sequence[int], payloads: Sequence[str], shared: Mapping[str, object]) -> Query[None]:
+    """`shared` is what the runs have in common: every other column that an enqueue sets."""
+    return SQL.query("store_reserved", nothing, ids=array_literal(ids), payloads=list(payloads), **shared)
+
+
+def hidden_from() -> Query[str | None]:
+    """The role of the session, if row security hides runs from it."""
+    return SQL.query("hidden_from", scalar)
 
 
 def scan(queues: Sequence[str], tasks: Sequence[str], *, owner: str | None = None) -> Query[Scan]:

@@ -59,6 +59,10 @@ select asked.id, ending.state
   ) as ending on true
  where live.found is null
 
+-- name: hidden_from
+-- The role of this session, if row security hides runs from it.
+select current_user::text where not queue_service.sees_all_runs()
+
 -- name: page
 -- Runs by descending id, below `before`: one page of a listing, from the places that are named. Of these no more than
 -- `scan_limit` runs are looked at, however few of them fit. Rows: those that fit, and the last one that was looked at if

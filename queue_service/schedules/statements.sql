@@ -88,9 +88,10 @@ select schedules.name, schedules.task, schedules.queue, schedules.payload::text,
 with found as materialized (
     select schedules.*, clock_timestamp() as now from queue_service.schedules where schedules.name = %(name)s
 ), stored as (
-    insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
+    insert into queue_service.runs (queue, task, payload, priority, run_at, expires_at, ordering_key, organization_id,
+                                    metadata)
     select queue, task, payload, priority, now, now + expires_in, turn ->> 'stream'::text,
-           pg_catalog.jsonb_build_object(
+           turn ->> 'organization_id'::text, pg_catalog.jsonb_build_object(
                'schedule', name, 'slot', (pg_catalog.to_jsonb(now at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
            || queue_service.turn_of_slot(turn, now)
       from found
@@ -130,7 +131,7 @@ select moment.now, ahead.next_at, due.name, due.cron, due.every, due.timezone, d
 -- still be what the caller has seen; a schedule that another session holds is left to it. A slot that has fired before gives
 -- no run. A few slots older than `retention` are deleted of each schedule that fires. `firings` is a JSON array. Rows: the
 -- schedules that moved, with their runs. Where a schedule has a turn, one is armed for each slot, for its run to work on.
--- writes: schedules, schedule_slots, runs, turn_outcomes, turn_markers, streams
+-- writes: schedules, schedule_slots, runs, turn_outcomes, turn_markers, streams, runs_id_seq
 with given as materialized (
     select given.name, given.seen, given.updated_at, given.next_at, given.slots
       from jsonb_to_recordset(%(firings)s::jsonb)
@@ -172,10 +173,11 @@ with given as materialized (
          ) as old
      ))
 ), stored as (
-    insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, ordering_key, metadata)
+    insert into queue_service.runs (id, queue, task, payload, priority, run_at, expires_at, ordering_key, organization_id,
+                                    metadata)
     select stored_slots.run_id, moved.queue, moved.task, moved.payload, moved.priority, moment.now,
-           moment.now + moved.expires_in, moved.turn ->> 'stream'::text, pg_catalog.jsonb_build_object(
-               'schedule', moved.name,
+           moment.now + moved.expires_in, moved.turn ->> 'stream'::text, moved.turn ->> 'organization_id'::text,
+           pg_catalog.jsonb_build_object('schedule', moved.name,
                'slot', (pg_catalog.to_jsonb(stored_slots.slot at time zone 'UTC') #>> '{}'::text[]) || '+00:00')
            || queue_service.turn_of_slot(moved.turn, stored_slots.slot)
       from (select clock_timestamp() as now offset 0) as moment

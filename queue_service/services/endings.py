@@ -6,13 +6,13 @@ One subscription and one poll serve every waiter of the process, and end where n
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Collection
 from datetime import timedelta
 
 from queue_service.db import channels
 from queue_service.db.execute import NOT_EXECUTED
 from queue_service.db.listener import Listener, NoticesMissed
+from queue_service.db.meaning import is_forbidden
 from queue_service.db.query import Query
 from queue_service.errors import DatabaseUnavailable
 from queue_service.runs import queries
@@ -57,8 +57,11 @@ class Endings:
         self._services.ensure(POLLS_SERVICE, self._polling)
         try:
             # Somebody may be listening already, and then nobody reads for a newcomer but itself.
-            with contextlib.suppress(*NOT_EXECUTED):
+            try:
                 await self._read(answers.keys())
+            except NOT_EXECUTED as refused:
+                if is_forbidden(refused):
+                    raise
             return {run_id: await answer for run_id, answer in answers.items()}
         finally:
             for run_id, answer in answers.items():

@@ -1,13 +1,16 @@
 """The daily partitions of `finished_runs`: made ahead of time, dropped when all that is in them is past retention, and
 where failed runs are kept longer, replaced by what failed.
 
+They belong to the owner of that table, whoever makes them: it is done in the owner's name, by a role that may take it. One
+that may not leaves it to others, says so once, and works on: what ends on a day without a partition is in the default one.
+
 Any number of processes may do this at once: an advisory lock lets one work and the others go on.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import NamedTuple, TypeVar
 
@@ -17,6 +20,7 @@ from psycopg import sql
 
 from queue_service.db.execute import Connection, translated
 from queue_service.db.meaning import meaning
+from queue_service.db.owner import MAY_BE_OWNER
 from queue_service.db.pool import Pool
 from queue_service.errors import DatabaseRefused
 from queue_service.exceptions import message
@@ -27,6 +31,8 @@ T = TypeVar("T")
 log = get_logger(__name__)
 
 DAYS_AHEAD = 3
+# As `db migrate` does, which may be all that the owner ever starts.
+DAYS_AHEAD_BY_HAND = 7
 # Attaching locks the default partition against writers: better to give up after so many seconds than to stand in their way.
 LOCK_WAIT = 1.0
 _LOCK = 4_718_105_520_115
@@ -42,6 +48,7 @@ with moved as (
     delete from queue_service.finished_runs_default where finished_at >= {lower} and finished_at < {upper} returning *
 )
 insert into {day} select * from moved;
+select queue_service.inherit_policies({name}::regclass);
 alter table queue_service.finished_runs attach partition {day} for values from ({lower}) to ({upper});
 """
 
@@ -53,6 +60,7 @@ _COPY = """
 create table {failed} (like queue_service.finished_runs including defaults including constraints including indexes);
 alter table {failed} replica identity full;
 insert into {failed} select * from {day} where state = 'failed';
+select queue_service.inherit_policies({failed_name}::regclass);
 """
 
 # What was retried or deleted since it was copied is gone from the day by the time of the lock. It is looked up run by
@@ -64,6 +72,30 @@ alter table queue_service.finished_runs detach partition {day};
 drop table {day};
 alter table queue_service.finished_runs attach partition {failed} for values from ({lower}) to ({upper});
 """
+
+
+# Whose history is, whether we may act as its owner, and which partitions are ours to hand over.
+_LOOK = f"""
+with this as (
+    select owner.oid, owner.rolname::text, {MAY_BE_OWNER} as may_be_owner
+      from pg_catalog.pg_class as history join pg_catalog.pg_roles as owner on owner.oid = history.relowner
+     where history.oid = 'queue_service.finished_runs'::regclass
+)
+select this.rolname, current_user::text, this.may_be_owner, array(
+    select part.relname::text from pg_catalog.pg_class as part
+      join pg_catalog.pg_inherits on inhrelid = part.oid and inhparent = 'queue_service.finished_runs'::regclass
+     where part.relowner <> this.oid and pg_catalog.pg_has_role(part.relowner, 'USAGE') order by part.relname)
+  from this
+"""  # noqa: S608 - constants
+
+
+class Standing(NamedTuple):
+    """Who owns history, who we are, whether we may act as the owner, and the partitions that we own instead."""
+
+    owner: str
+    user: str
+    may_be_owner: bool
+    ours: list[str]
 
 
 class Changed(NamedTuple):
@@ -89,6 +121,7 @@ class Partitions:
         self._pool = pool
         self._retention = retention
         self._retention_failed = max(retention, retention_failed)
+        self._said = False
 
     async def make_and_drop(self) -> Changed:
         """What was made and dropped; nothing where another process is at it or a table is busy. What the database refuses
@@ -100,6 +133,22 @@ class Partitions:
         if refused:
             raise refused[0]
         return changed
+
+    async def make(self, days: int) -> list[str]:
+        """Make those of so many days to come, and drop none. Returns what was made. Raises DatabaseRefused in the end."""
+        made: list[str] = []
+        refused: list[DatabaseRefused] = []
+
+        async def make(conn: Connection, today: date) -> None:
+            missing = _wanted(today, days) - {part.day for part in await _existing(conn)}
+            if missing:
+                await conn.execute("lock table queue_service.finished_runs in access exclusive mode")
+            made.extend(await _made(conn, missing, refused))
+
+        await self._alone(make)
+        if refused:
+            raise refused[0]
+        return made
 
     async def thin(self) -> list[str]:
         """Replace days past retention by what failed in them, where that is kept longer. Returns the days' partitions."""
@@ -129,11 +178,35 @@ class Partitions:
         look = "select pg_catalog.pg_try_advisory_xact_lock(%s), pg_catalog.clock_timestamp()"
         cursor = await conn.execute(look, [_LOCK], binary=True)
         mine, now = await cursor.fetchone() or (False, datetime.now(UTC))
-        return await work(conn, now.astimezone(UTC).date()) if mine else None
+        if not mine:
+            return None
+        cursor = await conn.execute(_LOOK, binary=True)
+        standing = Standing(*(await cursor.fetchone() or ()))
+        today = now.astimezone(UTC).date()
+        if not standing.may_be_owner:
+            await self._leave_to_owner(conn, today, standing)
+            return None
+        await _hand_over(conn, standing)
+        await conn.execute("select pg_catalog.set_config('role', %s, true)", [standing.owner])
+        return await work(conn, today)
+
+    async def _leave_to_owner(self, conn: Connection, today: date, standing: Standing) -> None:
+        have = await _existing(conn)
+        missing = sorted(_wanted(today) - {part.day for part in have})
+        old = self._old(have, today)
+        if (missing or old) and not self._said:
+            self._said = True
+            log.warning(
+                "this role may not make or drop the daily partitions of history: what ends on a day without one is kept in "
+                "finished_runs_default, and what is old is not dropped. Run `queue-service db migrate` each day as the "
+                "owner, which makes them; or let one worker connect as the owner, or as a member of it, which does both",
+                role=standing.user, owner=standing.owner, missing=[Part(day).name for day in missing],
+                old=[part.name for part in old],
+            )  # fmt: skip
 
     async def _make_and_drop(self, conn: Connection, today: date) -> tuple[Changed, list[DatabaseRefused]]:
         have, unidentified = await _existing(conn), await _unidentified(conn)
-        due = [Part(day) for day in sorted((_wanted(today) | await _stray(conn)) - {part.day for part in have})]
+        due = (_wanted(today) | await _stray(conn)) - {part.day for part in have}
         old = self._old(have, today)
         if due or old or unidentified:
             # Attaching lets readers in, who were planned without the new partition, and who would look for what has just
@@ -143,7 +216,7 @@ class Partitions:
         for name in unidentified:
             table = sql.Identifier("queue_service", name)
             await _try(conn, "identify the rows of", name, sql.SQL(_IDENTIFY).format(table), refused)
-        made = [part.name for part in due if await _try(conn, "make", part.name, _composed(_MAKE, part.day), refused)]
+        made = await _made(conn, due, refused)
         drop = sql.SQL("drop table {}")
         dropped = [part.name for part in old if await _try(conn, "drop", part.name, drop.format(_table(part)), refused)]
         return Changed(made, dropped), refused
@@ -162,6 +235,24 @@ class Partitions:
         return gone if _is_trusted(have, today) else []
 
 
+async def _made(conn: Connection, days: Collection[date], refused: list[DatabaseRefused]) -> list[str]:
+    parts = [Part(day) for day in sorted(days)]
+    return [part.name for part in parts if await _try(conn, "make", part.name, _composed(_MAKE, part.day), refused)]
+
+
+async def _hand_over(conn: Connection, standing: Standing) -> None:
+    """Give the owner what this role made in its own name: a version before this one did, and so does a person."""
+    refused: list[DatabaseRefused] = []
+    for name in standing.ours:
+        give = sql.SQL("alter table {} owner to {}").format(
+            sql.Identifier("queue_service", name), sql.Identifier(standing.owner)
+        )
+        if await _try(conn, "hand over", name, give, refused):
+            log.info("a partition of history belongs to the owner of history now", partition=name, owner=standing.owner)
+    for each in refused:
+        log.warning("a partition of history is not its owner's", why=message(each))
+
+
 async def _try(conn: Connection, what: str, name: str, statement: sql.Composed, refused: list[DatabaseRefused]) -> bool:
     """False, and nothing is done, where the database refuses it: then the reason is added to `refused`."""
     try:
@@ -176,6 +267,8 @@ async def _try(conn: Connection, what: str, name: str, statement: sql.Composed, 
         hint = ""
         if isinstance(error, pg.DuplicateTable):
             hint = " A table of that name is there, and is no partition of finished_runs: attach it, or rename it."
+        elif isinstance(error, pg.InsufficientPrivilege):
+            hint = " `queue-service db grants --role owner OWNER` prints how all of the schema comes to belong to one role."
         refused.append(DatabaseRefused(f"History cannot {what} queue_service.{name}: {said}{hint}"))
         refused[-1].__cause__ = error
         return False
@@ -191,8 +284,8 @@ async def _unidentified(conn: Connection) -> list[str]:
     return [row[0] for row in await cursor.fetchall()]
 
 
-def _wanted(today: date) -> set[date]:
-    return {today + timedelta(days=offset) for offset in range(DAYS_AHEAD + 1)}
+def _wanted(today: date, days: int = DAYS_AHEAD) -> set[date]:
+    return {today + timedelta(days=offset) for offset in range(days + 1)}
 
 
 def _is_trusted(have: Sequence[Part], today: date) -> bool:
@@ -231,4 +324,6 @@ def _composed(text: str, day: date) -> sql.Composed:
         failed=_table(Part(day, thin=True)),
         lower=sql.Literal(lower),
         upper=sql.Literal(lower + timedelta(days=1)),
+        name=sql.Literal(_table(Part(day)).as_string(None)),
+        failed_name=sql.Literal(_table(Part(day, thin=True)).as_string(None)),
     )

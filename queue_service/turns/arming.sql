@@ -2,9 +2,11 @@
 -- its one unique key decides whether a turn may be armed.
 
 -- define: asked
--- The turns of the parameter, as the table `asked`, each once.
+-- The turns of the parameter, as the table `asked`, each once. What names no organization is of the session's, if it has one.
 asked as materialized (
-    select distinct on (deployment, message_id) *, clock_timestamp() as at
+    select distinct on (deployment, message_id) deployment, message_id, stream, platform, channel_id, user_id, metadata,
+           admission, execution, total, coalesce(organization_id, queue_service.organization()) as organization_id,
+           clock_timestamp() as at
       from jsonb_to_recordset(%(turns)s::jsonb)
         as asked (deployment text, message_id text, stream text, platform text, channel_id text, user_id text,
                   organization_id text, metadata jsonb, admission interval, execution interval,
@@ -26,10 +28,11 @@ asked.deployment, asked.message_id, asked.stream, asked.platform, asked.channel_
            asked.at + least(asked.admission, asked.total), asked.at + asked.total
 
 -- define: opened
--- Makes `opened`, those of the turns `asked` that are new, their streams, and `known`, those that are not.
+-- Makes `opened`, those of the turns `asked` that are new, their streams, and `known`, those that are not. A stream that is
+-- not found because it is another organization's is updated, which the database refuses: nothing of it would be changed.
 opened as (
-    insert into queue_service.turn_outcomes (deployment, message_id, stream)
-    select deployment, message_id, stream from asked
+    insert into queue_service.turn_outcomes (deployment, message_id, stream, organization_id)
+    select deployment, message_id, stream, organization_id from asked
      order by deployment, message_id
         on conflict (deployment, message_id) do nothing
     returning deployment, message_id
@@ -37,11 +40,13 @@ opened as (
     select s.stream from queue_service.streams as s where s.stream = any(array(select distinct asked.stream from asked))
 ), streams as (
     -- Looked for first: an insert that meets the row would wait for whoever is writing to it.
-    insert into queue_service.streams (stream)
-    select distinct asked.stream from asked
+    insert into queue_service.streams (stream, organization_id)
+    select distinct on (asked.stream) asked.stream, asked.organization_id from asked
      where {is_opened} and asked.stream not in (select known_streams.stream from known_streams)
-     order by asked.stream
-        on conflict (stream) do nothing
+     order by asked.stream, asked.organization_id
+        on conflict (stream) do update
+       set organization_id = coalesce(streams.organization_id, excluded.organization_id)
+     where streams.organization_id is distinct from excluded.organization_id
 ), known as (
     select o.* from asked cross join lateral (
         select o.deployment, o.message_id, o.kind from queue_service.turn_outcomes as o
@@ -56,7 +61,7 @@ stored as (
                                     retry_delay, timeout, metadata, organization_id)
     select %(queue)s, %(task)s, %(payload)s::jsonb, %(priority)s, due.run_at, due.run_at + %(expires_in)s::interval,
            %(ordering_key)s, %(max_attempts)s, %(retry_delay)s::interval, %(timeout)s::interval, %(metadata)s::jsonb,
-           %(organization_id)s
+           coalesce(%(organization_id)s, queue_service.organization())
       from (select coalesce(%(run_at)s::timestamptz,
                             clock_timestamp() + coalesce(%(delay)s::interval, interval '0')) as run_at) as due
      where exists (select from wanted)
@@ -127,8 +132,8 @@ with {asked}, open_streams as materialized (
         select o.deployment from queue_service.turn_outcomes as o
          where o.deployment = asked.deployment and o.message_id = asked.message_id limit 1) as o
 ), opened as (
-    insert into queue_service.turn_outcomes (deployment, message_id, stream)
-    select deployment, message_id, stream from asked where exists (select from open_streams)
+    insert into queue_service.turn_outcomes (deployment, message_id, stream, organization_id)
+    select deployment, message_id, stream, organization_id from asked where exists (select from open_streams)
         on conflict (deployment, message_id) do nothing
     returning deployment, message_id
 ), ahead as materialized (
@@ -136,29 +141,31 @@ with {asked}, open_streams as materialized (
       from (select from queue_service.runs where runs.queue = %(queue)s and runs.ordering_key = %(ordering_key)s
              order by runs.queue, runs.ordering_key, runs.id limit 1000) as others
 ), heads as (
-    insert into queue_service.streams (stream, head, state)
-    select asked.stream, 1 + ahead.events, 'active' from asked, ahead
+    insert into queue_service.streams (stream, head, state, organization_id)
+    select asked.stream, 1 + ahead.events, 'active', asked.organization_id from asked, ahead
      where {is_opened}
         on conflict (stream) do update
        set head = streams.head + excluded.head,
+           organization_id = coalesce(streams.organization_id, excluded.organization_id),
            state = case when streams.state in ('created', 'suspended') then 'active' else streams.state end
      where streams.state not in ('closing', 'ended')
-    returning stream, head, head - (select ahead.events from ahead) as seq
+    returning stream, head, head - (select ahead.events from ahead) as seq, organization_id
 ), wanted as (
     -- Its id is given while the stream is locked: the order of the messages is that of their runs.
     select from heads
 ), {stored}, said as (
-    insert into queue_service.events (stream, seq, kind, body)
-    select stream, seq, 'message', %(message)s::jsonb from heads
+    insert into queue_service.events (stream, seq, kind, organization_id, body)
+    select stream, seq, 'message', organization_id, %(message)s::jsonb from heads
     union all
-    select heads.stream, head, 'queued', pg_catalog.jsonb_build_object('message_id', asked.message_id, 'ahead', ahead.runs)
+    select heads.stream, head, 'queued', heads.organization_id,
+           pg_catalog.jsonb_build_object('message_id', asked.message_id, 'ahead', ahead.runs)
       from heads, ahead, asked where ahead.events = 1
 ), armed as (
     insert into queue_service.turn_markers {marker_columns}
     select {marker_values}, stored.id from asked cross join stored where {is_opened}
 ), receipt as (
-    insert into queue_service.receipts (deployment, message_id, seq, digest)
-    select deployment, message_id, (select heads.seq from heads), %(digest)s from asked where {is_opened}
+    insert into queue_service.receipts (deployment, message_id, seq, digest, organization_id)
+    select deployment, message_id, (select heads.seq from heads), %(digest)s, organization_id from asked where {is_opened}
     returning seq, digest
 )
 select 'sent', seq, digest, case when %(notice)s::text is not null then pg_notify(%(channel)s, %(notice)s)::text end,

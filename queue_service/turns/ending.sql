@@ -226,8 +226,8 @@ with taken as (
      where m.deployment = %(deployment)s and m.message_id = %(message_id)s
     returning {marker_fields}
 )
-insert into queue_service.turn_outcomes (deployment, message_id, stream, armed_at, ended_at, kind)
-select deployment, message_id, stream, armed_at, clock_timestamp(), 'discharged' from taken
+insert into queue_service.turn_outcomes (deployment, message_id, stream, armed_at, ended_at, kind, organization_id)
+select deployment, message_id, stream, armed_at, clock_timestamp(), 'discharged', organization_id from taken
     on conflict (deployment, message_id) do update set ended_at = excluded.ended_at, kind = excluded.kind
  where turn_outcomes.kind is null
 returning stream, pg_notify('queue_service_events', '0 ' || stream)::text

@@ -28,7 +28,7 @@ from queue_service.worker.suspects import Suspects
 
 # How often a worker that runs once looks whether it is done, in seconds.
 ONCE_PAUSE = 0.020
-FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
+FIRST_PAUSE, MAX_PAUSE = 0.1, 0.5
 
 
 class Claimer:

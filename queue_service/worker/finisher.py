@@ -40,7 +40,7 @@ SLOW, QUICK = 3.0, 0.5
 # After a write of fewer runs than these, others are let come together for so long, in seconds: a statement costs as much as
 # ten handlers. One that came alone has a caller who waits, as likely as not, and who then asks for the next.
 FEW, REST = 50, 0.005
-FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
+FIRST_PAUSE, MAX_PAUSE = 0.1, 0.5
 # Seconds until what was set aside is looked at again.
 AGAIN = 1.0
 # No handler is begun while so many endings, or so many bytes of results, are not written yet: they would be executed once

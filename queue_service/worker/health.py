@@ -17,7 +17,7 @@ import msgspec
 
 from queue_service.db.listener import Listener
 from queue_service.db.pool import Pool
-from queue_service.db.revision import HEAD, REVISION
+from queue_service.db.revision import HEAD, OLDEST, SCHEMA, Schema
 from queue_service.errors import DatabaseUnavailable, SchemaMismatch
 from queue_service.logs import get_logger
 from queue_service.services.loop import Service
@@ -136,7 +136,7 @@ class Health:
 
     async def _ask(self) -> Finding:
         try:
-            finding = _matching(await self._revision())
+            finding = _matching(await self._schema())
             self._lost = False
             return finding
         except DatabaseUnavailable as lost:
@@ -146,19 +146,19 @@ class Health:
             self._lost = True
             return Finding(Status.FAILING, "the database cannot be reached; the log says why")
         except SchemaMismatch:
-            return _matching(None)
+            return _matching(Schema())
         except Exception as refused:
             log.exception("the schema's revision cannot be read")
             return Finding(Status.FAILING, f"the schema's revision cannot be read: {type(refused).__name__}")
         finally:
             self._looked_at = time.monotonic()
 
-    async def _revision(self) -> str | None:
+    async def _schema(self) -> Schema:
         try:
-            return await self._pool.fetch(REVISION, deadline=PROBE_SECONDS)
+            return await self._pool.fetch(SCHEMA, deadline=PROBE_SECONDS)
         except DatabaseUnavailable:
             # A connection that broke while nobody used it says nothing about the database: another one does.
-            return await self._pool.fetch(REVISION, deadline=PROBE_SECONDS)
+            return await self._pool.fetch(SCHEMA, deadline=PROBE_SECONDS)
 
     def _claims_lost_since(self) -> float | None:
         return next((each.failing_since for each in self._services() if each.name == CLAIMER), None)
@@ -172,14 +172,14 @@ class Health:
         return Finding(Status.OK if self._listener.polls_by_design else Status.DEGRADED, f"polling: {why}; {found}")
 
 
-def _matching(have: str | None) -> Finding:
-    """Migrations only add: a worker at work gets on with a newer schema, as it has to while a new version is rolled out."""
-    if have == HEAD:
-        return Finding()
-    if have is not None and have > HEAD:
-        return Finding(
-            Status.DEGRADED,
-            f"the schema is at revision {have}, newer than this version's {HEAD}: the worker goes on, but would "
-            "not start",
-        )
-    return Finding(Status.FAILING, f"the schema is at revision {have}, and this version needs {HEAD}")
+def _matching(found: Schema) -> Finding:
+    """A worker goes on with a schema that is ahead of it, as it has to while a new version is rolled out, until a migration
+    has taken away what it uses."""
+    at = f"the schema is at revision {found.revision}"
+    if not found.takes_this_code:
+        oldest = found.oldest_code
+        return Finding(Status.FAILING, f"{at}, which takes revision {oldest} or later, and this version's is {HEAD}")
+    if not found.is_new_enough:
+        return Finding(Status.FAILING, f"{at}, and this version needs {OLDEST}")
+    assert found.revision is not None
+    return Finding(Status.OK, f"{at}, newer than this version's {HEAD}") if found.revision > HEAD else Finding()

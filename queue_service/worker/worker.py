@@ -29,6 +29,7 @@ from queue_service.exceptions import message, rendered
 from queue_service.logs import get_logger
 from queue_service.roster import queries as roster
 from queue_service.runs import context
+from queue_service.services.sight import require_sight
 from queue_service.settings import Settings
 from queue_service.version import VERSION
 from queue_service.waiting import to_its_end
@@ -93,8 +94,9 @@ class Worker:
         """Work until `stop`; with `once`, until nothing is due and all that was begun has ended. Returns what was done.
 
         Where this is cancelled, the worker stops as by `stop(now=True)`, within 5 s, and then the cancellation goes on.
-        Raises SchemaMismatch, DatabaseUnavailable, or ConfigError where its health port is taken, if it cannot start; where
-        the server has no connection left, it waits for one. Once started it survives every outage.
+        Raises SchemaMismatch, DatabaseUnavailable, or ConfigError (its health port is taken, its role does not see every
+        run) if it cannot start; where the server has no connection left, it waits for one. Once started it survives every
+        outage.
         """
         if self._loop is not None:
             raise ConfigError("This Worker is running already. Make another one for a second run at the same time.")
@@ -191,6 +193,7 @@ class Worker:
     async def _enter(self, fleet: str | None) -> int:
         await self.app.open()
         try:
+            await require_sight(self.app.fetch, "worker")
             queues = msgspec.json.encode(self.queues).decode()
             return await self.app.fetch(roster.join(self.name, VERSION, queues, fleet))
         except BaseException:

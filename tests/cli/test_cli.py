@@ -120,7 +120,7 @@ EVERY_COMMAND = dict(commands(cli))
 
 def test_every_command_is_there() -> None:
     assert {" ".join(path) for path in EVERY_COMMAND} == {
-        "config show", "db check", "db current", "db grants", "db migrate", "db psql", "db sql", "db start", "db stop", "db url",
+        "config show", "db check", "db current", "db grants", "db migrate", "db psql", "db rls disable", "db rls enable", "db sql", "db start", "db stop", "db url",
         "demo", "enqueue", "gateway", "markers discharge", "markers fail", "markers list", "markers show", "markers sweep", "probe", "queues limit", "queues list", "queues pause", "queues purge", "queues resume", "runs cancel", "runs delete", "runs list",
         "runs retry", "runs show", "runs why", "schedules add", "schedules delete", "schedules list", "schedules next",
         "schedules pause", "schedules resume", "schedules run", "schedules show", "version", "worker", "workers list",
@@ -282,17 +282,28 @@ def test_a_url_that_cannot_be_read_is_not_repeated_with_its_password() -> None:
 
 # db
 
+# What servers of tests are set to, and others should not be.
+OF_TESTS = ("--accept", "fsync", "--accept", "full-page-writes")
+
 
 @pytest.mark.direct("check also looks at the settings of the role there")
 def test_migrate_current_and_check_on_an_empty_database(empty_database: str) -> None:
     on = {"QUEUE_SERVICE_DATABASE_URL": empty_database}
     before = call("db", "current", **on)
     assert (before.exit_code, "none" in before.stdout) == (4, True)
-    assert json.loads(call("db", "current", "--json", **on).stdout) == {"have": None, "want": revision.HEAD}
+    assert json.loads(call("db", "current", "--json", **on).stdout) == {
+        "have": None, "want": revision.HEAD, "oldest": revision.OLDEST, "oldest_code": None, "works": False,
+    }  # fmt: skip
     assert f"none -> {revision.HEAD}" in succeeded(call("db", "migrate", **on)).stdout
     assert f"{revision.HEAD} -> {revision.HEAD}" in succeeded(call("db", "migrate", **on)).stdout
     assert revision.HEAD in succeeded(call("db", "current", **on)).stdout
-    succeeded(call("db", "check", **on))
+    assert succeeded(call("db", "check", *OF_TESTS, **on)).stdout == ""
+    assert (
+        json.loads(process("db", "check", "--json", *OF_TESTS, QUEUE_SERVICE_DATABASE_URL=empty_database).stdout)[
+            "difference"
+        ]
+        is None
+    )
     succeeded(call("enqueue", "double", '{"n": 1}', **on))
 
 
@@ -327,7 +338,7 @@ def test_a_user_who_may_not_reads_who_may(database: str, arguments: list[str]) -
         finally:
             admin.execute(f'drop role "{name}"')
     assert "permission denied" in text
-    assert "Connect as the user that migrated it" in text
+    assert "To migrate, connect as that owner" in text
     assert "LINE 1" not in text
 
 
@@ -739,8 +750,9 @@ def test_workers_are_listed_with_what_they_hold(database: str, invoke: Invoke) -
     rows(
         database,
         """
-        insert into queue_service.workers (name, version, queues, seen_at)
-        values ('here', '1', '{"a": 3}', clock_timestamp()), ('gone', '1', '{}', clock_timestamp() - interval '1 h')
+        insert into queue_service.workers (name, version, revision, queues, seen_at)
+        values ('here', '1', '9999', '{"a": 3}', clock_timestamp()),
+               ('gone', '1', '9999', '{}', clock_timestamp() - interval '1 h')
         """,
     )
     rows(

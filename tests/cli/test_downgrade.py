@@ -55,7 +55,9 @@ async def owe_a_turn(app: App) -> None:
 
 async def join(app: App) -> None:
     async with app.pool.connection() as conn:
-        await conn.execute("insert into queue_service.workers (name, version, queues) values ('w', '1', '{}')")
+        await conn.execute(
+            "insert into queue_service.workers (name, version, queues, revision) values ('w', '1', '{}', '9999')"
+        )
 
 
 async def enqueue(app: App) -> None:

@@ -73,14 +73,28 @@ def test_a_role_works_serves_and_reads_with_what_is_printed_and_not_without_it(
 
 
 @pytest.mark.parametrize("role", ["plain"], indirect=True)
-def test_what_later_migrations_add_is_the_roles_too(direct: str, as_role: str, role: str) -> None:
+def test_what_later_migrations_add_is_not_the_roles_before_it_is_granted(direct: str, as_role: str, role: str) -> None:
+    """Before, it was, whatever the role was for."""
+    name = sql.Identifier(role).as_string(None)
+    execute(direct, f"alter default privileges in schema queue_service grant all on tables to {name}")
     execute(direct, printed(direct, role))
-    execute(direct, "create table queue_service.later (id bigint generated always as identity)")
-    execute(direct, "create sequence queue_service.later_ids")
-    execute(direct, "create function queue_service.later() returns int language sql as 'select 1'")
-    with psycopg.connect(as_role, autocommit=True) as later:
-        later.execute("insert into queue_service.later default values")
-        later.execute("select nextval('queue_service.later_ids'), queue_service.later()")
+    execute(direct, "create table queue_service.later (id bigint)")
+    with psycopg.connect(as_role) as later, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        later.execute("table queue_service.later")
+
+
+@pytest.mark.parametrize("role", ["plain"], indirect=True)
+def test_the_owner_needs_no_rights(direct: str, as_role: str, role: str) -> None:
+    execute(direct, printed(direct, "--role", "owner", role))
+    rights, _, settings = printed(as_role, "--role", "worker").partition("-- Only behind a pooler")
+    assert [line for line in rights.splitlines() if not line.startswith("--")] == []
+    assert "alter role" in settings
+
+
+def test_the_owner_is_no_kind_among_others(direct: str) -> None:
+    result = call(direct, "db", "grants", "--role", "owner", "--role", "app", "x")
+    assert result.exit_code == 2
+    assert "say --role owner alone" in result.output
 
 
 def test_without_a_role_it_is_the_one_that_asks(as_role: str, direct: str, role: str) -> None:
@@ -115,22 +129,27 @@ def test_behind_a_pooler_check_says_what_the_role_lacks_until_it_has_it(
     execute(
         direct, sql.SQL("alter role {} set synchronous_commit = 'off'").format(sql.Identifier(role)).as_string(None)
     )
-    lacks = call(through, "db", "check")
+    check = ("db", "check", "--accept", "fsync", "--accept", "full-page-writes")
+    lacks = call(through, *check)
     assert lacks.exit_code == 1, lacks.output
-    assert "begin with enable_seqscan = 'on', and not with 'off'" in lacks.output
+    assert "with enable_seqscan = 'on', and not with 'off'" in lacks.output
     assert "begin with synchronous_commit = 'off', and not with 'on'" in lacks.output
     assert f"db grants {shlex.quote(role)}" in lacks.output
-    told = json.loads(call(through, "db", "check", "--json").stdout)
+    told = json.loads(call(through, *check, "--json").stdout)
     assert told["difference"] is None
     assert {"name": "jit", "have": "on", "want": "off"} in told["lacking"]
     assert {"search_path", "statement_timeout", "plan_cache_mode"} <= {each["name"] for each in told["lacking"]}
+    failed = {each["name"] for each in told["findings"] if each["level"] == "failure"}
+    assert failed == {"role-settings", "synchronous-commit"}
     # Straight to the server a session brings its own.
-    assert call(as_role, "db", "check").exit_code == 0
+    assert call(as_role, *check).exit_code == 0
     execute(direct, sets + settings)
     execute(direct, sql.SQL("alter role {} reset synchronous_commit").format(sql.Identifier(role)).as_string(None))
     with pooling(server, users=(role,)) as fresh:
-        agrees = call(fresh.before(as_role), "db", "check", "--json")
-    assert json.loads(agrees.stdout) == {"difference": None, "lacking": []}
+        agrees = call(fresh.before(as_role), *check, "--json")
+    told = json.loads(agrees.stdout)
+    assert (told["difference"], told["lacking"]) == (None, [])
+    assert {each["level"] for each in told["findings"]} == {"note"}
     assert agrees.exit_code == 0
 
 

@@ -231,8 +231,8 @@ class TestWhy:
         run_id = q.enqueue("noop", {})
         rows(
             database,
-            "with worker as (insert into queue_service.workers (name, version, queues) values ('host:1', '1', '{}') "
-            "returning id), lease as (insert into queue_service.leases (worker_id, expires_at, run_ids) "
+            "with worker as (insert into queue_service.workers (name, version, revision, queues) "
+            "values ('host:1', '1', '9999', '{}') returning id), lease as (insert into queue_service.leases (worker_id, expires_at, run_ids) "
             "select id, now() + interval '1 m', array[%s::bigint] from worker returning id) "
             "update queue_service.runs set state = 'running', attempt = 1, claimed_at = now(), lease_id = lease.id from lease",
             run_id,

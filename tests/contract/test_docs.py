@@ -81,7 +81,7 @@ async def names(app: App, database: str) -> AsyncIterator[dict[str, Any]]:
         async_creator=lambda: psycopg.AsyncConnection.connect(database),
         poolclass=NullPool,
     )
-    yield {"app": app, "engine": engine}
+    yield {"app": app, "engine": engine, "psycopg": psycopg}
     await engine.dispose()
 
 

@@ -62,7 +62,7 @@ class TestSession:
         await eventually(lambda: blocked(conn, second))
         await first.execute("commit")
         assert await waiting is None
-        assert await fetch(second, queries.singleton_holder("default", "k")) == stored
+        assert await fetch(second, queries.singleton_holder("default", "k", None)) == (stored, True)
         for each in (first, second):
             await each.close()
 

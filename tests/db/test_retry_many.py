@@ -214,7 +214,7 @@ class TestRaces:
         waiting = asyncio.ensure_future(fetch(second, queries.retry(ids[0])))
         await eventually(lambda: blocked(conn, second))
         await first.execute("commit" if commit else "rollback")
-        assert await waiting == (None if commit else queries.Retriable("default", 0, None, has_moved=True))
+        assert await waiting == (None if commit else queries.Retriable("default", 0, None, None, has_moved=True))
         assert await live(conn) == (ids if commit else ids[:1])
 
     @pytest.mark.parametrize("commit", [True, False])

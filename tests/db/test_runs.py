@@ -115,7 +115,7 @@ class TestEnqueue:
         await lapse(conn)
         await fetch(conn, queries.sweep(limit=1, max_losses=3))
         assert await fetch(conn, queries.enqueue(NewRun("noop", "default", "{}", singleton_key="k"))) is None
-        assert await fetch(conn, queries.singleton_holder("default", "k")) == run_id
+        assert await fetch(conn, queries.singleton_holder("default", "k", None)) == (run_id, True)
 
 
 class TestReplace:
@@ -126,13 +126,18 @@ class TestReplace:
             timeout=timedelta(1), metadata='{"m": 1}', organization_id="acme",
         )  # fmt: skip
         before = await found(conn, old)
-        assert await fetch(conn, queries.replace(NewRun("other", "default", "{}", singleton_key="k"))) == old
+        assert (
+            await fetch(
+                conn, queries.replace(NewRun("other", "default", "{}", singleton_key="k", organization_id="acme"))
+            )
+            == old
+        )
         run = await found(conn, old)
         assert run.created_at == before.created_at
         assert run.run_at < before.run_at
         assert (run.task, run.payload, run.priority, run.expires_at, run.ordering_key) == ("other", {}, 0, None, None)
         assert (run.max_attempts, run.retry_delay, run.timeout) == (None, None, None)
-        assert (run.metadata, run.organization_id, run.singleton_key) == (None, None, "k")
+        assert (run.metadata, run.organization_id, run.singleton_key) == (None, "acme", "k")
 
     async def test_it_starts_with_fresh_counters_but_a_claim_of_before_never_fits_it(self, conn: Connection) -> None:
         await enqueued(conn, singleton_key="k")
@@ -151,17 +156,17 @@ class TestReplace:
 
 class TestReserve:
     async def test_ids_ascend_and_are_never_given_twice(self, conn: Connection) -> None:
-        _, _, first = await fetch(conn, queries.reserve(100, None, None, None))
-        _, _, second = await fetch(conn, queries.reserve(100, None, None, None))
+        first = (await fetch(conn, queries.reserve(100, None, None, None))).ids
+        second = (await fetch(conn, queries.reserve(100, None, None, None))).ids
         single = await enqueued(conn)
         assert [*first, *second] == sorted({*first, *second})
         assert single > second[-1]
 
     async def test_times_are_those_a_single_run_would_have(self, conn: Connection) -> None:
         moment = datetime(2050, 1, 1, tzinfo=UTC)
-        due, expires, _ = await fetch(conn, queries.reserve(1, None, moment, timedelta(hours=1)))
+        due, expires, *_ = await fetch(conn, queries.reserve(1, None, moment, timedelta(hours=1)))
         assert (due, expires) == (moment, moment + timedelta(hours=1))
-        due, expires, _ = await fetch(conn, queries.reserve(1, timedelta(hours=1), None, None))
+        due, expires, *_ = await fetch(conn, queries.reserve(1, timedelta(hours=1), None, None))
         assert expires is None
         assert timedelta(minutes=59) < due - datetime.now(UTC) < timedelta(minutes=61)
 
@@ -682,7 +687,9 @@ class TestRetry:
             timeout=timedelta(3), metadata='{"m": 1}', organization_id="acme", payload='{"a": 1}',
             expires_in=timedelta(days=20_000),
         )  # fmt: skip
-        assert await fetch(conn, queries.retry(before.id)) == queries.Retriable("default", 0, "s", has_moved=True)
+        assert await fetch(conn, queries.retry(before.id)) == queries.Retriable(
+            "default", 0, "s", "acme", has_moved=True
+        )
         run = await found(conn, before.id)
         changed = {"state", "failures", "run_at", "expires_at", "claimed_at", "finished_at", "worker_id"}
         assert {n: getattr(run, n) for n in Run.__struct_fields__ if n not in changed} == {

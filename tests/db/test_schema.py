@@ -179,7 +179,7 @@ async def test_a_migration_lets_go_of_its_lock(empty_database: str, look: Connec
 async def test_a_missing_schema_is_a_mismatch_that_says_how_to_make_it(look: Connection) -> None:
     with pytest.raises(SchemaMismatch, match=r"is not there yet.*queue-service db migrate") as refused:
         await revision.require(look)
-    assert (refused.value.have, refused.value.want) == (None, revision.HEAD)
+    assert (refused.value.have, refused.value.want) == (None, revision.OLDEST)
 
 
 async def test_a_schema_without_a_revision_is_missing_too(conn: Connection) -> None:
@@ -191,19 +191,21 @@ async def test_a_schema_without_a_revision_is_missing_too(conn: Connection) -> N
 async def test_an_older_schema_is_a_mismatch_that_says_to_migrate(conn: Connection) -> None:
     await conn.execute("update queue_service.alembic_version set version_num = '0000'")
     assert await revision.current(conn) == "0000"
-    with pytest.raises(SchemaMismatch, match=rf"revision 0000.*revision {revision.HEAD}.*queue-service db migrate"):
+    with pytest.raises(SchemaMismatch, match=rf"revision 0000.*revision {revision.OLDEST}.*queue-service db migrate"):
         await revision.require(conn)
 
 
 async def test_a_newer_schema_is_a_mismatch_that_says_to_install_its_version(conn: Connection) -> None:
-    await conn.execute("update queue_service.alembic_version set version_num = '9999'")
-    with pytest.raises(SchemaMismatch, match=r"revision 9999.*install the version of pg-queue-service") as refused:
+    await conn.execute("update queue_service.alembic_version set version_num = '9999', oldest_code = '9998'")
+    with pytest.raises(
+        SchemaMismatch, match=r"revision 9999.*9998 or a later one.*install the version of pg-queue-service"
+    ) as refused:
         await revision.require(conn)
     assert "db migrate" not in str(refused.value)
 
 
 async def test_a_newer_schema_cannot_be_migrated_by_this_version(database: str, conn: Connection) -> None:
-    await conn.execute("update queue_service.alembic_version set version_num = '9999'")
+    await conn.execute("update queue_service.alembic_version set version_num = '9999', oldest_code = '9998'")
     with pytest.raises(SchemaMismatch, match="install the version of pg-queue-service"):
         await asyncio.to_thread(schema.upgrade, database)
     assert await tables(conn) == TABLES

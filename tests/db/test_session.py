@@ -10,7 +10,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from queue_service.db import session
-from queue_service.db.session import Address, Limits, connect, options, with_settings
+from queue_service.db.hosts import each_host
+from queue_service.db.session import Address, Limits, connect, with_settings
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.settings import Pooler
 from tests.support import free_port, one
@@ -115,18 +116,35 @@ class TestRefused:
 
 
 class TestHosts:
-    @pytest.mark.parametrize("given", ["host=a,b,c port=1,2,3", "host=a,b,c port=5"])
-    def test_of_several_hosts_each_try_begins_with_another(self, given: str) -> None:
-        firsts = [conninfo_to_dict(options(given, first_host=number))["host"] for number in range(4)]
-        assert firsts == ["a,b,c", "b,c,a", "c,a,b", "a,b,c"]
-        ports = [conninfo_to_dict(options(given, first_host=number))["port"] for number in range(2)]
-        assert ports in (["1,2,3", "2,3,1"], ["5", "5"])
+    @pytest.mark.parametrize("given", ["host=a,b,c port=1,2,3", "host=a,b,c port=5", "hostaddr=a,b,c port=1,2,3"])
+    def test_of_several_hosts_each_is_an_address_and_each_try_begins_with_another(self, given: str) -> None:
+        name = given.partition("=")[0]
+        for number, expected in enumerate(["abc", "bca", "cab", "abc"]):
+            each = [conninfo_to_dict(host) for host in each_host(given, first=number)]
+            assert [host[name] for host in each] == list(expected)
+            ports = {"a": "1", "b": "2", "c": "3"} if "1,2,3" in given else dict.fromkeys("abc", "5")
+            assert all(host["port"] == ports[str(host[name])] for host in each)
 
-    def test_one_that_takes_writes_is_looked_for_unless_the_address_says_what_it_wants(self) -> None:
-        assert conninfo_to_dict(options("host=a,b"))["target_session_attrs"] == "read-write"
-        assert conninfo_to_dict(options("host=a,b target_session_attrs=standby"))["target_session_attrs"] == "standby"
-        assert "target_session_attrs" not in conninfo_to_dict(options("host=a"))
-        assert "target_session_attrs" not in conninfo_to_dict(options("host=a,b", writable=False))
+    @pytest.mark.parametrize("wanted", ["", "target_session_attrs=primary", "target_session_attrs=read-write"])
+    def test_what_a_host_says_of_itself_is_not_believed(self, wanted: str) -> None:
+        """It is asked."""
+        assert {conninfo_to_dict(each)["target_session_attrs"] for each in each_host(f"host=a,b {wanted}")} == {"any"}
+
+    def test_one_host_or_a_standby_is_left_to_libpq(self) -> None:
+        for given in ("host=a", "host=a target_session_attrs=primary", "host=a,b target_session_attrs=prefer-standby"):
+            (only,) = map(conninfo_to_dict, each_host(given))
+            assert {name: only.get(name) for name in conninfo_to_dict(given)} == conninfo_to_dict(given)
+
+    async def test_where_none_takes_writes_each_is_named(self, database: str) -> None:
+        given = conninfo_to_dict(database)
+        where = psycopg.conninfo.make_conninfo(
+            database, host=f"127.0.0.1,{given['host']}", port=f"{free_port()},{given['port']}"
+        )
+        with set_on_database(database, "default_transaction_read_only = on"):
+            with pytest.raises(
+                DatabaseUnavailable, match=r"127\.0\.0\.1:\d+: .*cannot be reached.*: .*takes no writes"
+            ):
+                await connect(where)
 
     async def test_one_that_swallows_everything_does_not_keep_us_from_the_next(self, database: str) -> None:
         given = conninfo_to_dict(database)

@@ -123,7 +123,7 @@ def test_an_installed_wheel_migrates_enqueues_and_works_from_an_empty_directory(
     assert shown == {"version": __version__, "schema": revision.HEAD}
     migrated = run(script, "db", "migrate", "--database-url", empty_database, cwd=tmp_path)
     assert f"none -> {revision.HEAD}" in migrated
-    run(script, "db", "check", cwd=tmp_path, **on)
+    run(script, "db", "check", "--accept", "fsync", "--accept", "full-page-writes", cwd=tmp_path, **on)
     (tmp_path / "my_tasks.py").write_text(
         textwrap.dedent(
             """

@@ -278,9 +278,9 @@ class Runs(RuleBasedStateMachine):
         if run is None or run.state is RunState.SUCCEEDED:
             assert self.ask(queries.retry(run_id)) is None
         elif self.model.holder(run.queue, run.key) is not None:
-            assert self.ask(queries.retry(run_id)) == queries.Retriable(run.queue, 0, run.key, has_moved=False)
+            assert self.ask(queries.retry(run_id)) == queries.Retriable(run.queue, 0, run.key, None, has_moved=False)
         else:
-            assert self.ask(queries.retry(run_id)) == queries.Retriable(run.queue, 0, run.key, has_moved=True)
+            assert self.ask(queries.retry(run_id)) == queries.Retriable(run.queue, 0, run.key, None, has_moved=True)
             if run.was_running:
                 run.keep_attempt()
             run.state, run.failures, run.losses, run.expires = RunState.QUEUED, 0, 0, False

@@ -207,7 +207,7 @@ async def test_a_retry_meets_a_live_run_with_its_singleton_key_and_loses_nothing
     ((run, lease),) = await claimed(conn)
     await fetch(conn, settling.finish([Ending(run.claim, RunState.FAILED)], worker_id=1, freed=[lease]))
     await enqueued(conn, singleton_key="only")
-    assert await fetch(conn, queries.retry(old)) == queries.Retriable("default", 0, "only", has_moved=False)
+    assert await fetch(conn, queries.retry(old)) == queries.Retriable("default", 0, "only", None, has_moved=False)
     assert await one(conn, "select state from queue_service.finished_runs where id = %s", old) == "failed"
 
 

@@ -25,7 +25,7 @@ Open = Callable[[], Awaitable[Connection]]
 SWEEP = queries.sweep(limit=10, max_losses=3)
 SUSPECT = queries.claim_suspect(["default"], Claimant(["noop"], 2, LEASE))
 KEYED = NewRun("noop", "default", '{"by": "replace"}', singleton_key="only")
-MOVED = queries.Retriable("default", 0, KEYED.singleton_key, has_moved=True)
+MOVED = queries.Retriable("default", 0, KEYED.singleton_key, None, has_moved=True)
 
 
 class Table:

@@ -82,6 +82,22 @@ async def test_it_holds_where_the_servers_process_is_stopped_and_the_pool_goes_o
         assert await app.pool.fetch(READ, deadline=DEADLINE) not in pids
 
 
+async def test_who_comes_after_somebody_who_was_given_up_waits_for_no_other_dead_connection(
+    database: str, conn: Connection
+) -> None:
+    """As where the machine of the server is frozen: what was opened before answers nothing, and is open."""
+    async with App(database) as app:
+        busy: Query[int] = Query("select pg_backend_pid() from pg_sleep(0.2)", scalar, writes=False)
+        await asyncio.gather(*(app.pool.fetch(busy) for _ in range(4)))
+        pids = await others(conn)
+        assert len(pids) > 1
+        with stopped(*pids):
+            with pytest.raises(DatabaseUnavailable):
+                await app.pool.fetch(WRITE, deadline=DEADLINE)
+            # Without the look, its deadline would pass with the next of them.
+            assert await app.pool.fetch(WRITE, deadline=20) not in pids
+
+
 @pytest.mark.parametrize("query", [READ, WRITE], ids=["read", "write"])
 async def test_the_callers_own_timeout_holds_there_too(app: App, conn: Connection, query: Query[int]) -> None:
     pids = await sessions(app, conn)

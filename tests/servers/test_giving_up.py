@@ -22,6 +22,7 @@ from queue_service.app import opened as opened_module
 from queue_service.db.execute import Connection
 from queue_service.db.session import connect
 from queue_service.errors import ConfigError, DatabaseUnavailable
+from queue_service.runs import queries
 from queue_service.settings import load
 from tests.servers.operations import OPERATIONS, Call
 from tests.servers.pair import GAVE_UP, Pair
@@ -219,3 +220,19 @@ async def test_after_a_failover_all_that_was_acknowledged_is_there(way: str, pai
         await asyncio.gather(*(operation.call(app) for operation in OPERATIONS.values()))
         assert await stored(there) == OPERATIONS.keys()
         await there.close()
+
+
+async def test_ids_are_not_given_before_a_standby_that_is_promoted_would_not_give_them_again(pair: Pair) -> None:
+    """Only every 32nd writes a record for the standby. Many runs are stored by two statements, which may be answered by two
+    primaries: the second one would meet the ids of others, or leave them theirs to meet."""
+    reserving = queries.reserve(3, None, None, None)
+    async with wide_app(pair.primary.conninfo) as app:
+        first = (await app.pool.fetch(reserving)).ids
+        second = (await app.pool.fetch(reserving)).ids
+        pair.stall()
+        with pytest.raises(DatabaseUnavailable):
+            await app.pool.fetch(reserving, deadline=1.0)
+        await asyncio.to_thread(pair.fail_over)
+    async with wide_app(pair.primary.conninfo) as app:
+        third = (await app.pool.fetch(reserving)).ids
+    assert len({*first, *second, *third}) == 9

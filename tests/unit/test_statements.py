@@ -18,6 +18,8 @@ FILES = sorted(PACKAGE.rglob("*.sql"))
 _WRITES = re.compile(
     r"\b(?:insert\s+into|update|delete\s+from|merge\s+into|truncate)\s+(?:only\s+)?queue_service\.(\w+)"
 )
+_SEQUENCES = re.compile(r"\bnextval\('queue_service\.(\w+)'\)")
+_FUNCTIONS = re.compile(r"\bqueue_service\.(\w+)\(")
 _PLACEHOLDER = re.compile(r"%%|%\((\w+)\)s")
 
 
@@ -42,18 +44,26 @@ class Found(NamedTuple):
 
 
 ENDINGS = {"turn_outcomes", "streams", "events", "runs"}
-# What is written by functions that statements call.
+# What is written by functions that statements call, and the functions that write nothing.
 CALLED = {
-    "store_endings(": ENDINGS,
-    "end_turns(": ENDINGS | {"turn_markers"},
-    "arm_slot(": {"turn_outcomes", "turn_markers", "streams"},
+    "store_endings": ENDINGS,
+    "end_turns": ENDINGS | {"turn_markers"},
+    "arm_slot": {"turn_outcomes", "turn_markers", "streams"},
+    "tend_lanes": {"lanes"},
+    "leave_lanes": {"lanes"},
 }
+QUIET = {"sentence_of", "why_unanswered", "turn_of_slot", "may_retire", "organization", "sees_all_runs"}
+
+
+def called(text: str) -> set[str]:
+    return set(_FUNCTIONS.findall(text))
 
 
 def written(text: str) -> set[str]:
-    """The tables a statement inserts into, updates or deletes from, itself or by a function."""
-    by_functions = [tables for function, tables in CALLED.items() if f"queue_service.{function}" in text]
-    return set(_WRITES.findall(text.lower())).union(*by_functions)
+    """The tables a statement inserts into, updates or deletes from, itself or by a function, and the sequences it draws
+    from. Its triggers are not looked at: they fire on tables that it writes itself."""
+    by_functions = [CALLED.get(function, set()) for function in called(text)]
+    return set(_WRITES.findall(text.lower())).union(_SEQUENCES.findall(text), *by_functions)
 
 
 def everything() -> list[Found]:
@@ -160,6 +170,13 @@ def test_writes_are_recognised_in_every_form() -> None:
     """
     assert written(text) == {"runs", "leases", "queues"}
     assert written("select 1 from queue_service.runs for update") == set()
+    assert written("select pg_catalog.nextval('queue_service.runs_id_seq')") == {"runs_id_seq"}
+    assert written("select queue_service.tend_lanes(array['a'], array['b'])") == {"lanes"}
+
+
+def test_of_every_function_that_is_called_it_is_known_what_it_writes() -> None:
+    functions = set().union(*(called(found.text) for found in STATEMENTS))
+    assert functions == CALLED.keys() | QUIET
 
 
 def test_every_file_of_statements_is_looked_at() -> None:

@@ -94,7 +94,7 @@ async def test_probes_do_not_load_the_database(app: App, monkeypatch: pytest.Mon
     fetch = app.pool.fetch
 
     async def counted(query: Any, **options: Any) -> Any:
-        looks.extend([query] if query is revision.REVISION else [])
+        looks.extend([query] if query is revision.SCHEMA else [])
         return await fetch(query, **options)
 
     monkeypatch.setattr(app.pool, "fetch", counted)
@@ -166,7 +166,7 @@ async def test_what_is_wrong_with_the_database_is_for_the_log_once(
     fetch, where = app.pool.fetch, "at db.internal as someone"
 
     async def lost(query: Any, **options: Any) -> Any:
-        if query is revision.REVISION:
+        if query is revision.SCHEMA:
             raise DatabaseUnavailable(where)
         return await fetch(query, **options)
 
@@ -192,11 +192,18 @@ async def test_a_pool_that_is_busy_is_no_outage(database: str) -> None:
         await answers(lambda: asked("/readyz"), 200, database="ok")
 
 
-async def test_a_newer_schema_is_worked_on_and_an_older_one_is_not(app: App, conn: Connection) -> None:
+async def test_a_newer_schema_is_worked_on_until_it_takes_older_code_no_more_and_an_older_one_is_not(
+    app: App, conn: Connection
+) -> None:
     async with probed(app) as (_, asked):
         await conn.execute(REVISION, ["9999"])
         newer = await answers(lambda: asked("/readyz"), 200, database="the schema is at revision 9999, newer")
-        assert newer.body["status"] == "degraded"
+        assert newer.body["status"] == "ok"
+        await conn.execute("update queue_service.alembic_version set oldest_code = '9998'")
+        await answers(
+            lambda: asked("/readyz"), 503, database="the schema is at revision 9999, which takes revision 9998"
+        )
+        await conn.execute("update queue_service.alembic_version set oldest_code = '0013'")
         await conn.execute(REVISION, ["0001"])
         await answers(lambda: asked("/readyz"), 503, database="the schema is at revision 0001, and this version needs")
         await conn.execute("alter table queue_service.alembic_version rename to gone")
@@ -486,7 +493,7 @@ async def test_probe_says_what_the_worker_says(database: str, observe: Observe) 
     assert code == 1
     assert line == (
         f"Error: not ready: {worker.url}/readyz answered 503: database: the schema is at revision 0001, and this version "
-        f"needs {revision.HEAD}\n"
+        f"needs {revision.OLDEST}\n"
     )
     code, shown = await asyncio.to_thread(probe, "--json", "--port", port)
     assert (code, '"status": 503' in shown, '"ok": false' in shown) == (1, True, True)

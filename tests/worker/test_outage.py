@@ -152,14 +152,16 @@ async def test_waiting_for_a_run_survives_lost_connections(app: App, conn: Conne
 async def test_a_worker_without_a_schema_says_how_to_get_one(empty_database: str) -> None:
     with pytest.raises(SchemaMismatch, match="queue-service db migrate") as caught:
         await Worker(App(empty_database)).run()
-    assert (caught.value.have, caught.value.want) == (None, revision.HEAD)
+    assert (caught.value.have, caught.value.want) == (None, revision.OLDEST)
 
 
 @pytest.mark.parametrize(("revision", "fix"), [("0000", "db migrate"), ("9999", "install the version")])
 async def test_a_worker_refuses_a_schema_of_another_revision(
     database: str, conn: Connection, revision: str, fix: str
 ) -> None:
-    await conn.execute("update queue_service.alembic_version set version_num = %s", [revision])
+    await conn.execute(
+        "update queue_service.alembic_version set version_num = %s, oldest_code = %s", [revision, min(revision, "9998")]
+    )
     with pytest.raises(SchemaMismatch, match=fix):
         await Worker(App(database)).run()
     code, errors = _command(database, "worker", "-a", "tests.worker.tasks_for_tests:app")

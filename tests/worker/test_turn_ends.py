@@ -427,7 +427,8 @@ class TestWhyATurnLapsed:
     async def test_a_worker_has_it(self, app: App, conn: Connection) -> None:
         await app.turns.dispatch(turn(), "t", {})
         worker_id = await one(
-            conn, "insert into queue_service.workers (name, version, queues) values ('w-7', '1', '[]') returning id"
+            conn,
+            "insert into queue_service.workers (name, version, revision, queues) values ('w-7', '1', '9999', '[]') returning id",
         )
         await claimed(conn, tasks=("t",), worker_id=worker_id)
         assert (await self.lapsed(app, conn)).startswith("Worker w-7 took it up at 20")

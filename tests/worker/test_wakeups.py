@@ -88,8 +88,8 @@ async def test_a_run_does_not_wait_for_workers_that_are_dead(patient: App, conn:
         for _ in range(100):
             await patient.wait(await patient.enqueue("noop", {}), timeout=20)
         await conn.execute(
-            "insert into queue_service.workers (name, version, queues, fleet, seen_at) "
-            "select 'dead', '1', '{}', fleet, now() + interval '1 day' from queue_service.workers, generate_series(1, 9)"
+            "insert into queue_service.workers (name, version, revision, queues, fleet, seen_at) "
+            "select 'dead', '1', revision, '{}', fleet, now() + interval '1 day' from queue_service.workers, generate_series(1, 9)"
         )
         await eventually(lambda: all(size(each) == 40 for each in workers))
         begun = time.monotonic()
