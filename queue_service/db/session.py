@@ -15,7 +15,7 @@ import contextlib
 import random
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -195,6 +195,7 @@ async def connect(
     no writes, unless `writable` is False), and ConfigError for a database that we cannot work in."""
     address = Address.of(where)
     tries: list[asyncio.Task[Session]] = []
+    found: Session | None = None
     begun, until = 0, time.monotonic() + LAST_TRY
     why: BaseException | None = None
     try:
@@ -211,15 +212,26 @@ async def connect(
                 tries.remove(each)
                 why = each.exception()
                 if why is None:
-                    return each.result()
+                    found = each.result()
+                    return found
         raise why
     finally:
-        for each in tries:
-            each.add_done_callback(_close_late)
-            each.cancel()
+        await _abandon(tries, found)
+
+
+async def _abandon(tries: Collection[asyncio.Task[Session]], found: Session | None) -> None:
+    """End the tries that are not needed. Whoever is cancelled meanwhile does not get the one that was found, either."""
+    for each in tries:
+        each.add_done_callback(_close_late)
+        each.cancel()
+    try:
         if tries:
             # They end at once, and before a loop that is about to end: but one may be late, see `cancellable`.
             await asyncio.wait(tries, timeout=NEXT_TRY)
+    except asyncio.CancelledError:
+        if found is not None:
+            found.pgconn.finish()
+        raise
 
 
 def _close_late(late: asyncio.Task[Session]) -> None:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import psycopg
 import pytest
@@ -14,7 +15,7 @@ from queue_service.db.hosts import each_host
 from queue_service.db.session import Address, Limits, connect, with_settings
 from queue_service.errors import ConfigError, DatabaseUnavailable
 from queue_service.settings import Pooler
-from tests.support import free_port, one
+from tests.support import eventually, free_port, one
 
 pytestmark = pytest.mark.direct("a session has no settings of ours there")
 
@@ -156,6 +157,33 @@ class TestHosts:
             async with opened(where) as conn:
                 assert await one(conn, "select 1") == 1
             assert time.monotonic() - begun < session.NEXT_TRY + 2
+
+    @pytest.mark.filterwarnings("error::ResourceWarning")
+    @pytest.mark.parametrize("turns", range(5))
+    async def test_whoever_is_cancelled_as_one_is_found_leaves_none_open(
+        self, database: str, monkeypatch: pytest.MonkeyPatch, turns: int
+    ) -> None:
+        monkeypatch.setattr(session, "NEXT_TRY", 0.1)
+        given = conninfo_to_dict(database)
+        async with swallowing() as port:
+            where = psycopg.conninfo.make_conninfo(
+                database, host=f"127.0.0.1,{given['host']}", port=f"{port},{given['port']}"
+            )
+            connecting = asyncio.create_task(connect(where, application="cancelled"))
+            await eventually(lambda: len(tries()) == 2)
+            while len(tries()) == 2:
+                await asyncio.sleep(0)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            connecting.cancel()
+            with suppress(asyncio.CancelledError):
+                (await connecting).pgconn.finish()
+            del connecting
+            gc.collect()
+
+
+def tries() -> list[asyncio.Task[object]]:
+    return [task for task in asyncio.all_tasks() if task.get_name() == "connecting"]
 
 
 @asynccontextmanager
