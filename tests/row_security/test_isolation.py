@@ -18,7 +18,7 @@ from queue_service.app.turns import Turns
 from queue_service.db.execute import Connection
 from queue_service.db.row_security import VISIBLE
 from queue_service.db.session import connect
-from queue_service.errors import DatabaseRefused, RunUnknown, TurnUnknown
+from queue_service.errors import ConfigError, DatabaseRefused, RunUnknown, TurnUnknown
 from tests.row_security.conftest import Roles
 from tests.support import eventually, one, quick_app, rows, working
 
@@ -258,6 +258,22 @@ async def test_a_turn_is_its_tenants_to_its_end_whoever_writes_that(
     whose = "select organization_id from queue_service.{}"
     for table in ("runs", "streams", "events", "turn_outcomes"):
         assert await rows(owner, whose.format(table)) == [("acme",)], table
+
+
+@pytest.mark.parametrize("how", ["dispatch", "send"])
+async def test_a_turn_is_of_the_organization_of_its_run_so_that_who_ends_the_one_ends_the_other(
+    how: str, acme: App, exempt: App, owner: Connection
+) -> None:
+    call = getattr(exempt.turns, how)
+    await call(turn("m", "acme's"), "noop", {"text": "hi"}, organization_id="acme")
+    whose = "select organization_id, metadata -> 'turn' ->> 'organization_id' from queue_service.runs"
+    assert await rows(owner, whose) == [("acme", "acme")]
+    assert await acme.cancel(await one(owner, "select id from queue_service.runs"))
+    outcome = await acme.turns.outcome("dep", "m")
+    assert outcome is not None
+    assert (outcome.kind, outcome.code) == ("error", "cancelled")
+    with pytest.raises(ConfigError, match=r"which is 'acme', and not of 'other'.*Turn\(organization_id"):
+        await call(turn("n", "acme's", organization_id="acme"), "noop", {"text": "hi"}, organization_id="other")
 
 
 async def test_the_lane_of_two_tenants_stays_when_one_of_them_leaves_it(
