@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -274,6 +276,28 @@ async def test_a_turn_is_of_the_organization_of_its_run_so_that_who_ends_the_one
     assert (outcome.kind, outcome.code) == ("error", "cancelled")
     with pytest.raises(ConfigError, match=r"which is 'acme', and not of 'other'.*Turn\(organization_id"):
         await call(turn("n", "acme's", organization_id="acme"), "noop", {"text": "hi"}, organization_id="other")
+
+
+async def test_an_old_stream_is_a_tenants_once_the_owner_has_said_so_as_documented(
+    acme: App, exempt: App, owner: Connection
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "row-security.md").read_text()
+    (given,) = re.findall(r"```sql\n(  update.*?)```", page, re.DOTALL)
+    await exempt.turns.send(turn("old", "conv-1"), "noop", {"text": "hi"})
+    await exempt.turns.commit_reply("dep", ["old"], {"text": "hello"})
+    calls = (
+        lambda: acme.events.append("conv-1", "k", 1),
+        lambda: acme.turns.send(turn("new", "conv-1"), "noop", {"text": "and"}),
+        lambda: acme.turns.send(turn("old", "conv-1"), "noop", {"text": "hi"}),
+    )
+    for call in calls:
+        with pytest.raises(DatabaseRefused):
+            await call()
+    await owner.execute(given.encode())
+    assert [event.kind for event in await acme.events.read("conv-1")] == ["message", "reply"]
+    assert [getattr(await call(), "new", None) for call in calls] == [None, True, False]
+    outcome = await acme.turns.outcome("dep", "old")
+    assert outcome is not None
 
 
 async def test_the_lane_of_two_tenants_stays_when_one_of_them_leaves_it(
