@@ -331,6 +331,21 @@ end
 $$;
 """
 
+# The columns that go are what the policies look at.
+UNSECURED = """
+do $$
+begin
+    if exists (select from pg_catalog.pg_policy
+                where polname in ('queue_service_own', 'queue_service_exempt')
+                  and polrelid in (select oid from pg_catalog.pg_class where relnamespace = 'queue_service'::regnamespace))
+    then
+        raise exception using message =
+            'row security is on, and revision 0024 knows no organizations. Turn it off first: queue-service db rls disable';
+    end if;
+end
+$$;
+"""
+
 
 def upgrade() -> None:
     op.execute(ORGANIZATION)
@@ -345,6 +360,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute(UNSECURED)
     for function in LANES:
         op.execute(AS_CALLER.format(function=function))
         op.execute(f"grant execute on function queue_service.{function} to public")
