@@ -65,15 +65,16 @@ select name from unnest(%(roles)s::text[]) as asked (name)
  where not exists (select from pg_roles where rolname = asked.name) order by name
 """
 
-# Of the workers that are connected, the roles from which runs are hidden now. Each has a session of this name that keeps its
-# leases; of a gateway's sessions, none can be told from those of a tenant's program.
+# Of the workers that are connected, the roles from which runs would be hidden. Each has a session of this name, which keeps
+# its leases; of a gateway's sessions, none can be told from those of a tenant's program.
 _BLIND = """
 select distinct r.rolname
   from pg_stat_activity as a join pg_roles as r on r.oid = a.usesysid
  where a.datname = current_database() and a.application_name = 'queue_service keeper'
    and not (r.rolsuper or r.rolbypassrls
             or pg_has_role(r.oid, (select relowner from pg_class where oid = 'queue_service.runs'::regclass), 'usage')
-            or exists (select from unnest(%(exempt)s::text[]) as exempt (name) where pg_has_role(r.oid, exempt.name, 'usage')))
+            or exists (select from unnest(%(exempt)s::text[]) as exempt (name)
+                        where pg_has_role(r.oid, exempt.name, 'usage')))
  order by r.rolname
 """
 

@@ -85,9 +85,9 @@ class _Aside:
 
 
 class Finisher:
-    """`put` never waits. `run` writes until `close` was called and nothing is left that can be written. Once something is committed, `announce`
-    is given the ids of runs that ended, `free` the queues of which a lane was left, and those with a limit, and
-    `handed_back` each queue to which runs went back that are due, with the highest priority of these.
+    """`put` never waits. `run` writes until `close` was called and nothing is left that can be written. Once something is
+    committed, `announce` is given the ids of runs that ended, `free` the queues of which a lane was left, and those with a
+    limit, and `handed_back` each queue to which runs went back that are due, with the highest priority of these.
     """
 
     def __init__(
@@ -277,8 +277,8 @@ class Finisher:
             self._forget(group.entries)
 
     def _give_up(self, refused: Exception) -> None:
-        """What is refused to each of them, as where the role lacks a right, may be granted some day: a worker that stops does
-        not wait for it. The leases stay, and lapse."""
+        """What is refused to each of them, as where the role lacks a right, may be granted some day: a worker that stops
+        does not wait for it. The leases stay, and lapse."""
         entries = self._groups.pop(0).entries
         log.error(
             "the database refuses these endings; their runs are taken over when their leases lapse",
