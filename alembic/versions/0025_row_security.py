@@ -14,10 +14,12 @@ down_revision = "0024"
 branch_labels = None
 depends_on = None
 
-# What each session says of itself, or its role has been given.
+# What each session says of itself, or its role has been given. Everybody may ask, also where the owner's functions are not
+# everybody's by default: the columns below ask for whoever inserts, and roles at work were granted it by nobody yet.
 ORGANIZATION = """
 create function queue_service.organization() returns text language sql stable parallel safe
-return nullif(pg_catalog.current_setting('queue_service.organization_id', true), '')
+return nullif(pg_catalog.current_setting('queue_service.organization_id', true), '');
+grant execute on function queue_service.organization() to public;
 """
 
 TABLES = ("streams", "events", "turn_outcomes", "receipts")

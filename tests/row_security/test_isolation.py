@@ -316,6 +316,23 @@ async def test_the_lane_of_two_tenants_stays_when_one_of_them_leaves_it(
         assert (await other.wait(theirs, timeout=60)).state == "succeeded"
 
 
+async def test_a_tenant_makes_no_lane_of_which_it_does_not_see_the_running_runs(
+    acme: App, exempt: App, owner: Connection
+) -> None:
+    # As after a restore of data alone.
+    await owner.execute("set session_replication_role = replica")
+    await owner.execute(
+        "insert into queue_service.runs (queue, task, payload, ordering_key, organization_id, state, lease_id, claimed_at)"
+        " values ('q', 't', '{}', 'lane', 'other', 'running', 1, now()), ('q', 't', '{}', 'lane', 'acme', 'queued', null, null)"
+    )
+    await owner.execute("set session_replication_role = origin")
+    lane = "select ordering_key, running from queue_service.lanes"
+    await acme.opened._sweeper.once()
+    assert await rows(owner, lane) == []
+    await exempt.opened._sweeper.once()
+    assert await rows(owner, lane) == [("lane", 1)]
+
+
 async def test_a_wait_of_a_tenant_takes_no_lost_run_of_another_and_ends_when_a_worker_did(
     acme: App, other: App, owner: Connection, exempt: App
 ) -> None:
