@@ -14,10 +14,12 @@ down_revision = "0024"
 branch_labels = None
 depends_on = None
 
-# What each session says of itself, or its role has been given.
+# What each session says of itself, or its role has been given. Everybody may ask, also where the owner's functions are not
+# everybody's by default: the columns below ask for whoever inserts, and roles at work were granted it by nobody yet.
 ORGANIZATION = """
 create function queue_service.organization() returns text language sql stable parallel safe
-return nullif(pg_catalog.current_setting('queue_service.organization_id', true), '')
+return nullif(pg_catalog.current_setting('queue_service.organization_id', true), '');
+grant execute on function queue_service.organization() to public;
 """
 
 TABLES = ("streams", "events", "turn_outcomes", "receipts")
@@ -331,6 +333,21 @@ end
 $$;
 """
 
+# The columns that go are what the policies look at.
+UNSECURED = """
+do $$
+begin
+    if exists (select from pg_catalog.pg_policy
+                where polname in ('queue_service_own', 'queue_service_exempt')
+                  and polrelid in (select oid from pg_catalog.pg_class where relnamespace = 'queue_service'::regnamespace))
+    then
+        raise exception using message =
+            'row security is on, and revision 0024 knows no organizations. Turn it off first: queue-service db rls disable';
+    end if;
+end
+$$;
+"""
+
 
 def upgrade() -> None:
     op.execute(ORGANIZATION)
@@ -345,6 +362,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute(UNSECURED)
     for function in LANES:
         op.execute(AS_CALLER.format(function=function))
         op.execute(f"grant execute on function queue_service.{function} to public")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
@@ -109,11 +110,26 @@ def of_turn(
     """The run that works on a turn, as the statements about turns take it, and the notice of it."""
     if refused := options.keys() & {"singleton_key", "on_conflict"}:
         raise ConfigError(f"A turn's run has no {min(refused)}: the turn itself is what is unique about it.")
+    turn = of_one_organization(turn, options)
     with_turn = {**(metadata or {}), "turn": {**turn.fields(payload_limit), "metadata": dict(turn.metadata)}}
     new = new_run(
-        tasks, payload_limit, task, payload, metadata=with_turn, **{"organization_id": turn.organization_id, **options}
+        tasks, payload_limit, task, payload, metadata=with_turn, **{**options, "organization_id": turn.organization_id}
     )
     return {name: getattr(new, name) for name in NewRun.__slots__ if name != "singleton_key"}, notice(new)
+
+
+def of_one_organization(turn: Turn, options: Mapping[str, Any]) -> Turn:
+    """The turn, of the organization of its run where that is said of the run alone. Whoever may end the run would not see a
+    turn of another one, which would be owed an ending until its deadline. Raises ConfigError where they differ."""
+    organization_id = options.get("organization_id")
+    if organization_id is None or organization_id == turn.organization_id:
+        return turn
+    if turn.organization_id is not None:
+        raise ConfigError(
+            f"A turn's run is of the organization of the turn, which is {turn.organization_id!r}, and not of "
+            f"{organization_id!r}. Say it once: Turn(organization_id=…)."
+        )
+    return replace(turn, organization_id=organization_id)
 
 
 def new_runs(

@@ -12,13 +12,7 @@ from queue_service.app.core import Core
 from queue_service.app.messages import Messages, Mode, contested
 from queue_service.db import channels
 from queue_service.db.steps import MAX_TRIES
-from queue_service.errors import (
-    ConfigError,
-    DatabaseUnavailable,
-    TurnEnded,
-    TurnUnknown,
-    ValueRefused,
-)
+from queue_service.errors import ConfigError, DatabaseUnavailable, TurnEnded, TurnUnknown, ValueRefused
 from queue_service.logs import get_logger
 from queue_service.services.combiner import BUSY, Busy, Combiner
 from queue_service.services.sweeper import about_turns
@@ -106,10 +100,11 @@ class Turns:
         """Arm a turn and enqueue the run that works on it, both or neither. Returns the id of the run.
 
         Takes the options of `enqueue`, except `singleton_key` and `on_conflict`: a turn has one run, and dispatching it
-        again returns that one's id. The run's metadata says under `turn` which turn it is. A turn that was only armed
-        gets its run, and a fresh admission. Raises TurnEnded.
+        again returns that one's id. The run's metadata says under `turn` which turn it is, and it is of the turn's
+        organization. A turn that was only armed gets its run, and a fresh admission. Raises TurnEnded.
         """
-        owed, limit = self._owed(turn, admission, execution, total), self._core.settings.payload_limit
+        owed = self._owed(enqueueing.of_one_organization(turn, options), admission, execution, total)
+        limit = self._core.settings.payload_limit
         run, notice = enqueueing.of_turn(self._core.tasks, limit, turn, task, payload, metadata, options)
         notifier = None if conn is not None else self._core.opened.notifier
         rides = notice is not None and (notifier is None or notifier.try_reserve(notice.channel))
@@ -154,7 +149,7 @@ class Turns:
         Raises MessageConflict for another payload under a message id that was used, StreamEnded for a stream that is
         closing too.
         """
-        owed = self._owed(turn, admission, execution, total)
+        owed = self._owed(enqueueing.of_one_organization(turn, options), admission, execution, total)
         return await self._messages.send(owed, turn, task, payload, metadata, options, mode, conn)
 
     async def unsend(self, deployment: str, message_id: str, *, conn: Any = None) -> bool:

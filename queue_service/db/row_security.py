@@ -6,6 +6,7 @@ Who reads what is decided by the database, whatever a statement asks for. A sess
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,19 @@ select name from unnest(%(roles)s::text[]) as asked (name)
  where not exists (select from pg_roles where rolname = asked.name) order by name
 """
 
+# Of the workers that are connected, the roles from which runs would be hidden. Each has a session of this name, which keeps
+# its leases; of a gateway's sessions, none can be told from those of a tenant's program.
+_BLIND = """
+select distinct r.rolname
+  from pg_stat_activity as a join pg_roles as r on r.oid = a.usesysid
+ where a.datname = current_database() and a.application_name = 'queue_service keeper'
+   and not (r.rolsuper or r.rolbypassrls
+            or pg_has_role(r.oid, (select relowner from pg_class where oid = 'queue_service.runs'::regclass), 'usage')
+            or exists (select from unnest(%(exempt)s::text[]) as exempt (name)
+                        where pg_has_role(r.oid, exempt.name, 'usage')))
+ order by r.rolname
+"""
+
 
 class Table(NamedTuple):
     """Whether row security is on, and which of our policies it has, each with its roles."""
@@ -81,7 +95,8 @@ class Secured(NamedTuple):
 
 def enable(conninfo: str, exempt: Sequence[str], *, tell: Tell | None = None) -> Secured:
     """Put the policies on, or bring them up to date, in one transaction. These roles are exempt, and those that were so
-    before. Raises ConfigError for a role that is not there, SchemaMismatch, and what `migration.changed` raises."""
+    before. Raises ConfigError for a role that is not there, and where a worker is connected whose role is not exempt;
+    SchemaMismatch, and what `migration.changed` raises. Nothing has changed then."""
 
     def change(migration: Migration) -> Secured:
         connection = _begin(migration)
@@ -89,6 +104,12 @@ def enable(conninfo: str, exempt: Sequence[str], *, tell: Tell | None = None) ->
             raise ConfigError(f"There is no role {unknown[0]!r}, so nothing was changed. Create it first.")
         before = _state(connection)
         roles = sorted({*exempt, *_exempt(connection)})
+        if blind := connection.exec_driver_sql(_BLIND, {"exempt": roles}).scalars().all():
+            raise ConfigError(
+                f"Workers are connected as {', '.join(map(repr, blind))}, from which runs would be hidden: they would take "
+                "what they have at work for gone, and drop how it ends. Nothing was changed. Exempt the role, too "
+                f"(--exempt {shlex.quote(blind[0])}), or stop its workers first."
+            )
         for table, visible in VISIBLE.items():
             for statement in _secured(table, visible, roles):
                 connection.exec_driver_sql(statement)

@@ -30,6 +30,7 @@ having count(*) > 0
 
 -- name: make_lanes
 -- For runs that were stored while triggers did not fire, as a restore of data alone may do. Rows: those that were missing.
+-- Whoever does not see all runs makes none: of those that are running it would count too few.
 -- writes: lanes
 insert into queue_service.lanes (queue, ordering_key, next_at, width, running)
 select asked.queue, asked.ordering_key, clock_timestamp(),
@@ -38,5 +39,6 @@ select asked.queue, asked.ordering_key, clock_timestamp(),
          where runs.queue = asked.queue and runs.ordering_key = asked.ordering_key and runs.state = 'running')
   from (select distinct queue, ordering_key from unnest(%(queues)s::text[], %(keys)s::text[]) as each (queue, ordering_key)
          order by queue, ordering_key) as asked
+ where (select queue_service.sees_all_runs())
     on conflict (queue, ordering_key) do nothing
 returning queue, ordering_key

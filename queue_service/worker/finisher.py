@@ -85,9 +85,9 @@ class _Aside:
 
 
 class Finisher:
-    """`put` never waits. `run` writes until `close` was called and nothing is left. Once something is committed, `announce`
-    is given the ids of runs that ended, `free` the queues of which a lane was left, and those with a limit, and
-    `handed_back` each queue to which runs went back that are due, with the highest priority of these.
+    """`put` never waits. `run` writes until `close` was called and nothing is left that can be written. Once something is
+    committed, `announce` is given the ids of runs that ended, `free` the queues of which a lane was left, and those with a
+    limit, and `handed_back` each queue to which runs went back that are due, with the highest priority of these.
     """
 
     def __init__(
@@ -233,6 +233,8 @@ class Finisher:
                     )
                 elif verdict is Verdict.TAKE_APART:
                     self._take_apart(refused)
+                elif verdict is Verdict.NOT_DONE and self._closing:
+                    self._give_up(refused)
                 else:
                     group.uncertain = group.uncertain or verdict is Verdict.UNKNOWN
                     service.failed(refused)
@@ -273,6 +275,16 @@ class Finisher:
             log.error("the database refused an ending, which is tried again", run_id=held.run.id, why=message(refused))
             self._refused.add((held, outcome))
             self._forget(group.entries)
+
+    def _give_up(self, refused: Exception) -> None:
+        """What is refused to each of them, as where the role lacks a right, may be granted some day: a worker that stops
+        does not wait for it. The leases stay, and lapse."""
+        entries = self._groups.pop(0).entries
+        log.error(
+            "the database refuses these endings; their runs are taken over when their leases lapse",
+            run_ids=[held.run.id for held, _ in entries], why=message(refused),
+        )  # fmt: skip
+        self._forget(entries)
 
     async def _set_locked_aside(self, group: Group) -> None:
         """What another session keeps from being written. Its leases stay, too."""

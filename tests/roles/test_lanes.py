@@ -143,3 +143,20 @@ def test_tables_whose_owner_was_changed_by_hand_keep_their_lanes(admin: str, own
         admin, f"insert into queue_service.runs (queue, task, payload, ordering_key) values ('q', 't', '{{}}', '{key}')"
     )
     assert asked(admin, "select count(*) from queue_service.lanes where ordering_key = %s", key) == [(1,)]
+
+
+def test_roles_at_work_go_on_through_a_migration_where_nobody_may_execute_new_functions(
+    admin: str, owned: str, owner_role: str, role: Make
+) -> None:
+    """Rights are granted again only afterwards; until then the new columns have their default all the same."""
+    schema.downgrade(owned, "0024")
+    before = role("before")
+    execute(
+        owned,
+        "grant usage on schema queue_service to {0}; grant select, insert on queue_service.streams to {0}",
+        before,
+    )
+    execute(admin, "alter default privileges for role {} revoke execute on functions from public", owner_role)
+    schema.upgrade(owned)
+    execute(make_conninfo(owned, user=before), "insert into queue_service.streams (stream) values ('s')")
+    assert asked(admin, "select stream, organization_id from queue_service.streams") == [("s", None)]

@@ -70,3 +70,25 @@ async def test_what_a_worker_may_not_end_ends_once_it_may(
             assert found.state in {RunState.RUNNING, RunState.QUEUED}
             await asyncio.to_thread(grant, owned, worker_role, "worker")
             assert (await app.wait(run_id, timeout=60)).state is RunState.SUCCEEDED
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+async def test_a_worker_that_may_not_end_its_runs_stops_all_the_same_and_others_take_them(
+    is_asked: bool, owned: str, worker_role: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute(owned, "revoke insert on queue_service.finished_runs from {}", worker_role)
+    async with quick_app(owned) as owner, quick_app(make_conninfo(owned, user=worker_role)) as app:
+        for each in (owner, app):
+            each.task(name="noop")(lambda: "well")
+        run_id = await owner.enqueue("noop", {})
+        worker = Worker(app)
+        running = asyncio.create_task(worker.run())
+        await eventually(lambda: any("denied for table finished_runs" in why for why in reasons(caplog)))
+        worker.stop(now=is_asked)
+        tally = await asyncio.wait_for(running, 20)
+        assert tally.succeeded == 0
+        (left,) = [record for record in caplog.records if "taken over when their leases lapse" in record.getMessage()]
+        assert (left.run_ids, left.levelname) == ([run_id], "ERROR")  # type: ignore[attr-defined]
+        assert "denied for table finished_runs" in left.why  # type: ignore[attr-defined]
+        async with working(owner):
+            assert (await owner.wait(run_id, timeout=60)).result == "well"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from queue_service.app.turns import Turns
 from queue_service.db.execute import Connection
 from queue_service.db.row_security import VISIBLE
 from queue_service.db.session import connect
-from queue_service.errors import DatabaseRefused, RunUnknown, TurnUnknown
+from queue_service.errors import ConfigError, DatabaseRefused, RunUnknown, TurnUnknown
 from tests.row_security.conftest import Roles
 from tests.support import eventually, one, quick_app, rows, working
 
@@ -260,6 +262,44 @@ async def test_a_turn_is_its_tenants_to_its_end_whoever_writes_that(
         assert await rows(owner, whose.format(table)) == [("acme",)], table
 
 
+@pytest.mark.parametrize("how", ["dispatch", "send"])
+async def test_a_turn_is_of_the_organization_of_its_run_so_that_who_ends_the_one_ends_the_other(
+    how: str, acme: App, exempt: App, owner: Connection
+) -> None:
+    call = getattr(exempt.turns, how)
+    await call(turn("m", "acme's"), "noop", {"text": "hi"}, organization_id="acme")
+    whose = "select organization_id, metadata -> 'turn' ->> 'organization_id' from queue_service.runs"
+    assert await rows(owner, whose) == [("acme", "acme")]
+    assert await acme.cancel(await one(owner, "select id from queue_service.runs"))
+    outcome = await acme.turns.outcome("dep", "m")
+    assert outcome is not None
+    assert (outcome.kind, outcome.code) == ("error", "cancelled")
+    with pytest.raises(ConfigError, match=r"which is 'acme', and not of 'other'.*Turn\(organization_id"):
+        await call(turn("n", "acme's", organization_id="acme"), "noop", {"text": "hi"}, organization_id="other")
+
+
+async def test_an_old_stream_is_a_tenants_once_the_owner_has_said_so_as_documented(
+    acme: App, exempt: App, owner: Connection
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "row-security.md").read_text()
+    (given,) = re.findall(r"```sql\n(  update.*?)```", page, re.DOTALL)
+    await exempt.turns.send(turn("old", "conv-1"), "noop", {"text": "hi"})
+    await exempt.turns.commit_reply("dep", ["old"], {"text": "hello"})
+    calls = (
+        lambda: acme.events.append("conv-1", "k", 1),
+        lambda: acme.turns.send(turn("new", "conv-1"), "noop", {"text": "and"}),
+        lambda: acme.turns.send(turn("old", "conv-1"), "noop", {"text": "hi"}),
+    )
+    for call in calls:
+        with pytest.raises(DatabaseRefused):
+            await call()
+    await owner.execute(given.encode())
+    assert [event.kind for event in await acme.events.read("conv-1")] == ["message", "reply"]
+    assert [getattr(await call(), "new", None) for call in calls] == [None, True, False]
+    outcome = await acme.turns.outcome("dep", "old")
+    assert outcome is not None
+
+
 async def test_the_lane_of_two_tenants_stays_when_one_of_them_leaves_it(
     acme: App, other: App, secured: Roles, owner: Connection
 ) -> None:
@@ -274,6 +314,23 @@ async def test_the_lane_of_two_tenants_stays_when_one_of_them_leaves_it(
 
     async with worker, working(worker):
         assert (await other.wait(theirs, timeout=60)).state == "succeeded"
+
+
+async def test_a_tenant_makes_no_lane_of_which_it_does_not_see_the_running_runs(
+    acme: App, exempt: App, owner: Connection
+) -> None:
+    # As after a restore of data alone.
+    await owner.execute("set session_replication_role = replica")
+    await owner.execute(
+        "insert into queue_service.runs (queue, task, payload, ordering_key, organization_id, state, lease_id, claimed_at)"
+        " values ('q', 't', '{}', 'lane', 'other', 'running', 1, now()), ('q', 't', '{}', 'lane', 'acme', 'queued', null, null)"
+    )
+    await owner.execute("set session_replication_role = origin")
+    lane = "select ordering_key, running from queue_service.lanes"
+    await acme.opened._sweeper.once()
+    assert await rows(owner, lane) == []
+    await exempt.opened._sweeper.once()
+    assert await rows(owner, lane) == [("lane", 1)]
 
 
 async def test_a_wait_of_a_tenant_takes_no_lost_run_of_another_and_ends_when_a_worker_did(

@@ -24,7 +24,7 @@ from queue_service.runs import queries
 from queue_service.services.partitions import Partitions
 from tests.every_part import use_all
 from tests.row_security.conftest import Roles
-from tests.support import claimed, lapse, one, quick_app, rows
+from tests.support import claimed, eventually, lapse, one, quick_app, rows, working
 
 POLICIES = """
 select c.relname::text, c.relrowsecurity, array(
@@ -93,7 +93,7 @@ def test_the_database_is_checked_and_migrated_all_the_same(secured: Roles) -> No
 
 
 def test_a_revision_that_knows_no_organizations_is_not_gone_back_to_while_it_is_on(secured: Roles) -> None:
-    with pytest.raises(DatabaseRefused, match="other objects depend on it"):
+    with pytest.raises(DatabaseRefused, match=r"row security is on.*queue-service db rls disable.*Nothing was changed"):
         schema.downgrade(secured.owner, "0021")
     row_security.disable(secured.owner)
     schema.downgrade(secured.owner, "0021")
@@ -169,6 +169,35 @@ async def test_who_works_for_all_does_not_start_where_runs_are_hidden_from_its_r
     app = quick_app(secured.blind)
     with pytest.raises(ConfigError, match=f"hides runs from the role '{secured.blind_name}'.*db rls enable --exempt"):
         await (Worker(app).run(once=True) if kind == "worker" else Gateway(app, authorize=lambda _: None).__aenter__())
+
+
+async def test_it_is_not_enabled_under_a_worker_that_would_not_see_its_runs_any_more(
+    roles: Roles, owner: Connection
+) -> None:
+    app = quick_app(roles.blind)
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def noop() -> str:
+        begun.set()
+        await may_end.wait()
+        return "well"
+
+    async with app, working(app):
+        run_id = await app.enqueue("noop", {}, organization_id="acme")
+        await asyncio.wait_for(begun.wait(), 30)
+        with pytest.raises(ConfigError, match=f"connected as '{roles.blind_name}'.*--exempt '{roles.blind_name}'"):
+            await asyncio.to_thread(row_security.enable, roles.owner, [roles.worker_name])
+        assert await secured_tables(owner) == {}
+        await asyncio.to_thread(row_security.enable, roles.owner, [roles.blind_name])
+        may_end.set()
+        assert (await app.wait(run_id, timeout=30)).result == "well"
+    # Nobody works as that role any more; the owner, who does, is exempt.
+    keepers = "select count(*) = 0 from pg_stat_activity where datname = current_database() and application_name = %s"
+    await eventually(lambda: one(owner, keepers, "queue_service keeper"))
+    row_security.disable(roles.owner)
+    async with quick_app(roles.owner) as worker, working(worker):
+        await asyncio.to_thread(row_security.enable, roles.owner, [])
 
 
 async def test_members_of_an_exempt_role_and_the_owner_are_exempt(secured: Roles, server: str) -> None:
