@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,10 @@ from typing import Any
 import click
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
+from click.testing import CliRunner
 
 from queue_service.cli import cli
-from queue_service.settings import parse_duration
+from queue_service.settings import PREFIX, Settings, env_name, parse_duration
 from tests.deploy.files import (
     COMMANDS,
     DEPLOY,
@@ -60,6 +63,23 @@ def test_a_command_is_one_of_ours_with_options_that_it_has(command: Command) -> 
     if command.verb == "worker":
         assert options["app_path"]
         assert options["queues"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_a_variable_is_one_that_the_command_reads(command: Command) -> None:
+    """A name that is spelt wrongly would be passed over in silence."""
+    known = {env_name(field.name) for field in dataclasses.fields(Settings)}
+    words = [word for word in command.arguments[:2] if word.isalpha()]
+    told = CliRunner().invoke(cli, [*words, "--help"]).output
+    ours = {name for name in command.env if name.startswith(PREFIX)}
+    assert ours <= known | set(re.findall(rf"{PREFIX}\w+", told))
+
+
+def test_the_files_say_where_to_find_the_variables_that_are_in_them() -> None:
+    text = (DEPLOY / "systemd" / "worker.env").read_text()
+    shown = "".join(CliRunner().invoke(cli, words).output for words in (["worker", "--help"], ["config", "show"]))
+    assert "`queue-service worker --help` and `config show`" in text
+    assert set(re.findall(rf"^({PREFIX}\w+)=", text, re.MULTILINE)) <= set(re.findall(rf"{PREFIX}\w+", shown))
 
 
 def test_there_is_a_worker_a_gateway_and_a_migration_of_each_kind() -> None:

@@ -19,7 +19,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from queue_service import App
-from queue_service.db import embedded
+from queue_service.db import embedded, revision, schema
 from queue_service.db.execute import Connection
 from tests.deploy.files import COMMANDS, ROOT, Command, compose, documents, pods, project, running, surroundings
 from tests.support import eventually, free_port, rows
@@ -74,6 +74,21 @@ def test_the_check_after_it_says_what_is_wrong_with_the_server(command: Command,
     refused = checked()
     assert (refused.returncode, "[fsync]" in refused.stderr) == (1, True)
     assert checked(QUEUE_SERVICE_DB_CHECK_ACCEPT="fsync full-page-writes").returncode == 0
+
+
+@pytest.mark.direct("check also looks at the settings of the role there")
+@commands("db check")
+def test_the_check_passes_while_the_version_before_is_still_there(
+    command: Command, empty_database: str, tmp_path: Path
+) -> None:
+    """`db migrate` has gone as far as it may then, and what runs after it must not hold up the roll."""
+    schema.upgrade(empty_database, revision.OLDEST)
+    accepted = {"QUEUE_SERVICE_DB_CHECK_ACCEPT": "fsync full-page-writes"}
+    checked = subprocess.run(
+        [sys.executable, "-m", "queue_service", *command.arguments], cwd=tmp_path, check=False,
+        capture_output=True, text=True, env=surroundings(command, empty_database) | accepted,
+    )  # fmt: skip
+    assert (checked.returncode, "were not compared" in checked.stderr) == (0, revision.OLDEST != revision.HEAD)
 
 
 @commands("worker")

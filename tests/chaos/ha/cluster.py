@@ -32,6 +32,8 @@ PROGRAMS = Path("/usr/lib/postgresql/15/bin")
 PATRONI = Path(os.environ.get("QUEUE_SERVICE_PATRONI", "/var/cache/queue_service/patroni")) / "bin" / "patroni"
 NODE = Path(__file__).with_name("node.py")
 START_TIMEOUT = 120.0
+# Until a node that was just booted has its pooler.
+POOLER_TIMEOUT = 30.0
 
 
 class Member(NamedTuple):
@@ -116,10 +118,16 @@ class Cluster:
 
     def restart_pooler(self, node: str) -> None:
         """It is killed, and started again by its node."""
+        until(f"a pgbouncer of {node} to kill", lambda: self._kill_pooler(node), POOLER_TIMEOUT)
+
+    def _kill_pooler(self, node: str) -> bool:
+        killed = 0
         for each in self._family(node):
             with suppress(psutil.NoSuchProcess):
-                if each.name() == "pgbouncer":
+                if each.name() == "pgbouncer" and each.status() != psutil.STATUS_ZOMBIE:
                     each.kill()
+                    killed += 1
+        return killed > 0
 
     def switch_over(self, leader: str) -> str:
         """Ask for it; what Patroni answers when it is done. No candidate is named: where one is, the third node waits for

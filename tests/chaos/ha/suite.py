@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -70,13 +71,23 @@ class Suite:
 
 
 @contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, as of a CI job that takes too long, is as Ctrl-C: the network is taken away, and the logs are left."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def suite(seed: int) -> Iterator[Suite]:
     place = Path(tempfile.mkdtemp(prefix="qs-ha-"))
     # Patroni and Postgres run as another user.
     place.chmod(0o755)
-    is_kept = False
+    is_kept = True
     try:
-        with network() as cables, watched(place):
+        with _stoppable(), network() as cables, watched(place):
             if not cables.has_cables:
                 say("This machine allows no network namespaces: no node can be cut off.")
             begun = time.monotonic()
@@ -84,15 +95,12 @@ def suite(seed: int) -> Iterator[Suite]:
                 _make_database(cluster, routes)
                 say(f"three nodes are up after {time.monotonic() - begun:.0f} s, in {place}")
                 made = Suite(cluster, routes, seed)
-                try:
-                    yield made
-                except (Exception, KeyboardInterrupt):
-                    is_kept = True
-                    raise
+                yield made
                 is_kept = not made.verdict.is_clean
     finally:
+        # Also where the cluster did not come up: its logs say why.
         if is_kept:
-            say(f"logs and ledgers are left in {place}")
+            say(f"Logs, ledgers and the servers' files are left in {place}. Remove it once you have read them.")
         else:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -146,6 +154,20 @@ class Record:
 
     def put(self, faults: Sequence[Fault], verdict: Verdict) -> None:
         self._sessions[-1] |= {"faults": [asdict(fault) for fault in faults], "verdict": verdict.as_dict()}
+        self._write()
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """What goes wrong in the block is kept, so that whoever takes it up again does not call it clean: service that never
+        came back, or a worker that ended. Who breaks it off (Ctrl-C) has found nothing."""
+        try:
+            yield
+        except Exception as failure:
+            self._sessions[-1]["failed"] = f"{type(failure).__name__}: {failure}"
+            self._write()
+            raise
+
+    def _write(self) -> None:
         if self._path is not None:
             new = self._path.with_suffix(".new")
             new.write_text(json.dumps({"sessions": self._sessions}, indent=1) + "\n")
@@ -158,6 +180,10 @@ class Record:
     @property
     def verdicts(self) -> list[dict[str, Any]]:
         return [session["verdict"] for session in self._sessions if session["verdict"] is not None]
+
+    @property
+    def failed(self) -> list[str]:
+        return [session["failed"] for session in self._sessions if "failed" in session]
 
     def table(self) -> str:
         """As in docs/ha.md."""
@@ -189,18 +215,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not running_suite.cluster.network.has_cables:
                 left = [kind for kind in left if kind != "partition"]
             for begin in range(0, len(left), ROUND):
-                running_suite.go_through(left[begin : begin + ROUND])
+                with record.failures():
+                    running_suite.go_through(left[begin : begin + ROUND])
                 record.put(running_suite.faults, running_suite.verdict)
                 if not running_suite.verdict.is_clean:
                     break
+    return conclude(record, wanted, is_lenient=asked.lenient)
+
+
+def conclude(record: Record, wanted: dict[str, int], *, is_lenient: bool) -> int:
+    """What came of it, in words, and the exit code."""
     say("longest time without an acknowledged call / an ended run, in seconds:")
     print(record.table())  # noqa: T201 - the command's answer
     slow = [fault for fault in record.faults if fault.is_slow]
     if slow:
         say(f"{len(slow)} faults took longer than they may: {', '.join(f'{f.kind} {f.worst:.1f} s' for f in slow)}")
-    is_clean = all(verdict["is_clean"] for verdict in record.verdicts)
+    done = Counter(fault.kind for fault in record.faults)
+    undone = [f"{asked - done[kind]} of {asked} {WORDS[kind]}" for kind, asked in wanted.items() if asked > done[kind]]
+    if undone:
+        say(f"not done: {', '.join(undone)}")
+    for why in record.failed:
+        say(f"a round did not come to its check: {why}")
+    if not record.verdicts:
+        say("NOT CLEAN: nothing was checked")
+        return 1
+    is_clean = all(verdict["is_clean"] for verdict in record.verdicts) and not record.failed
     say("clean: nothing lost, nothing doubled, each turn ended once" if is_clean else "NOT CLEAN")
-    return 0 if is_clean and (asked.lenient or not slow) else 1
+    return 0 if is_clean and (is_lenient or not slow) else 1
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -99,6 +99,11 @@ create temporary table copied as select * {_RUN};
 update copied set id = id + 1000;
 insert into queue_service.finished_runs select * from copied
 """
+_UNHEARD = """
+create temporary table copied as select * from queue_service.finished_runs where payload ->> 'uid' = 'the turn';
+update copied set id = id + 1000, payload = '{"uid": "nobody heard of it"}';
+insert into queue_service.finished_runs select * from copied
+"""
 _END_AGAIN = """
 with next as (update queue_service.streams set head = head + 1 where stream = 'stream the turn' returning head)
 insert into queue_service.events (stream, seq, kind, terminal, body)
@@ -107,6 +112,10 @@ select 'stream the turn', head, 'error', true, '{"code": "worker_died"}' from ne
 TAMPERED = {
     "a run that is gone": (f"delete {_RUN}", "lost"),
     "a turn's run that is gone": (_RUN.replace("the held", "the turn").join(["delete ", ""]), "lost"),
+    "a run under another id than its client was given": (
+        f"update queue_service.finished_runs set id = id + 1000 {_RUN[_RUN.index('where') :]}",
+        "lost",
+    ),
     "an effect that is gone": ("delete from ha_effects where name = 'ending'", "lost"),
     "a step that is gone": ("delete from ha_effects where name = 'step'", "lost"),
     "a run that is there twice": (_COPY, "doubled"),
@@ -118,6 +127,7 @@ TAMPERED = {
     "an effect of no run": ("insert into ha_effects values ('nobody', 'ending', 1, 1)", "doubled"),
     "a second ending": (_END_AGAIN, "endings"),
     "no ending": ("delete from queue_service.events where stream = 'stream the turn' and terminal", "endings"),
+    "no ending of a turn that was stored and not acknowledged": (_UNHEARD, "endings"),
     "another ending": (
         "update queue_service.events set body = '{\"text\": \"no\"}' where stream = 'stream the turn' and terminal",
         "endings",
