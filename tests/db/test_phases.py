@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -385,6 +386,30 @@ async def test_current_waits_no_longer_than_it_was_asked(empty_database: str) ->
     assert (await command(empty_database, "db", "current", "--wait", "10ms")).exit_code == 4
     nowhere = await command("postgresql://127.0.0.1:1/nowhere", "db", "current", "--wait", "10ms")
     assert nowhere.exit_code == 3
+
+
+# `db check`
+
+
+async def test_check_looks_at_the_server_while_older_code_is_being_replaced_and_compares_no_tables(
+    database: str, become: Become
+) -> None:
+    accepted = ["--accept", "fsync", "--accept", "full-page-writes"]
+    become("9002")
+    assert (await command(database, "db", "check", *accepted)).exit_code == 4
+    upgraded(database, only_expand=True)
+    checked = await command(database, "db", "check", *accepted)
+    assert checked.exit_code == 0, checked.output
+    assert "9001. This version works on it, but was built for 9002: the tables were not compared." in checked.stderr
+    assert "`queue-service db migrate` does the rest" in checked.stderr
+    as_json = await command(database, "db", "check", "--json")
+    told = json.loads(as_json.stdout)
+    assert (as_json.exit_code, told["difference"]) == (1, None)
+    levels = {each["name"]: each["level"] for each in told["findings"]}
+    assert (levels["revision"], levels["fsync"]) == ("note", "failure")
+    become(None)
+    ahead = await command(database, "db", "check", *accepted)
+    assert (ahead.exit_code, "The version that was built for it compares them." in ahead.stderr) == (0, True)
 
 
 # The migrations themselves
