@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +56,8 @@ def upgrade(conninfo: str, to: str | None = None, *, caution: Caution = CAUTION,
             return found, Plan(found.revision)
         if to is not None and wanted is None:
             return found, Plan(found.revision)
-        return found, phases.plan(migration.connection, migrations, found.revision, wanted, caution)
+        look = phases.Look(migration.connection, caution, time.monotonic() - migration.began_at)
+        return found, phases.plan(look, migrations, found.revision, wanted)
 
     def change(migration: Migration) -> Upgraded:
         # Nobody is held up before there is something to do. Who stands against it is looked for again when nobody can enter

@@ -199,14 +199,43 @@ async def test_a_contract_that_is_asked_for_is_refused_while_older_code_lives_an
     assert "9002" in (await migrate(database, "--force")).stdout
 
 
-async def test_a_worker_that_was_not_seen_for_a_lease_and_a_gateway_that_is_over_stand_against_nothing(
+async def test_a_worker_that_is_not_seen_for_a_lease_and_a_gateway_that_is_over_stand_against_nothing(
     database: str, conn: Connection, become: Become
 ) -> None:
     await join(conn)
     await conn.execute("update queue_service.workers set seen_at = clock_timestamp() - interval '1 h'")
     await fetch(conn, replicas.beat("gone", timedelta(seconds=-1)))
     become("9002")
-    assert upgraded(database, "head").revision == "9002"
+    said: list[str] = []
+    caution = Caution(timedelta(seconds=1))
+    done = await asyncio.to_thread(schema.upgrade, database, "head", caution=caution, tell=said.append)
+    assert done.revision == "9002"
+    assert "waits for a sign of life of worker w (version 1, built for revision" in said[0]
+    assert "gateway gone (built for" in said[0]
+
+
+async def test_a_worker_that_was_cut_off_for_longer_than_a_lease_is_watched_for_before_a_contract(
+    database: str, conn: Connection, become: Become
+) -> None:
+    # As all are after an outage of the database, and as one with a longer lease than ours may be.
+    await join(conn)
+    await conn.execute("update queue_service.workers set seen_at = clock_timestamp() - interval '31 s'")
+    become("9002")
+    upgraded(database, only_expand=True)
+    for to in (None, "head"):
+        said: list[str] = []
+        going = asyncio.create_task(asyncio.to_thread(schema.upgrade, database, to, tell=said.append))
+        await eventually(lambda: said or going.done())  # noqa: B023 - of this turn
+        await conn.execute("update queue_service.workers set seen_at = clock_timestamp()")
+        if to is None:
+            held = (await going).held
+            assert held is not None
+            assert "at work: worker w" in held
+        else:
+            with pytest.raises(ConfigError, match="at work: worker w"):
+                await going
+        assert (await at(conn))[0] == "9001"
+        await conn.execute("update queue_service.workers set seen_at = clock_timestamp() - interval '31 s'")
 
 
 async def test_a_gateway_stands_against_a_contract_as_a_worker_does(
