@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Who looks where. A limit of connections is None where the server's is the only one."""
+    """Who looks where. A limit of connections is None where the server's is the only one that matters."""
 
     is_standby: bool
     limit_of_role: int | None
