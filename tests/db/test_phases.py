@@ -23,7 +23,7 @@ from queue_service.db.phases import Caution
 from queue_service.errors import ConfigError, DatabaseRefused, SchemaMismatch
 from queue_service.replicas import queries as replicas
 from queue_service.roster import queries as roster
-from tests.support import blocked, eventually, one, working
+from tests.support import blocked, eventually, one, rows, working
 
 pytestmark = pytest.mark.direct("who is connected, and who waits for whom, is seen by sessions of the server")
 
@@ -245,7 +245,7 @@ async def test_a_gateway_stands_against_a_contract_as_a_worker_does(
     become("9002")
     with pytest.raises(ConfigError, match=rf"gateway abc \(built for revision {OURS}\)"):
         upgraded(database, "head")
-    # A new one says so with its next beat, whoever entered it.
+    # A new one has taken its place.
     await conn.execute("update queue_service.gateways set revision = '9002'")
     assert upgraded(database, "head").revision == "9002"
 
@@ -309,6 +309,25 @@ async def test_old_code_that_enters_the_roster_while_a_contract_is_applied_is_re
     with pytest.raises(DatabaseRefused, match=rf"built for revision {OURS}.* built for 9002 or later"):
         await entering
     assert await one(migration, "select count(*) from queue_service.workers") == 0
+
+
+async def test_an_old_gateway_enters_no_more_after_a_contract_and_one_that_is_there_stays(
+    database: str, session: Callable[..., Any], become: Become
+) -> None:
+    migration, late = await session(), await session()
+    become("9002")
+    upgraded(database)
+    await fetch(late, replicas.beat("there", timedelta(seconds=60)))
+    async with migration.transaction():
+        await migration.execute("lock table queue_service.gateways in access exclusive mode")
+        entering = asyncio.create_task(fetch(late, replicas.beat("late", timedelta(seconds=60))))
+        await eventually(lambda: blocked(migration, late))
+        await migration.execute("update queue_service.alembic_version set version_num = '9002', oldest_code = '9002'")
+    with pytest.raises(DatabaseRefused, match=rf"built for revision {OURS}.* built for 9002 or later.*Start a newer"):
+        await entering
+    # As after --force.
+    await fetch(late, replicas.beat("there", timedelta(seconds=60)))
+    assert await rows(migration, "select id from queue_service.gateways") == [("there",)]
 
 
 async def test_a_contract_waits_for_old_code_that_is_entering_the_roster_and_is_refused_by_it(
