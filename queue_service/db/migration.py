@@ -167,6 +167,8 @@ class Migration:
         #: For alembic, and for whatever else the change executes.
         self.connection = connection
         self._driver = driver
+        #: (monotonic) Since when it could have seen a sign of life.
+        self.began_at = time.monotonic()
         self._has_version = False
         self._deadlock_timeout = 0
         #: Those that were not free when we had others, the last one first: before them all, the one that most use. So it

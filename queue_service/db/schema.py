@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,7 +45,7 @@ def upgrade(conninfo: str, to: str | None = None, *, caution: Caution = CAUTION,
     Raises SchemaMismatch where the schema is newer than this version, and not one to work on; ConfigError for a revision
     that is not there, and where somebody who is at work stands against `to`; and what `migration.changed` raises.
     """
-    wanted = None if to is None else _known(to)
+    wanted = None if to is None else known(to)
     migrations = phases.steps(_scripts())
 
     def planned(migration: Migration) -> tuple[revision.Schema, Plan]:
@@ -55,7 +56,8 @@ def upgrade(conninfo: str, to: str | None = None, *, caution: Caution = CAUTION,
             return found, Plan(found.revision)
         if to is not None and wanted is None:
             return found, Plan(found.revision)
-        return found, phases.plan(migration.connection, migrations, found.revision, wanted, caution)
+        look = phases.Look(migration.connection, caution, time.monotonic() - migration.began_at)
+        return found, phases.plan(look, migrations, found.revision, wanted)
 
     def change(migration: Migration) -> Upgraded:
         # Nobody is held up before there is something to do. Who stands against it is looked for again when nobody can enter
@@ -116,15 +118,16 @@ def sql() -> None:
     command.upgrade(_config(None), "head", sql=True)
 
 
-def _known(to: str) -> str | None:
-    """Its number; None for that of no schema. Raises ConfigError where there is no such revision."""
-    from alembic.util import CommandError
-
-    try:
-        script = _scripts().get_revision(to)
-    except CommandError:
-        raise ConfigError(f"There is no revision {to!r}. This version goes up to {HEAD}.") from None
-    return None if script is None else str(script.revision)
+def known(to: str) -> str | None:
+    """Its number; None for `base`, that of no schema. Raises ConfigError where there is no such revision."""
+    if to in {"base", "head"}:
+        return None if to == "base" else HEAD
+    # Alembic would also take a part of a number, which may be a misspelt one.
+    if to not in {step.revision for step in phases.steps(_scripts())}:
+        raise ConfigError(
+            f"There is no revision {to!r}. This version knows 0001 to {HEAD}, head, and base (no schema)."
+        )
+    return to
 
 
 def _scripts() -> ScriptDirectory:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
-from queue_service.db import grants
+from queue_service.db import grants, revision
 from queue_service.db.execute import fetch
 from queue_service.db.query import Query, column
 from queue_service.db.session import Session
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Who looks where. A limit of connections is None where the server's is the only one."""
+    """Who looks where. A limit of connections is None where the server's is the only one that matters."""
 
     is_standby: bool
     limit_of_role: int | None
@@ -75,6 +75,7 @@ class Processes(NamedTuple):
 class Facts(NamedTuple):
     """`processes` is None where the role may not see them; `pool_size` is how many connections an App has at most."""
 
+    schema: revision.Schema
     is_pooled: bool
     settings: Mapping[str, Setting]
     place: Place
@@ -108,6 +109,7 @@ async def look(conn: Session, *, silence: timedelta, pool_size: int) -> Facts:
         # (The gateways' table is unlogged, and cannot be read on a standby.)
         processes = await fetch(conn, processes_at_work(silence))
     return Facts(
+        await revision.look(conn),
         conn.is_pooled,
         {each.name: each for each in settings},
         place,

@@ -6,9 +6,15 @@ select name, reset_val, source = 'command line' from pg_catalog.pg_settings wher
 
 -- name: server_place
 -- Whether this is a standby, how many connections the role and the database may have (null: as many as the server),
--- whether the role may use those that the server keeps back, and whether it may read who is on the roster.
+-- whether the role may use those that the server keeps back, and whether it may read who is on the roster. Who is there may
+-- all be of another role, as where the owner looks: then its limit is nobody's.
+with who (is_login) as (
+    select usename = session_user from pg_catalog.pg_stat_activity
+     where datname = pg_catalog.current_database() and application_name in ('queue_service keeper', 'queue_service listener')
+)
 select pg_catalog.pg_is_in_recovery(),
-       case when not login.rolsuper and login.rolconnlimit >= 0 then login.rolconnlimit end,
+       case when not login.rolsuper and login.rolconnlimit >= 0
+             and (select coalesce(pg_catalog.bool_or(is_login), true) from who) then login.rolconnlimit end,
        case when not login.rolsuper and place.datconnlimit >= 0 then place.datconnlimit end,
        login.rolsuper, session_user::text, current_user::text, place.datname::text,
        pg_catalog.has_table_privilege('queue_service.workers', 'select')

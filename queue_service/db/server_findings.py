@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
+from queue_service.db import revision
 from queue_service.db.server_facts import OF_PATRONI, Facts
 
 # What a process holds: at rest, and at work besides the App's pool.
@@ -62,6 +63,21 @@ def _writing(facts: Facts) -> Iterator[Finding]:
             "read-only",
             f"Sessions of the role {facts.place.role} begin with default_transaction_read_only = on: nothing is enqueued, "
             "claimed or ended until that is taken back, on the server, the database or the role.",
+        )
+
+
+def _schema(facts: Facts) -> Iterator[Finding]:
+    have, head = facts.schema.revision, revision.HEAD
+    if have is not None and have != head:
+        rest = (
+            "When older code is gone, `queue-service db migrate` does the rest."
+            if have < head
+            else "The version that was built for it compares them."
+        )
+        yield _note(
+            "revision",
+            f"The schema is at revision {have}. This version works on it, but was built for {head}: the tables were not "
+            f"compared. {rest}",
         )
 
 
@@ -258,11 +274,11 @@ def _counted(number: int, what: str) -> str:
 
 
 _LOOKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    _writing, _disk, _commits, _standbys, _role, _vacuum, _connections,
+    _writing, _schema, _disk, _commits, _standbys, _role, _vacuum, _connections,
 )  # fmt: skip
 # Whatever may be found, by name.
 NAMES = (
     "autovacuum", "autovacuum-tables", "data-checksums", "fsync", "full-page-writes", "max-connections", "read-only",
-    "role-settings", "standby", "synchronous-commit", "synchronous-mode-strict", "synchronous-quorum",
+    "revision", "role-settings", "standby", "synchronous-commit", "synchronous-mode-strict", "synchronous-quorum",
     "synchronous-standbys", "track-counts",
 )  # fmt: skip

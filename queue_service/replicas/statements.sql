@@ -3,7 +3,8 @@
 -- Both tables are unlogged: after a crash of the server, replicas enter themselves again, and who waited asks again.
 
 -- name: beat
--- Say that this replica lives. It is entered where it is not there (any more).
+-- Say that this replica lives. It is entered where it is not there (any more). A trigger refuses to enter code that is too old
+-- for this database by now.
 -- writes: gateways
 insert into queue_service.gateways as gateway (id, expires_at, revision)
 values (%(id)s, clock_timestamp() + %(lease)s::interval, %(revision)s)

@@ -315,8 +315,9 @@ def test_migrate_goes_down_and_up_again(empty_database: str) -> None:
     succeeded(call("db", "migrate", **on))
 
 
-def test_migrate_to_a_revision_that_is_not_there_is_refused(invoke: Invoke) -> None:
-    assert "nonsense" in said(invoke("db", "migrate", "--to", "nonsense"), 2)
+@pytest.mark.parametrize("target", ["nonsense", "00021", "002", "0021x", "9999", "+1", "-1"])
+def test_migrate_to_a_revision_that_is_not_there_is_refused(invoke: Invoke, target: str) -> None:
+    assert f"There is no revision '{target}'" in said(invoke("db", "migrate", "--to", target), 2)
 
 
 def test_check_exits_with_four_where_the_schema_is_behind(empty_database: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,7 +23,7 @@ from queue_service.db.phases import Caution
 from queue_service.errors import ConfigError, DatabaseRefused, SchemaMismatch
 from queue_service.replicas import queries as replicas
 from queue_service.roster import queries as roster
-from tests.support import blocked, eventually, one, working
+from tests.support import blocked, eventually, one, rows, working
 
 pytestmark = pytest.mark.direct("who is connected, and who waits for whom, is seen by sessions of the server")
 
@@ -198,14 +199,43 @@ async def test_a_contract_that_is_asked_for_is_refused_while_older_code_lives_an
     assert "9002" in (await migrate(database, "--force")).stdout
 
 
-async def test_a_worker_that_was_not_seen_for_a_lease_and_a_gateway_that_is_over_stand_against_nothing(
+async def test_a_worker_that_is_not_seen_for_a_lease_and_a_gateway_that_is_over_stand_against_nothing(
     database: str, conn: Connection, become: Become
 ) -> None:
     await join(conn)
     await conn.execute("update queue_service.workers set seen_at = clock_timestamp() - interval '1 h'")
     await fetch(conn, replicas.beat("gone", timedelta(seconds=-1)))
     become("9002")
-    assert upgraded(database, "head").revision == "9002"
+    said: list[str] = []
+    caution = Caution(timedelta(seconds=1))
+    done = await asyncio.to_thread(schema.upgrade, database, "head", caution=caution, tell=said.append)
+    assert done.revision == "9002"
+    assert "waits for a sign of life of worker w (version 1, built for revision" in said[0]
+    assert "gateway gone (built for" in said[0]
+
+
+async def test_a_worker_that_was_cut_off_for_longer_than_a_lease_is_watched_for_before_a_contract(
+    database: str, conn: Connection, become: Become
+) -> None:
+    # As all are after an outage of the database, and as one with a longer lease than ours may be.
+    await join(conn)
+    await conn.execute("update queue_service.workers set seen_at = clock_timestamp() - interval '31 s'")
+    become("9002")
+    upgraded(database, only_expand=True)
+    for to in (None, "head"):
+        said: list[str] = []
+        going = asyncio.create_task(asyncio.to_thread(schema.upgrade, database, to, tell=said.append))
+        await eventually(lambda: said or going.done())  # noqa: B023 - of this turn
+        await conn.execute("update queue_service.workers set seen_at = clock_timestamp()")
+        if to is None:
+            held = (await going).held
+            assert held is not None
+            assert "at work: worker w" in held
+        else:
+            with pytest.raises(ConfigError, match="at work: worker w"):
+                await going
+        assert (await at(conn))[0] == "9001"
+        await conn.execute("update queue_service.workers set seen_at = clock_timestamp() - interval '31 s'")
 
 
 async def test_a_gateway_stands_against_a_contract_as_a_worker_does(
@@ -215,7 +245,7 @@ async def test_a_gateway_stands_against_a_contract_as_a_worker_does(
     become("9002")
     with pytest.raises(ConfigError, match=rf"gateway abc \(built for revision {OURS}\)"):
         upgraded(database, "head")
-    # A new one says so with its next beat, whoever entered it.
+    # A new one has taken its place.
     await conn.execute("update queue_service.gateways set revision = '9002'")
     assert upgraded(database, "head").revision == "9002"
 
@@ -279,6 +309,25 @@ async def test_old_code_that_enters_the_roster_while_a_contract_is_applied_is_re
     with pytest.raises(DatabaseRefused, match=rf"built for revision {OURS}.* built for 9002 or later"):
         await entering
     assert await one(migration, "select count(*) from queue_service.workers") == 0
+
+
+async def test_an_old_gateway_enters_no_more_after_a_contract_and_one_that_is_there_stays(
+    database: str, session: Callable[..., Any], become: Become
+) -> None:
+    migration, late = await session(), await session()
+    become("9002")
+    upgraded(database)
+    await fetch(late, replicas.beat("there", timedelta(seconds=60)))
+    async with migration.transaction():
+        await migration.execute("lock table queue_service.gateways in access exclusive mode")
+        entering = asyncio.create_task(fetch(late, replicas.beat("late", timedelta(seconds=60))))
+        await eventually(lambda: blocked(migration, late))
+        await migration.execute("update queue_service.alembic_version set version_num = '9002', oldest_code = '9002'")
+    with pytest.raises(DatabaseRefused, match=rf"built for revision {OURS}.* built for 9002 or later.*Start a newer"):
+        await entering
+    # As after --force.
+    await fetch(late, replicas.beat("there", timedelta(seconds=60)))
+    assert await rows(migration, "select id from queue_service.gateways") == [("there",)]
 
 
 async def test_a_contract_waits_for_old_code_that_is_entering_the_roster_and_is_refused_by_it(
@@ -385,6 +434,30 @@ async def test_current_waits_no_longer_than_it_was_asked(empty_database: str) ->
     assert (await command(empty_database, "db", "current", "--wait", "10ms")).exit_code == 4
     nowhere = await command("postgresql://127.0.0.1:1/nowhere", "db", "current", "--wait", "10ms")
     assert nowhere.exit_code == 3
+
+
+# `db check`
+
+
+async def test_check_looks_at_the_server_while_older_code_is_being_replaced_and_compares_no_tables(
+    database: str, become: Become
+) -> None:
+    accepted = ["--accept", "fsync", "--accept", "full-page-writes"]
+    become("9002")
+    assert (await command(database, "db", "check", *accepted)).exit_code == 4
+    upgraded(database, only_expand=True)
+    checked = await command(database, "db", "check", *accepted)
+    assert checked.exit_code == 0, checked.output
+    assert "9001. This version works on it, but was built for 9002: the tables were not compared." in checked.stderr
+    assert "`queue-service db migrate` does the rest" in checked.stderr
+    as_json = await command(database, "db", "check", "--json")
+    told = json.loads(as_json.stdout)
+    assert (as_json.exit_code, told["difference"]) == (1, None)
+    levels = {each["name"]: each["level"] for each in told["findings"]}
+    assert (levels["revision"], levels["fsync"]) == ("note", "failure")
+    become(None)
+    ahead = await command(database, "db", "check", *accepted)
+    assert (ahead.exit_code, "The version that was built for it compares them." in ahead.stderr) == (0, True)
 
 
 # The migrations themselves

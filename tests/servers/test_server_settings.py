@@ -362,6 +362,11 @@ def test_workers_for_whom_there_are_not_connections_enough_are_counted(tmp_path:
         enrolled(conninfo, 2)
         execute(conninfo, "alter role watcher connection limit 5")
         assert "limit of the role watcher leaves 5" in failures(watcher)["max-connections"]
+        # What works is of another role, to which that limit does not apply.
+        with psycopg.connect(conninfo, application_name="queue_service keeper"):
+            assert "max-connections" not in failures(watcher)
+            with psycopg.connect(watcher, application_name="queue_service listener"):
+                assert "limit of the role watcher leaves 5" in failures(watcher)["max-connections"]
         execute(conninfo, "alter role watcher connection limit -1", "alter database postgres connection limit 4")
         assert "limit of the database postgres leaves 4" in failures(watcher)["max-connections"]
         with pooling(conninfo, users=("watcher",)) as pooler:

@@ -51,6 +51,8 @@ def migrate(target: str | None, only_expand: bool, yes: bool, force: bool, datab
     waits until they are gone, and says who they are. Safe to run from many places at once. An older revision (`--to`) drops
     tables and columns with all that is in them: they are listed, and you are asked. Also makes the daily
     partitions of history for a week."""
+    if target is not None:
+        schema.known(target)
     with Reached(database_url) as conninfo:
         have = current_revision(conninfo)
         if target is not None and is_older(have, target):
