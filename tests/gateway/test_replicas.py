@@ -192,8 +192,9 @@ class TestAReplicaThatIsGone:
     @pytest.mark.usefixtures("served")
     async def test_is_forgotten_by_those_that_live(self, app: App, conn: Connection) -> None:
         await conn.execute(
-            "insert into queue_service.gateways values ('dead', clock_timestamp() - interval '2 minutes'), "
-            "('silent', clock_timestamp() - interval '10 s')"
+            "insert into queue_service.gateways (id, expires_at, revision) "
+            "values ('dead', clock_timestamp() - interval '2 minutes', '9999'), "
+            "('silent', clock_timestamp() - interval '10 s', '9999')"
         )
         await app.opened.replica._beat()
         left = {name for (name,) in await rows(conn, "select id from queue_service.gateways")}

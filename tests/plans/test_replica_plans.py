@@ -19,8 +19,8 @@ LATER, SILENCE = timedelta(minutes=1), timedelta(minutes=1)
 
 # Each of a hundred replicas is asked by each other one; a hundredth is answered, another has expired.
 FILL = """
-insert into queue_service.gateways (id, expires_at)
-select 'g' || n, clock_timestamp() + interval '1 h' from generate_series(0, 99) as n;
+insert into queue_service.gateways (id, expires_at, revision)
+select 'g' || n, clock_timestamp() + interval '1 h', '9999' from generate_series(0, 99) as n;
 insert into queue_service.gateway_requests (id, gateway, expires_at, answer, body)
 select 'g' || n / 500 || '.' || n, 'g' || n % 100,
        clock_timestamp() + case when n % 1000 = 7 then interval '-1 min' else interval '1 h' end,

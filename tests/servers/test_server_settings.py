@@ -349,7 +349,8 @@ def test_workers_for_whom_there_are_not_connections_enough_are_counted(tmp_path:
         assert failures(conninfo) == {}
         execute(
             conninfo,
-            "insert into queue_service.gateways (id, expires_at) values ('g', clock_timestamp() + interval '1 min')",
+            "insert into queue_service.gateways (id, expires_at, revision) "
+            "values ('g', clock_timestamp() + interval '1 min', '9999')",
         )
         assert "7 workers and 1 gateway hold 23" in failures(watcher)["max-connections"]
         # Those that are gone hold nothing.
