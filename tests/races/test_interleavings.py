@@ -2,7 +2,8 @@
 
 Two orders are the same one where nothing can tell them apart, and are played once: twins that begin in one order or the
 other, and transactions that have nothing left to do but to finish. In triples, replies and failures are one statement,
-and a turn that lapsed stands for one that did not: everything but the sweep treats both alike.
+a turn that lapsed stands for one that did not, since everything but the sweep treats both alike, and no more than one rolls
+back: of two that do, the second leaves what the first has left.
 """
 
 from __future__ import annotations
@@ -274,13 +275,13 @@ async def test_three_sessions_leave_a_turn_either_ended_once_or_owed_in_whatever
 ) -> None:
     found = []
     for parts in casts(("shared", "fail", "fail_deployment", "sweep", "extend", "arm"), 3):
-        # Where nobody arms it, nobody does anything. Where nobody commits, all but the last step is as in another cast.
+        # Where nobody arms it, nobody does anything.
         is_armed = position == "lapsed" or any(part.kind == "arm" for part in parts)
-        if is_armed and any(part.finish is Finish.COMMIT for part in parts):
+        if is_armed and sum(part.finish is Finish.ROLLBACK for part in parts) <= 1:
             found += [wrong async for wrong in theatre.violations(position, parts)]
     theatre.say(position)
     assert found == []
-    assert theatre.played > 3_000
+    assert theatre.played > 2_000
 
 
 async def test_deleting_the_marker_and_storing_the_ending_in_two_transactions_would_be_noticed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from queue_service import App, Run
 from queue_service.db import embedded, execute
@@ -20,6 +22,7 @@ from queue_service.db.execute import Connection
 from queue_service.db.hangup import HangUp
 from queue_service.runs.sql import SQL
 from queue_service.settings import load
+from queue_service.testing import databases
 from tests.chaos.ha import tasks
 from tests.chaos.ha.checker import check
 from tests.chaos.ha.ledger import Ledger, entries
@@ -71,20 +74,34 @@ def words(ledgers: Path, kind: str) -> list[dict[str, Any]]:
     return [entry for entry in entries(ledgers) if entry["kind"] == kind]
 
 
+async def play(database: str, ledgers: Path) -> None:
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as conn:
+        await conn.execute(tasks.EFFECTS.encode())
+        async with calling(database, ledgers) as client:
+            with worker(database):
+                for kind in ("effect", "many", "held", "turn"):
+                    await getattr(client, kind)(f"the {kind}")
+                await client.turn("the other turn")
+                left = "(select count(*) from queue_service.runs) + (select count(*) from queue_service.turn_markers)"
+                await eventually(lambda: one(conn, f"select {left} = 0"), within=60)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def story(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The name of a database in which all has gone well, and what clients were told: one call of each kind, and two turns."""
+    ledgers = tmp_path_factory.mktemp("story")
+    with databases.made(server, template) as conninfo:
+        asyncio.run(play(conninfo, ledgers))
+        yield str(conninfo_to_dict(conninfo)["dbname"]), ledgers
+
+
 @pytest.fixture
-async def played(database: str, conn: Connection, ledgers: Path) -> str:
-    """A database in which all has gone well: one call of each kind, and two turns."""
-    await conn.execute(tasks.EFFECTS)
-    async with calling(database, ledgers) as client:
-        with worker(database):
-            for kind in ("effect", "many", "held", "turn"):
-                await getattr(client, kind)(f"the {kind}")
-            await client.turn("the other turn")
-            left = (
-                "select (select count(*) from queue_service.runs) + (select count(*) from queue_service.turn_markers)"
-            )
-            await eventually(lambda: one(conn, f"select ({left}) = 0"), within=60)
-    return database
+def played(server: str, story: tuple[str, Path], ledgers: Path) -> Iterator[str]:
+    """A copy of it, of which `ledgers` says what clients were told."""
+    name, told = story
+    shutil.copytree(told, ledgers, dirs_exist_ok=True)
+    with databases.made(server, name) as conninfo:
+        yield conninfo
 
 
 def test_where_all_has_gone_well_it_finds_nothing(played: str, ledgers: Path) -> None:
