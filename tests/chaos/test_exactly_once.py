@@ -13,7 +13,7 @@ from tests.chaos.test_kill import Process
 from tests.support import eventually, one, rows
 
 RUNS = 200
-KILLS = 10
+KILLS = 6
 WORKERS = 2
 
 pytestmark = pytest.mark.chaos

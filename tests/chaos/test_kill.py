@@ -16,7 +16,7 @@ from queue_service.db.execute import Connection
 from tests.support import eventually, one, rows
 
 RUNS = 4_000
-KILLS = 8
+KILLS = 5
 WORKERS = 3
 SECONDS = 0.02
 

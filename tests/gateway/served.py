@@ -156,7 +156,7 @@ async def serving(
     config = uvicorn.Config(
         asgi or gateway.asgi(), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=10
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     running = asyncio.create_task(_quietly(server, listening))
     while not server.started:
         await asyncio.sleep(0.001)  # until it serves
@@ -168,6 +168,14 @@ async def serving(
         server.should_exit = True
         await running
         listening.close()
+
+
+class _Server(uvicorn.Server):
+    """It ends soon after it is asked to: hundreds of tests wait for one each."""
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # noqa: ASYNC110 - it is asked by a flag
+            await asyncio.sleep(0.01)
 
 
 async def _quietly(server: uvicorn.Server, listening: socket.socket) -> None:

@@ -258,6 +258,16 @@ async def test_the_server_of_a_killed_process_is_used_by_the_next_and_stopped_by
     await eventually(lambda: is_gone(before))
 
 
+def test_a_server_that_begins_to_recover_from_a_crash_is_stopped(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    with psycopg.connect(cluster.use()) as conn:
+        os.kill(conn.info.backend_pid, signal.SIGKILL)
+        with pytest.raises(psycopg.OperationalError):
+            conn.execute("select 1")
+    cluster.leave()
+    assert not cluster.is_running()
+
+
 def test_a_server_that_was_killed_is_started_again(make: Callable[..., Cluster], place: Path) -> None:
     first = make()
     write(first.use())
