@@ -32,7 +32,7 @@ from queue_service.logs import get_logger
 log = get_logger(__name__)
 
 START_TIMEOUT = 60
-# Seconds for it to write what it holds in memory, and end in good order.
+# Seconds in which a server writes what it holds in memory, and ends in good order.
 FAST_STOP_TIMEOUT = 10
 # sun_path is 108 bytes on Linux and 104 on macOS, and the server adds `/.s.PGSQL.5432.lock`.
 _SOCKET_DIR_LIMIT = 80
