@@ -44,6 +44,14 @@ async def tail_of(app: App) -> Tail:
     return tail
 
 
+async def follow_at_rest(app: App, follower: AsyncGenerator[Event, None]) -> asyncio.Future[Event]:
+    """The next event of stream `s`, once it has had its first one and no look at the stream is under way."""
+    await app.events.append("s", "delta", {})
+    assert (await next_of(follower)).seq == 1
+    await eventually(lambda: (tail := app.opened.fanout._tails.get("s")) is not None and tail.head == 1)
+    return asyncio.ensure_future(next_of(follower))
+
+
 async def next_of(follower: AsyncGenerator[Event, None]) -> Event:
     async with asyncio.timeout(10):
         return await anext(follower)
@@ -143,8 +151,7 @@ class TestTheFanout:
         fanout_ = app.opened.fanout
         fetch = fanout_._fetch
         async with aclosing(app.events.follow("s")) as follower:
-            first = asyncio.ensure_future(next_of(follower))
-            await tail_of(app)
+            following = await follow_at_rest(app, follower)
             lost: list[Any] = []
 
             async def gone(query: Any) -> Any:
@@ -154,28 +161,28 @@ class TestTheFanout:
             fanout_._fetch = gone
             await app.events.append("s", "delta", {})
             await eventually(lambda: len(lost) > 1)
-            assert not first.done()
+            assert not following.done()
             fanout_._fetch = fetch
-            assert (await first).seq == 1
+            assert (await following).seq == 2
 
     @pytest.mark.parametrize("error", [psycopg.ProgrammingError, RuntimeError, DatabaseUnavailable])
     async def test_goes_on_after_whatever_error_and_says_so(self, app: App, error: type[Exception]) -> None:
         fanout_ = app.opened.fanout
         fetch = fanout_._fetch
-        follower = asyncio.ensure_future(next_of(app.events.follow("s")))
-        await tail_of(app)
-        reading = service(app.opened.services, "reading of streams")
+        async with aclosing(app.events.follow("s")) as follower:
+            following = await follow_at_rest(app, follower)
+            reading = service(app.opened.services, "reading of streams")
 
-        async def broken(_query: Any) -> Any:
-            raise error("on purpose")
+            async def broken(_query: Any) -> Any:
+                raise error("on purpose")
 
-        fanout_._fetch = broken
-        await app.events.append("s", "delta", {})
-        await eventually(lambda: reading.why is not None)
-        assert not reading.condition.is_well
-        fanout_._fetch = fetch
-        assert (await follower).seq == 1
-        await eventually(lambda: reading.condition.is_well)
+            fanout_._fetch = broken
+            await app.events.append("s", "delta", {})
+            await eventually(lambda: reading.why is not None)
+            assert not reading.condition.is_well
+            fanout_._fetch = fetch
+            assert (await following).seq == 2
+            await eventually(lambda: reading.condition.is_well)
 
     async def test_lives_through_a_table_that_is_missing_for_a_while(self, app: App, conn: Connection) -> None:
         async with asyncio.timeout(20), aclosing(app.events.follow("s")) as follower:
