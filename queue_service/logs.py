@@ -86,9 +86,6 @@ def configure(*, level: str, fmt: str) -> None:
     global configured  # noqa: PLW0603 - so is what it names: one for each process
     configured = (level, fmt)
     console = fmt == "console" or (fmt == "auto" and sys.stderr.isatty())
-    # Exceptions are text by then. Before its release 26.1, structlog warns of that unless it is to show them plainly.
-    of_console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    renderer: Any = of_console if console else structlog.processors.JSONRenderer()
     stamps: list[Any] = [
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
@@ -108,22 +105,27 @@ def configure(*, level: str, fmt: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _foreign_context, *stamps],
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
-                *([_printable] if console else []),
-                renderer,
-            ],
-        )
-    )
+    handler.setFormatter(_formatter(stamps, console=console))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # Its lines about plugins and contexts help nobody who migrates.
     logging.getLogger("alembic").setLevel(max(logging.WARNING, root.level))
+
+
+def _formatter(stamps: list[Any], *, console: bool) -> logging.Formatter:
+    # Exceptions are text by then. Before its release 26.1, structlog warns of that unless it is to show them plainly.
+    of_console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    renderer: Any = of_console if console else structlog.processors.JSONRenderer()
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _foreign_context, *stamps],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            *([_printable] if console else []),
+            renderer,
+        ],
+    )
 
 
 def _printable(_logger: Any, _method: str, event: Any) -> Any:

@@ -47,39 +47,17 @@ class Opened:
     def __init__(self, address: Address, settings: Settings, cluster: Cluster | None) -> None:
         self.address = address
         self.pool = Pool(address, size=settings.pool_size)
+        fetch, poll_interval = self.pool.fetch, settings.poll_interval.total_seconds()
         self.services = Services()
         self.notifier = Notifier(self.pool.fetch_on_any)
-        self.listener = Listener(
-            address, send=self.pool.fetch, begin=lambda: self.services.ensure("listener", self._listen)
-        )
-        self.endings = Endings(
-            self.pool.fetch,
-            self.listener,
-            self.services,
-            poll_interval=settings.poll_interval.total_seconds(),
-        )
-        self.fanout = Fanout(
-            self.pool.fetch,
-            self.listener,
-            self.services,
-            poll_interval=settings.poll_interval.total_seconds(),
-        )
+        self.listener = Listener(address, send=fetch, begin=lambda: self.services.ensure("listener", self._listen))
+        self.endings = Endings(fetch, self.listener, self.services, poll_interval=poll_interval)
+        self.fanout = Fanout(fetch, self.listener, self.services, poll_interval=poll_interval)
         self.outcomes = Outcomes(
-            self.pool.fetch,
-            self.fanout,
-            poll_interval=settings.poll_interval.total_seconds(),
-            grace=settings.lease.total_seconds() / 3,
+            fetch, self.fanout, poll_interval=poll_interval, grace=settings.lease.total_seconds() / 3
         )
-        self.replica = Replica(
-            self.pool.fetch,
-            self.notifier.send,
-            self.listener,
-            self.services,
-            poll_interval=settings.poll_interval.total_seconds(),
-        )
-        self._sweeper = Sweeper(
-            self.pool.fetch, self.notifier.send, max_losses=settings.max_losses, grace=settings.lease / 3
-        )
+        self.replica = Replica(fetch, self.notifier.send, self.listener, self.services, poll_interval=poll_interval)
+        self._sweeper = Sweeper(fetch, self.notifier.send, max_losses=settings.max_losses, grace=settings.lease / 3)
         # A wait that is over sooner needs none, and a sweep would be in its way.
         self._sweeping = every(settings.sweep_interval, self._sweeper.once, after=FIRST_SWEEP)
         self._waiters = 0

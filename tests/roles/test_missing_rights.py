@@ -43,7 +43,7 @@ async def test_a_worker_that_may_not_delete_steps_works_and_prunes_the_rest(
 
 
 def reasons(caplog: pytest.LogCaptureFixture, service: str | None = None) -> list[str]:
-    """What the log gives as reasons, of one service or of all: of some, the same right may be missing."""
+    """What the log gives as reasons, of one service or of all. Several may lack the same right."""
     return [
         str(getattr(record, "why", ""))
         for record in caplog.records

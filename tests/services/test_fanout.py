@@ -45,7 +45,8 @@ async def tail_of(app: App) -> Tail:
 
 
 async def follow_at_rest(app: App, follower: AsyncGenerator[Event, None]) -> asyncio.Future[Event]:
-    """The next event of stream `s`, once it has had its first one and no look at the stream is under way."""
+    """Store the first event of stream `s`, and return the second as it is to come: the follower has had the first, and no look
+    at the stream is under way."""
     await app.events.append("s", "delta", {})
     assert (await next_of(follower)).seq == 1
     await eventually(lambda: (tail := app.opened.fanout._tails.get("s")) is not None and tail.head == 1)
